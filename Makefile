@@ -1,0 +1,35 @@
+# make run | make test | make lint: each makes .venv by itself; python3 with venv is all it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/sample
+# The whole of `make run` in a few seconds, as CI does it: make run STEPS=20 EPOCHS=1 SEEDS=1
+STEPS ?= 3000
+EPOCHS ?= 10
+SEEDS ?= 3
+
+.PHONY: run test lint clean
+
+run: $(VENV)/ready
+	rm -rf $(RUN)
+	$(BIN)/python train_pretrain.py --steps $(STEPS) --out $(RUN)/pretrain
+	$(BIN)/python bert.py $(RUN)/pretrain/model "It is a [MASK], heartfelt film. The acting is superb and the [MASK] is charming."
+	$(BIN)/python bert.py $(RUN)/pretrain/model "It is a [MASK], tedious film. The acting is wooden and the [MASK] is lifeless."
+	$(BIN)/python train_sst2.py --weights $(RUN)/pretrain/model --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS) --out $(RUN)/pretrained
+	$(BIN)/python train_sst2.py --tokenizer $(RUN)/pretrain/model --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS) --out $(RUN)/scratch
+	$(BIN)/python train_sst2.py --weights $(RUN)/pretrained/model --predict "The final act is exquisite." "What a sluggish chase!"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/ready: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,plot]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs *.egg-info
