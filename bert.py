@@ -1,0 +1,384 @@
+"""BERT in one file: configuration, encoder, heads, and the published weight format.
+
+- attention written out line by line, and a fused path that the tests hold equal to it
+- total key and value sizes, d_k and d_v, that may differ from d_model and from each other
+- post-LayerNorm residuals, exact GELU and N(0, 0.02) initialization, as published
+- the vocabulary projection, tied to the token embeddings, only where a token is to be predicted
+- one table that maps our tensor names to those of every published BERT
+
+[BERT] Devlin et al. 2018, arXiv 1810.04805. [Transformer] Vaswani et al. 2017, arXiv 1706.03762.
+[Code] google-research/bert, commit eedf5716.
+
+B batch, T sequence, H = d_model, A heads, D one head's size, V vocabulary, N scored positions.
+"""
+
+import hashlib
+import json
+import math
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Given = Tensor | None
+# [BERT] §3 has base and large, [Code] the others: layers and d_model; d_model / 64 heads.
+SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512)}
+SIZES |= {"medium": (8, 512), "base": (12, 768), "large": (24, 1024)}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """What fixes the model's function. `ValueError` where the sizes do not fit together."""
+
+    max_seq_length: int = 512
+    vocab_size: int = 30522
+    d_model: int = 768
+    attention_d_k: int = 768  # queries and keys, total over the heads
+    attention_d_v: int = 768  # values, total over the heads
+    head_num: int = 12
+    d_feed_forward: int = 3072
+    encoder_layers: int = 12
+    type_vocab_size: int = 2  # segments A and B
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02  # standard deviation
+    fused_attention: bool = True  # False: attention() below, to read and to look at; equal results
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) is int and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if name.startswith("attention_d_") and value % self.head_num:
+                raise ValueError(f"{name}={value} is not divisible by head_num={self.head_num}")
+            if name.endswith("dropout") and not 0 <= value < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+    @classmethod
+    def named(cls, size: str, **changes: Any) -> Self:
+        """A published size: `BertConfig.named("base", max_seq_length=128)`."""
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
+        layers, width = SIZES[size]
+        sizes = dict.fromkeys(("d_model", "attention_d_k", "attention_d_v"), width)
+        sizes |= {"head_num": width // 64, "d_feed_forward": 4 * width, "encoder_layers": layers}
+        return cls(**{**sizes, **changes})
+
+
+class Embeddings(nn.Module):
+    """dropout(LN(token + position + segment)). [BERT] figure 2.
+
+    Positions are learned, not sines as in [Transformer] §3.5: hence the longest sequence.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, config.d_model)
+        self.position = nn.Embedding(config.max_seq_length, config.d_model)
+        self.segment = nn.Embedding(config.type_vocab_size, config.d_model)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        length, longest = input_ids.size(1), self.position.num_embeddings
+        if length > longest:
+            raise ValueError(f"a sequence of {length} tokens exceeds max_seq_length={longest}")
+        position = self.position.weight[:length]  # (T, H): the same for every row
+        summed = self.token(input_ids) + position + self.segment(token_type_ids)
+        return self.dropout(self.norm(summed))  # (B, T, H)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """softmax(Q K^T / sqrt(d_k)) V. [Transformer] equation 1.
+
+    q, k: (..., T, d_k); v: (..., T, d_v); mask: bool, broadcastable to (..., T, T), True where a
+    query (row) may look at a key (column). Returns (..., T, d_v) and probabilities (..., T, T).
+    """
+    # A sum of d_k products of variance 1 has variance d_k. Left so, softmax would be nearly
+    # one-hot, and almost no gradient would pass.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (..., T, T)
+    if mask is not None:  # the lowest finite number: -inf makes a row that is all padding NaN
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    probs = scores.softmax(dim=-1)
+    return F.dropout(probs, dropout) @ v, probs  # dropping whole tokens from view is [Code]'s
+
+
+class MultiHeadAttention(nn.Module):
+    """Concat(head_1 .. head_A) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i).
+
+    [Transformer] §3.2.2, with the A matrices of a kind stacked into one.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.query = nn.Linear(config.d_model, config.attention_d_k)
+        self.key = nn.Linear(config.d_model, config.attention_d_k)
+        self.value = nn.Linear(config.d_model, config.attention_d_v)
+        self.output = nn.Linear(config.attention_d_v, config.d_model)
+        self.config = config
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (self.config.head_num, -1)).transpose(1, 2)  # (B, A, T, D)
+            for project in (self.query, self.key, self.value)
+        )
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if self.config.fused_attention:
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        else:
+            heads, _ = attention(q, k, v, mask, dropout)
+        return self.output(heads.transpose(1, 2).flatten(2))  # (B, T, H)
+
+
+class EncoderLayer(nn.Module):
+    """x = LN(x + dropout(attention(x))), then x = LN(x + dropout(W_2 gelu(W_1 x))).
+
+    [Transformer] §3.1, §3.3, §5.4, [BERT] §3. The norm comes after the sum ("post-LN"), so the
+    gradient of the first layers passes every norm above them: the reason for warmup.
+    Differs: [Code] approximates GELU by a tanh (off by at most 5e-4); this is GELU itself.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = MultiHeadAttention(config)
+        self.attention_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.expand = nn.Linear(config.d_model, config.d_feed_forward)
+        self.contract = nn.Linear(config.d_feed_forward, config.d_model)
+        self.feed_forward_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
+        return self.feed_forward_norm(x + self.dropout(self.contract(F.gelu(self.expand(x)))))
+
+
+# Part of our name -> part of the published one, in this order. A map of the paper's matrices.
+PUBLISHED_NAMES = {
+    "embeddings.token": "embeddings.word_embeddings",  # the decoder of the masked LM, too
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.segment": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "layers.": "encoder.layer.",
+    "attention.query": "attention.self.query",  # W^Q
+    "attention.key": "attention.self.key",  # W^K
+    "attention.value": "attention.self.value",  # W^V
+    "attention.output": "attention.output.dense",  # W^O
+    "attention_norm": "attention.output.LayerNorm",
+    "expand": "intermediate.dense",  # W_1
+    "contract": "output.dense",  # W_2
+    "feed_forward_norm": "output.LayerNorm",
+    "pooler": "pooler.dense",
+    "mlm_dense": "cls.predictions.transform.dense",
+    "mlm_norm": "cls.predictions.transform.LayerNorm",
+    "mlm_bias": "cls.predictions.bias",
+    "nsp": "cls.seq_relationship",
+}
+# fmt: off
+PUBLISHED_FIELDS = {  # of BertConfig -> of config.json, where the names differ
+    "max_seq_length": "max_position_embeddings", "d_model": "hidden_size",
+    "d_feed_forward": "intermediate_size", "head_num": "num_attention_heads",
+    "encoder_layers": "num_hidden_layers", "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
+# fmt: on
+
+
+def published_name(name: str) -> str:
+    """`layers.3.expand.bias` -> `encoder.layer.3.intermediate.dense.bias`."""
+    for ours, theirs in PUBLISHED_NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Sixteen hexadecimal digits that change with any token or id of the vocabulary."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+class PretrainedModel(nn.Module):
+    """What the three models below share: initialization, loading and saving."""
+
+    architecture: str  # the class that opens our files in transformers
+
+    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+        super().__init__()
+        self.config, self.padding_idx = config, padding_idx
+
+    def init_weights(self, module: nn.Module) -> None:
+        """N(0, 0.02), biases 0; a LayerNorm is born as (1, 0). Embeddings of N(0, 1), tied to the
+        decoder, would start the loss far above ln V. Differs: [Code] cuts at 2 deviations."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, **changes: Any) -> Self:
+        """Reads config.json and model.safetensors; `changes` replace fields of the config.
+
+        The encoder must be whole, or `ValueError`. A head that is not in the file keeps its
+        initialization, with a warning that names it.
+        """
+        from safetensors.torch import load_file
+
+        if not (path := Path(directory) / "config.json").exists():
+            raise ValueError(f"{directory} is not a model's directory: it has no config.json")
+        published = json.loads(path.read_text(encoding="utf-8"))
+        known = dict.fromkeys(("attention_d_k", "attention_d_v"), published["hidden_size"])
+        keys = {name: PUBLISHED_FIELDS.get(name, name) for name in BertConfig.__annotations__}
+        known |= {name: published[key] for name, key in keys.items() if key in published}
+        model = cls(BertConfig(**{**known, **changes}), published.get("pad_token_id") or 0)
+
+        ours = {published_name(name).removeprefix("bert."): name for name in model.state_dict()}
+        file = load_file(Path(directory) / "model.safetensors")
+        tensors = {name.removeprefix("bert."): tensor for name, tensor in file.items()}
+        found = {ours[name]: tensor for name, tensor in tensors.items() if name in ours}
+        try:
+            missing = model.load_state_dict(found, strict=False).missing_keys
+        except RuntimeError as error:
+            raise ValueError(
+                f"{directory}: config.json and the weights disagree: {error}"
+            ) from error
+        if lost := [name for name in missing if "embeddings." in name or "layers." in name]:
+            raise ValueError(f"{directory} lacks a part of the encoder: {', '.join(lost)}")
+        if missing:
+            warnings.warn(f"initialized, not in {directory}: {', '.join(missing)}", stacklevel=2)
+        return model
+
+    def save_pretrained(self, directory: str | Path, tokenizer: Any) -> None:
+        """Writes config, weights and tokenizer in the published format, for us and others."""
+        from safetensors.torch import save_file
+
+        (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
+        tensors = {published_name(k): v.cpu().contiguous() for k, v in self.state_dict().items()}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        config = {PUBLISHED_FIELDS.get(k, k): v for k, v in asdict(self.config).items()}
+        config |= {"model_type": "bert", "architectures": [self.architecture], "hidden_act": "gelu"}
+        config |= {"pad_token_id": self.padding_idx, "tokenizer_hash": tokenizer_hash(tokenizer)}
+        about = {"tokenizer_class": "BertTokenizer", "model_max_length": self.config.max_seq_length}
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+        (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
+        tokenizer.save(str(directory / "tokenizer.json"))
+        tokenizer.model.save(str(directory))  # vocab.txt
+
+
+class Bert(PretrainedModel):
+    """The encoder and its pooler. [BERT] §3."""
+
+    architecture = "BertModel"
+
+    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+        super().__init__(config, padding_idx)
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.pooler = nn.Linear(config.d_model, config.d_model)
+        self.apply(self.init_weights)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Given = None, attention_mask: Given = None
+    ) -> Tensor:
+        """All (B, T). token_type_ids: 0 = A, 1 = B, default 0. attention_mask: True = a real
+        token, default `input_ids != padding_idx`. Returns the last hidden states (B, T, H)."""
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if attention_mask is None:
+            attention_mask = input_ids != self.padding_idx
+        mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): every query, the same keys
+        hidden_states = self.embeddings(input_ids, token_type_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask)
+        return hidden_states
+
+    def pool(self, hidden_states: Tensor) -> Tensor:
+        """tanh(dense([CLS])): (B, T, H) -> (B, H), one vector for the whole sequence. [Code]"""
+        return torch.tanh(self.pooler(hidden_states[:, 0]))
+
+
+class BertPretrainModel(PretrainedModel):
+    """The encoder with both heads of pretraining. [BERT] §3.1; the MLM transform is [Code]'s.
+
+    The MLM decoder is tied: one vector is a token's meaning when read and when predicted, and
+    V * H parameters, a fifth of base, are not needed twice.
+    """
+
+    architecture = "BertForPreTraining"
+
+    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+        super().__init__(config, padding_idx)
+        self.bert = Bert(config, padding_idx)
+        self.mlm_dense = nn.Linear(config.d_model, config.d_model)
+        self.mlm_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.nsp = nn.Linear(config.d_model, 2)  # 0 = IsNext, 1 = random
+        self.init_weights(self.mlm_dense)
+        self.init_weights(self.nsp)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Given = None,
+        attention_mask: Given = None,
+        positions: Given = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `Bert`; positions (N,) are indices into B * T. Returns mlm_logits, (N, V) or without
+        positions (B, T, V), and nsp_logits (B, 2)."""
+        hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
+        nsp_logits = self.nsp(self.bert.pool(hidden_states))
+        if positions is not None:  # 15% of all tokens; logits of the others would be thrown away
+            hidden_states = hidden_states.flatten(0, 1)[positions]  # (N, H)
+        transformed = self.mlm_norm(F.gelu(self.mlm_dense(hidden_states)))
+        decoder = self.bert.embeddings.token.weight  # (V, H): E, the tied matrix
+        return F.linear(transformed, decoder, self.mlm_bias), nsp_logits
+
+
+class SST2BertModel(PretrainedModel):
+    """The encoder with a classifier over the pooled `[CLS]`. [BERT] §4.1, [Code]."""
+
+    architecture = "BertForSequenceClassification"
+
+    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+        super().__init__(config, padding_idx)
+        self.bert = Bert(config, padding_idx)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.d_model, 2)  # 0 = negative, 1 = positive
+        self.init_weights(self.classifier)
+
+    def forward(self, *inputs: Tensor, **named_inputs: Tensor) -> Tensor:
+        """As `Bert`; returns logits (B, 2)."""
+        pooled = self.bert.pool(self.bert(*inputs, **named_inputs))
+        return self.classifier(self.dropout(pooled))
+
+
+@torch.no_grad()
+def fill_masks(model: BertPretrainModel, tokenizer: Any, text: str, k: int = 5) -> list[dict]:
+    """The k likeliest tokens, with probabilities, for each `[MASK]` of the text."""
+    input_ids = torch.tensor([tokenizer.encode(text).ids])  # (1, T), [CLS] and [SEP] included
+    positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
+    mlm_logits, _ = model.eval()(input_ids, positions=positions)
+    best = mlm_logits.softmax(dim=-1).topk(k)  # (N, k)
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [dict(zip(map(tokenizer.id_to_token, ids), probs, strict=True)) for ids, probs in rows]
+
+
+def main() -> None:
+    """The command line: `python bert.py DIR "the [MASK] sat on the mat"`."""
+    from tokenizers import Tokenizer
+
+    if len(sys.argv) != 3:
+        sys.exit('usage: python bert.py DIR "the [MASK] sat on the mat"')
+    model = BertPretrainModel.from_pretrained(sys.argv[1])
+    tokenizer = Tokenizer.from_file(f"{sys.argv[1]}/tokenizer.json")
+    for best in fill_masks(model, tokenizer, sys.argv[2]):
+        print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in best.items()))
+
+
+if __name__ == "__main__":
+    main()
