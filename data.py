@@ -1,0 +1,454 @@
+"""BERT's data in one file: tokenizer, corpus, pairs of segments with masks, SST-2.
+
+Tokenize once, build on the fly, and make every example a pure function of (corpus, seed, number).
+Stage 1, once: documents -> sentences -> token ids, cached on disk and memory-mapped. Stage 2, in
+the DataLoader's workers: pairs are cut out of that array and masked, a batch at a time, in numpy.
+So masks differ in every epoch, and neither workers nor processes nor a restart change a token.
+
+[BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
+
+B batch, T sequence, V vocabulary. A place in the corpus is the number of tokens before it.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache, partial
+from itertools import chain, count, pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+# The processes are the parallelism. Threads inside them, started before a fork, can deadlock.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+NOT_SCORED = -100  # the label of a token that was not chosen, cross_entropy's ignore_index
+SAMPLE = Path(__file__).with_name("sample")
+STAGE_1 = 1  # in the cache's key: to be raised when stage 1 changes
+
+# ---- Tokenizer: text -> ids ---------------------------------------------------------------------
+
+
+def wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+    """Uncased WordPiece over a vocabulary, adding [CLS] and [SEP]. [Code] tokenization.py."""
+    return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, lowercase=True).to_str())
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """From vocab.txt (uncased), tokenizer.json, a directory with one of them, or a hub id."""
+    if (path := Path(path)).is_dir():
+        path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
+    try:
+        if path.suffix == ".txt":
+            tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            tokenizer = wordpiece({token: i for i, token in enumerate(tokens)})
+        else:
+            load = Tokenizer.from_file if path.suffix == ".json" else Tokenizer.from_pretrained
+            tokenizer = load(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"no tokenizer at {path}: {error}") from error
+    if missing := set(SPECIAL_TOKENS) - set(tokenizer.get_vocab()):
+        raise ValueError(f"the tokenizer at {path} lacks {', '.join(sorted(missing))}")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """WordPiece learned from texts, special tokens first; the same texts give the same ids.
+
+    The library numbers characters in a hash table's order, and its ties fall by number. So it gets
+    them sorted, alone and as ## pieces, as fixed tokens.
+    """
+    texts, blank = list(texts), wordpiece({token: i for i, token in enumerate(SPECIAL_TOKENS)})
+    letters = sorted(set("".join(blank.normalizer.normalize_str(text) for text in texts)) - {" "})
+    fixed = [*SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
+    if vocab_size < len(fixed):
+        raise ValueError(f"vocab_size={vocab_size} is less than the text's {len(fixed)} characters")
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed,
+                                        limit_alphabet=len(fixed), show_progress=False)
+    blank.train_from_iterator(texts, trainer)
+    return wordpiece(blank.get_vocab(with_added_tokens=False))
+
+
+def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Ids without [CLS] and [SEP]. A "[MASK]" that stands in a text is three ordinary tokens."""
+    tokenizer.encode_special_tokens = True
+    ids = []
+    for first in range(0, len(texts), 1000):  # an encoding is large: not all at once
+        few = tokenizer.encode_batch_fast(texts[first : first + 1000], add_special_tokens=False)
+        ids += [encoding.ids for encoding in few]
+    tokenizer.encode_special_tokens = False
+    return ids
+
+
+# ---- Stage 1: documents -> an array of tokens ---------------------------------------------------
+
+
+def get_dataset(path: str, name: str | None = None, split: str | None = "train",
+                streaming: bool = False) -> Any:
+    """One row = one document, or a sentence of SST-2. A hub id, or a directory or file of parquet,
+    jsonl or text, of which every .txt is one document. With split=None, a dict of all splits."""
+    options: dict[str, Any] = {}
+    where = SAMPLE / "corpus" if path == "sample" else Path(path)
+    if any(file.suffix == ".txt" for file in (where, *where.glob("**/*.txt"))):
+        options["sample_by"] = "document"
+    if where.is_file():
+        where, options["data_files"] = where.parent, {"train": where.name}
+    elif not where.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):  # not a hub id
+        raise ValueError(f"{path} does not exist")
+    source = str(where) if where.is_dir() else path
+    try:
+        return datasets.load_dataset(source, name, split=split, streaming=streaming, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"cannot read {path}: {error.__cause__ or error}") from error
+
+
+SENTENCE_END = re.compile(  # not after an initial or a title; closing quotes are the sentence's
+    r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
+    r"""|[。！？]|\n\s*\n"""
+)
+PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)  # what never ends is cut at 1,000
+
+
+def split_sentences(text: str) -> list[str]:
+    """Spans between sentences' ends and blank lines. Only white space around them is dropped.
+
+    A rough rule will do: a "sentence" may be any contiguous span of text. [BERT] §3
+    """
+    ends = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
+    spans = (text[start:end] for start, end in pairwise(ends))
+    pieces = (PIECE.findall(span) if len(span) > 1000 else [span] for span in spans)
+    return [piece.strip() for piece in chain.from_iterable(pieces) if not piece.isspace() and piece]
+
+
+def tokenize_documents(rows: dict, numbers: list[int], tokenizer: Tokenizer, column: str) -> dict:
+    """Stage 1 for a few documents; what comes out is described at `tokenize_dataset`."""
+    out: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
+    for number, text in zip(numbers, rows[column], strict=True):
+        text = "\n\n".join(filter(None, text)) if isinstance(text, list) else text or ""
+        if not isinstance(text, str):
+            raise ValueError(f"row {number}: {column} is {type(text).__name__}, not text")
+        ids = [sentence for sentence in encode_plain(tokenizer, split_sentences(text)) if sentence]
+        kept = ids if len(ids) > 1 else []
+        lengths = np.fromiter(map(len, kept), np.int64)
+        out["tokens"].append(np.fromiter(chain.from_iterable(kept), np.uint32, lengths.sum()))
+        out["starts"].append(np.cumsum(lengths) - lengths)
+        out["sentences"].append(len(ids))
+    return out
+
+
+def tokenize_dataset(dataset: datasets.Dataset, tokenizer: Tokenizer, text_column: str = "text",
+                     rows_per_document: int = 1, processes: int | None = None) -> datasets.Dataset:
+    """Stage 1: row i has document i's `tokens`, the `starts` of its sentences among them, and its
+    number of `sentences`; with fewer than two, no tokens, for it has no next sentence.
+
+    Cached on disk by (corpus, tokenizer); 2 bytes a token, or 4 where V > 65,536. A corpus with
+    a sentence per row, such as BookCorpus, needs `rows_per_document`.
+    """
+    if text_column not in dataset.column_names:
+        raise ValueError(f"no column {text_column!r}: --text-column is of {dataset.column_names}")
+    dataset = dataset.select_columns(text_column)
+    if rows_per_document > 1:
+        dataset = dataset.batch(rows_per_document)
+    token = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
+    lists = {name: datasets.List(datasets.Value(kind))
+             for name, kind in {"tokens": token, "starts": "uint32"}.items()}
+    key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
+    return dataset.map(
+        tokenize_documents, fn_kwargs={"tokenizer": tokenizer, "column": text_column},
+        batched=True, batch_size=16, writer_batch_size=16, with_indices=True, num_proc=processes,
+        features=datasets.Features({**lists, "sentences": datasets.Value("int64")}),
+        remove_columns=[text_column], desc="tokenizing",
+        new_fingerprint=datasets.fingerprint.Hasher.hash(key),
+    )
+
+
+class TokenizedCorpus:
+    """The documents with two or more sentences as one array of `len(corpus)` tokens, mapped from
+    disk; in memory, 8 bytes for each sentence and document. `skipped` counts what was left out."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        tokens, starts = (rows.data.column(name).chunks for name in ("tokens", "starts"))
+        self.rows, found = rows, np.asarray(rows["sentences"])
+        self.skipped = {"no sentence": int(sum(found == 0)), "one sentence": int(sum(found == 1))}
+        if len(found) - sum(self.skipped.values()) < 2:
+            raise ValueError(f"{len(found)} documents, left out by sentences: {self.skipped}. "
+                             "Two are needed: a random segment is another document's. Where a row "
+                             "is a sentence, see --rows-per-document")
+        self.chunks = [chunk.flatten().to_numpy() for chunk in tokens]  # views of the files
+        self.chunk_starts = np.cumsum([0, *map(len, self.chunks)])
+        lengths = np.concatenate([chunk.value_lengths() for chunk in tokens]).astype(np.int64)
+        first, total = np.cumsum(lengths) - lengths, lengths.sum()
+        within = np.concatenate([chunk.flatten() for chunk in starts])
+        own = np.repeat(first, np.where(lengths > 0, found, 0))  # its document's start
+        self.sentences = np.append(own + within, total)  # the total, so that the end of each one
+        self.documents = np.append(first[lengths > 0], total)  # is the start of the next
+
+    def __reduce__(self) -> tuple:
+        return TokenizedCorpus, (self.rows,)  # a worker that was not forked maps the files itself
+
+    def __len__(self) -> int:
+        return int(self.documents[-1])
+
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """Tokens start to end of the corpus, both in one document."""
+        chunk = np.searchsorted(self.chunk_starts, start, side="right") - 1
+        return self.chunks[chunk][start - self.chunk_starts[chunk] : end - self.chunk_starts[chunk]]
+
+    def unigram_entropy(self) -> float:
+        """Nats: the MLM loss of a model that knows how often each token occurs, and no more."""
+        counts = np.sum([np.bincount(chunk, minlength=2**18) for chunk in self.chunks], axis=0)
+        shares = counts[counts > 0] / len(self)
+        return float(-(shares * np.log(shares)).sum())
+
+
+def get_corpus(path: str, split: str, tokenizer: Tokenizer, name: str | None = None,
+               **stage_1: Any) -> TokenizedCorpus:
+    """A split through stage 1. Without a validation split, the last hundredth of all documents, at
+    least two, is "validation" and the rest is "train"."""
+    splits = get_dataset(path, name, split=None)
+    if "validation" in splits:
+        return TokenizedCorpus(tokenize_dataset(splits[split], tokenizer, **stage_1))
+    rows = tokenize_dataset(splits["train"], tokenizer, **stage_1)
+    cut = max(0, len(rows) - max(2, len(rows) // 100))
+    chosen = range(cut) if split == "train" else range(cut, len(rows))
+    return TokenizedCorpus(rows.select(chosen))
+
+
+# ---- Stage 2: number -> example -----------------------------------------------------------------
+
+
+def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
+    """Random numbers that depend on the arguments alone, whatever was drawn before.
+
+    The counter's lowest word is the generator's own: it counts what is drawn.
+    """
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, index, epoch, purpose]))
+
+
+def mask_tokens(input_ids: np.ndarray, ordinary: np.ndarray, u: np.ndarray, mask_id: int,
+                replacements: np.ndarray, continues: np.ndarray | None = None) -> tuple:
+    """Input and labels of the masked language model, (B, T) each. [BERT] §3.1 task 1, A.1.
+
+    Of a row's n `ordinary` tokens, bool (B, T), exactly max(1, round(0.15 n)) are chosen. 80% of
+    them become [MASK]; 10% a random one of `replacements`, since fine-tuning has no [MASK] and no
+    token may be above doubt; 10% stay, since what is read is evidence. u: uniform, (3, B, T).
+    With `continues`, bool (V,), True for ## pieces, whole words are chosen, as many as that number
+    of tokens holds, at least one. Differs: [Code]'s random tokens include the special ones.
+    """
+    columns = np.arange(input_ids.shape[1])
+    wanted = np.maximum(1, np.rint(0.15 * ordinary.sum(axis=1, keepdims=True))).astype(np.int64)
+    word = np.broadcast_to(columns, input_ids.shape)  # each token's word: the column it begins in
+    if continues is not None:
+        after_special = np.pad(~ordinary, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+        joined = continues[input_ids] & ordinary & ~after_special
+        word = np.maximum.accumulate(np.where(joined, 0, columns), axis=1)
+    keys = np.take_along_axis(np.where(ordinary, u[0], 2.0), word, axis=1)
+    order = np.argsort(keys, axis=1, kind="stable")  # words in random order, special tokens last
+    chosen = np.zeros_like(ordinary)
+    np.put_along_axis(chosen, order, columns < wanted, axis=1)
+    if continues is not None:  # the word that the limit cuts is left out, the first never
+        first, cut = (np.take_along_axis(word, np.take_along_axis(order, rank, axis=1), axis=1)
+                      for rank in (wanted * 0, wanted))
+        chosen = (chosen & (word != cut)) | (word == first)
+    action = np.where(chosen, u[1], 1.0)
+    random = replacements[(u[2] * len(replacements)).astype(np.int64)]
+    masked = np.where(action < 0.8, mask_id, np.where(action < 0.9, random, input_ids))
+    return masked, np.where(chosen, input_ids, NOT_SCORED)
+
+
+class PretrainDataset(Dataset):
+    """`[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2, [Code] create_pretraining_data.
+
+    Example k is number k % len(dataset) of epoch k // len(dataset), a pure function of (corpus,
+    seed, k); an epoch has as many examples as the corpus has times T - 3 tokens.
+    """
+
+    def __init__(self, corpus: TokenizedCorpus, tokenizer: Tokenizer, max_seq_length: int,
+                 seed: int = 0, whole_word_masking: bool = False) -> None:
+        if max_seq_length < 5:
+            raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
+        vocabulary = tokenizer.get_vocab()
+        self.corpus, self.max_seq_length, self.seed = corpus, max_seq_length, seed
+        self.ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
+        self.replacements = np.array(sorted(set(vocabulary.values()) - set(self.ids.values())))
+        self.continues = None
+        if whole_word_masking:
+            pieces = [i for token, i in vocabulary.items() if token.startswith("##")]
+            self.continues = np.isin(np.arange(max(vocabulary.values()) + 1), pieces)
+
+    def __len__(self) -> int:
+        return max(1, len(self.corpus) // (self.max_seq_length - 3))
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        return {name: column[0] for name, column in self.__getitems__([number]).items()}
+
+    def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
+        """int64: `input_ids`, `token_type_ids`, `mlm_labels` (-100 = not scored), (B, longest row),
+        and `nsp_labels`, (B,): 0 = IsNext, 1 = random."""
+        longest = self.max_seq_length
+        places = [divmod(number, len(self)) for number in numbers]
+        u = np.stack([generator(self.seed, 0, *place).random(8 + 3 * longest) for place in places])
+        spans, is_random = self.segments(np.array([index for _, index in places]), u[:, :8].T)
+        lengths = spans[:, :, 1] - spans[:, :, 0]  # (B, 2): of A and of B
+        sep_1, sep_2 = lengths[:, :1] + 1, lengths.sum(axis=1, keepdims=True) + 2  # their columns
+        columns = np.arange(sep_2.max() + 1)
+        input_ids = np.full((len(numbers), len(columns)), self.ids[PAD])
+        cls, sep = [self.ids[CLS]], [self.ids[SEP]]
+        for row, (a, b) in zip(input_ids, spans.tolist(), strict=True):
+            tokens = (cls, self.corpus.tokens(*a), sep, self.corpus.tokens(*b), sep)
+            row[: a[1] - a[0] + b[1] - b[0] + 3] = np.concatenate(tokens)
+        ordinary = (columns > 0) & (columns < sep_2) & (columns != sep_1)
+        draws = u[:, 8:].reshape(-1, 3, longest)[:, :, : len(columns)].swapaxes(0, 1)
+        masked, labels = mask_tokens(
+            input_ids, ordinary, draws, self.ids[MASK], self.replacements, self.continues)
+        batch = {"input_ids": masked, "token_type_ids": (columns > sep_1) & (columns <= sep_2),
+                 "mlm_labels": labels, "nsp_labels": is_random}
+        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
+
+    def segments(self, index: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and ends of A and B, (B, 2, 2), and which B are random. u: uniform, (8, B).
+
+        A starts with the sentence at the index's place, or as much earlier as the document's end
+        demands; A and B together fill T - 3 tokens (one time in ten fewer, for fine-tuning meets
+        short texts too: [BERT] A.2) or are the document. B starts with any sentence in between; if
+        there is none, anywhere, so no text is out of reach. A random B is as long as the true one,
+        so its length tells nothing. Differs: [Code]'s may come from the same document.
+        """
+        starts, documents = self.corpus.sentences, self.corpus.documents
+        room = self.max_seq_length - 3
+
+        def after(array: np.ndarray, place: np.ndarray) -> np.ndarray:
+            return np.searchsorted(array, place, side="right")  # the first item behind the place
+
+        target = np.where(u[1] < 0.1, 2 + (u[2] * (room - 1)).astype(np.int64), room)
+        place = ((index + u[0]) * (len(self.corpus) / len(self))).astype(np.int64)
+        first, last = (documents[after(documents, place) + i] for i in (-1, 0))
+        place = np.minimum(place, np.maximum(last - target, first))
+        a = starts[after(starts, place) - 1]
+        low = after(starts, a)
+        choices = np.searchsorted(starts, np.minimum(a + target, last)) - low
+        a = np.where(choices > 0, a, place)
+        end = np.minimum(a + target, last)
+        anywhere = a + 1 + (u[3] * (end - a - 1)).astype(np.int64)
+        b = np.where(choices > 0, starts[low + (u[3] * choices).astype(np.int64)], anywhere)
+
+        skip, own = np.searchsorted(starts, first), np.searchsorted(starts, last)
+        other = (u[4] * (len(starts) - 1 - (own - skip))).astype(np.int64)
+        other = starts[other + np.where(other >= skip, own - skip, 0)]  # a sentence of another one
+        first, last = (documents[after(documents, other) + i] for i in (-1, 0))
+        latest = starts[after(starts, np.maximum(last - (end - b), first)) - 1]
+        other = np.minimum(other, latest)
+        is_random = u[5] < 0.5
+        random_end = np.minimum(other + end - b, last)
+        b_start, b_end = np.where(is_random, (other, random_end), (b, end))
+        return np.stack([a, b, b_start, b_end], axis=1).reshape(-1, 2, 2), is_random
+
+
+# ---- Loaders ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order of an epoch."""
+    return generator(seed, 1, epoch).permutation(size)
+
+
+class EpochSampler(Sampler):
+    """Batches of example numbers without end: each epoch all, in a random order, starting at any
+    batch. A process takes every `world_size`-th batch of that one order, from its `rank` on."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0,
+                 world_size: int = 1) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.batches = partial(count, start * world_size + rank, world_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches():
+            numbers = []
+            for place in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+                epoch, i = divmod(place, self.size)
+                order = permutation(self.seed, epoch, self.size)
+                numbers.append(epoch * self.size + int(order[i]))
+            yield numbers
+
+
+def get_split_dataloader(dataset: PretrainDataset, batch_size: int, start: int = 0, rank: int = 0,
+                         world_size: int = 1, workers: int = 2) -> DataLoader:
+    """Endless batches, from batch `start` on.
+
+    At most workers * 4 * 24 * B * T bytes wait in memory: 6 MB for 2 workers and 256 x 128. More
+    workers or prefetching only make that more; two feed a fast GPU.
+    """
+    sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
+    # __getitems__ makes whole batches, which `dict` leaves as they are.
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
+                      prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available())
+
+
+class BucketSampler(Sampler):
+    """Every epoch all rows once, in random batches of similar length: a random order is cut into
+    pools of 64 batches, each is sorted by length, and the batches are shuffled. Without a seed,
+    all rows sorted by length. Set `epoch` before iterating."""
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        size, shuffle = len(self.lengths), self.seed is not None
+        random = generator(self.seed or 0, 2, self.epoch)
+        order = random.permutation(size) if shuffle else np.arange(size)
+        pool = 64 * self.batch_size if shuffle else size
+        pools = np.split(order, range(pool, size, pool))
+        order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
+        batches = np.split(order, range(self.batch_size, size, self.batch_size))
+        for i in random.permutation(len(batches)) if shuffle else range(len(batches)):
+            yield batches[i].tolist()
+
+
+def pad(rows: list[tuple[list[int], int]], padding_idx: int) -> dict[str, torch.Tensor]:
+    """int64 `input_ids`, (B, longest row), and `labels`, (B,)."""
+    columns, labels = zip(*rows, strict=True)
+    longest = max(map(len, columns))
+    input_ids = [ids + [padding_idx] * (longest - len(ids)) for ids in columns]
+    return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+
+
+def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[str], list[int]]:
+    """The texts of a split of SST-2, and their labels: 0 = negative, 1 = positive."""
+    rows = get_dataset(str(SAMPLE / "reviews") if path == "sample" else path, name, split)
+    column = next((name for name in ("sentence", "text") if name in rows.column_names), None)
+    if column is None or "label" not in rows.column_names:
+        raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
+    if wrong := set(rows["label"]) - {0, 1}:
+        raise ValueError(f"{path}, {split}: labels {wrong}, but only 0 and 1 mean something. "
+                         "SST-2's test split has them in SetFit/sst2: --test-dataset")
+    return list(rows[column]), list(rows["label"])
+
+
+def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> list[list[int]]:
+    """`[CLS] sentence [SEP]` for each text, cut to the longest allowed."""
+    cls, sep = (tokenizer.get_vocab()[token] for token in (CLS, SEP))
+    return [[cls, *ids[: longest - 2], sep] for ids in encode_plain(tokenizer, texts)]
+
+
+def get_sst2_dataloader(path: str, split: str, tokenizer: Tokenizer, max_seq_length: int,
+                        batch_size: int, seed: int | None = None,
+                        name: str | None = None) -> DataLoader:
+    """A pass over a split, bucketed by length; in a random order where there is a seed."""
+    texts, labels = get_reviews(path, split, name)
+    rows = encode_sentences(tokenizer, texts, max_seq_length)
+    sampler = BucketSampler(np.array([len(ids) for ids in rows]), batch_size, seed)
+    examples: Any = list(zip(rows, labels, strict=True))
+    return DataLoader(examples, batch_sampler=sampler,
+                      collate_fn=partial(pad, padding_idx=tokenizer.get_vocab()[PAD]))
