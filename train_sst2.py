@@ -1,0 +1,225 @@
+"""Fine-tune BERT on SST-2, the sentiment of film reviews, with or without pretrained weights.
+
+    python train_sst2.py --dataset DIR --weights runs/base/model --out runs/sst2
+    python train_sst2.py --dataset DIR --tokenizer vocab.txt --size base --out runs/scratch
+    python train_sst2.py --weights runs/sst2/model --predict "a gorgeous, witty film"
+
+The epoch with the best accuracy on the validation split is kept; the test split is scored once, by
+that epoch's weights. Writes under --out: config.json, metrics.jsonl, model/, curves.png.
+
+[BERT] Devlin et al. 2018, arXiv 1810.04805, §4.1 and A.3.
+"""
+
+import copy
+import itertools
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+from bert import SIZES, BertConfig, SST2BertModel
+from train_pretrain import (learning_rate, make_optimizer, matching_tokenizer, option, read_lines,
+                            run_script, start_run, update, write_line)
+
+LABELS = ("negative", "positive")
+
+
+@dataclass
+class SST2Options:
+    out: str = option("runs/sst2", "a new folder for all that the run writes")
+    dataset: str = option("sample", "sample, or a directory or hub id with SST-2's columns")
+    dataset_name: str | None = option(None, "the dataset's configuration, where it has several")
+    test_dataset: str | None = option(None, "where the labelled test split is: SetFit/sst2")
+    tokenizer: str | None = option(None, "needed without --weights; else learned from the dataset")
+    vocab_size: int = option(2000, "of a tokenizer learned from the dataset", 1)
+    weights: str | None = option(None, "directory of a pretrained model; none: from scratch")
+    size: str = option("tiny", "published size, without --weights", choices=list(SIZES))
+    max_seq_length: int = option(128, "tokens; longer sentences are cut", 3)
+    batch_size: int = option(32, "sentences in a batch", 1)
+    epochs: int = option(3, "passes over the training split", 1)
+    learning_rate: tuple[float, ...] = option((5e-5,), "peak; with several, a run for each", 0)
+    seeds: int = option(1, "runs of each learning rate, to have a mean and a deviation", 1)
+    seed: int = option(0, "the first of them", 0)
+    log_every: int = option(50, "steps between lines of metrics.jsonl", 1)
+    device: str | None = option(None, "cpu or cuda; the GPU if there is one")
+    predict: tuple[str, ...] = option((), "texts to classify with --weights; - reads lines")
+
+
+def make_tokenizer(options: SST2Options) -> Tokenizer:
+    """The one that belongs to the weights, or the one named, or one learned from the sentences."""
+    if options.weights:
+        return matching_tokenizer(options.weights, options.tokenizer)
+    if options.tokenizer:
+        return data.load_tokenizer(options.tokenizer)
+    texts, _ = data.get_reviews(options.dataset, "train", options.dataset_name)
+    return data.train_tokenizer(texts, options.vocab_size)
+
+
+def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
+    """Pretrained, or with the initial weights of torch's seed."""
+    if options.weights:
+        model = SST2BertModel.from_pretrained(options.weights)
+    else:
+        sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": options.max_seq_length}
+        config = BertConfig.named(options.size, **sizes)
+        model = SST2BertModel(config, tokenizer.get_vocab()[data.PAD])
+    if options.max_seq_length > model.config.max_seq_length:
+        raise ValueError(f"--max-seq-length {options.max_seq_length}: the weights have "
+                         f"{model.config.max_seq_length} positions")
+    return model
+
+
+def forward(model: SST2BertModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits (B, 2), float32; in between bfloat16, if on a GPU."""
+    device = input_ids.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        return model(input_ids).float()
+
+
+@torch.no_grad()
+def evaluate(model: SST2BertModel, loader: DataLoader, device: torch.device) -> dict[str, float]:
+    """Means over all sentences: the loss in nats and the accuracy."""
+    model.eval()
+    loss = correct = count = 0.0
+    for batch in loader:
+        labels = batch["labels"].to(device)
+        logits = forward(model, batch["input_ids"].to(device))
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        correct += (logits.argmax(dim=-1) == labels).sum().item()
+        count += len(labels)
+    model.train()
+    return {"loss": loss / count, "accuracy": correct / count}
+
+
+def best_epoch(accuracies: list[float]) -> int:
+    """The first epoch with the highest accuracy."""
+    return int(np.argmax(accuracies))
+
+
+def fine_tune(model: SST2BertModel, train: DataLoader, validation: DataLoader, epochs: int,
+              rate: float, seed: int, out: Path, log_every: int) -> tuple[SST2BertModel, float]:
+    """One run. Returns the model as of its best epoch, and that epoch's validation accuracy."""
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(model.train())
+    sampler = train.batch_sampler
+    assert isinstance(sampler, data.BucketSampler)
+    sampler.seed = seed
+    steps, step, started = epochs * len(train), 0, time.perf_counter()
+    accuracies, best = [], model
+    about = {"learning_rate": rate, "seed": seed}
+    bar = tqdm(total=steps, unit="step", desc=f"lr {rate:g} seed {seed}", dynamic_ncols=True)
+    for epoch in range(epochs):
+        sampler.epoch = epoch
+        for batch in train:
+            # Dropout depends on (seed, step) alone, not on what ran before.
+            torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+            logits = forward(model, batch["input_ids"].to(device, non_blocking=True))
+            loss = F.cross_entropy(logits, batch["labels"].to(device, non_blocking=True))
+            loss.backward()
+            update(model, optimizer, learning_rate(step, rate, steps // 10, steps))
+            step += 1
+            bar.update()
+            if step % log_every == 0:
+                write_line(out, split="train", step=step, **about, loss=loss.item())
+                bar.set_postfix_str(f"loss {loss.item():.3f}")
+        metrics = evaluate(model, validation, device)
+        accuracies.append(metrics["accuracy"])
+        if best_epoch(accuracies) == epoch:
+            best = copy.deepcopy(model)
+        seconds = round(time.perf_counter() - started, 2)
+        write_line(out, split="validation", step=step, epoch=epoch + 1, seconds=seconds, **about,
+                   **metrics)
+        bar.write(f"epoch {epoch + 1}: validation loss {metrics['loss']:.3f}, "
+                  f"accuracy {metrics['accuracy']:.4f}")
+    bar.close()
+    return best, max(accuracies)
+
+
+def train(options: SST2Options) -> None:
+    out, device = start_run(options)
+    tokenizer = make_tokenizer(options)
+
+    def load(path: str, split: str, seed: int | None = None) -> DataLoader:
+        return data.get_sst2_dataloader(path, split, tokenizer, options.max_seq_length,
+                                        options.batch_size, seed, options.dataset_name)
+
+    training = load(options.dataset, "train", options.seed)
+    validation = load(options.dataset, "validation")
+    kept: list[Any] = [None, -1.0]
+    for rate in options.learning_rate:
+        accuracies = []
+        for seed in range(options.seed, options.seed + options.seeds):
+            torch.manual_seed(seed)  # of the classifier's initial weights, or of all
+            model = make_model(options, tokenizer).to(device)
+            model, accuracy = fine_tune(
+                model, training, validation, options.epochs, rate, seed, out, options.log_every)
+            accuracies.append(accuracy)
+            kept = max(kept, [model, accuracy], key=lambda pair: pair[1])
+        deviation = np.std(accuracies, ddof=1) if options.seeds > 1 else 0.0
+        print(f"learning rate {rate:g}: validation accuracy {np.mean(accuracies):.4f} "
+              f"± {deviation:.4f}, seeds {options.seeds}")
+    model, accuracy = kept
+    if test := options.test_dataset or ("sample" if options.dataset == "sample" else None):
+        metrics = evaluate(model, load(test, "test"), device)
+        write_line(out, split="test", **metrics)
+        print(f"test accuracy {metrics['accuracy']:.4f}, of the run with {accuracy:.4f}")
+    model.save_pretrained(out / "model", tokenizer)
+    draw_curves(out)
+    print(f"{out}/model holds the best weights and their tokenizer")
+
+
+@torch.no_grad()
+def predict(options: SST2Options) -> None:
+    """Prints a line for each text: its label, the probability of that, the text."""
+    if not options.weights:
+        raise ValueError("--predict needs --weights: the model/ of a run on SST-2")
+    tokenizer = make_tokenizer(options)
+    model = SST2BertModel.from_pretrained(options.weights).eval()
+    for text in itertools.chain.from_iterable(
+            (line.rstrip("\n") for line in sys.stdin) if text == "-" else [text]
+            for text in options.predict):
+        ids = data.encode_sentences(tokenizer, [text], model.config.max_seq_length)
+        probs = model(torch.tensor(ids)).softmax(dim=-1)[0]
+        print(f"{LABELS[probs.argmax()]}  {probs.max():.3f}  {text}")
+
+
+def draw_curves(out: Path) -> None:
+    """curves.png: loss and accuracy by step, a colour for each learning rate. Needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    train, validation = read_lines(out, "train"), read_lines(out, "validation")
+    for number, rate in enumerate(sorted(set(validation["learning_rate"]))):
+        for axes, lines, name in ((left, train, "loss"), (left, validation, "loss"),
+                                  (right, validation, "accuracy")):
+            of_step: dict[int, list[float]] = {}  # the values of all seeds
+            for i, step in enumerate(lines.get("step", [])):
+                if lines["learning_rate"][i] == rate:
+                    of_step.setdefault(step, []).append(lines[name][i])
+            means = [np.mean(values) for values in of_step.values()]
+            axes.plot(list(of_step), means, color=f"C{number}", label=f"learning rate {rate:g}",
+                      alpha=0.4 if lines is train else 1.0)
+    left.set(xlabel="step", ylabel="loss, nats", title="training (pale) and validation")
+    right.set(xlabel="step", ylabel="accuracy", title="validation")
+    right.legend()
+    figure.savefig(out / "curves.png", dpi=120)
+
+
+def main(options: SST2Options) -> None:
+    (predict if options.predict else train)(options)
+
+
+if __name__ == "__main__":
+    run_script(main, SST2Options)
