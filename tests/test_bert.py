@@ -1,0 +1,369 @@
+"""What the model computes, as relations between its outputs."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import FIXED, PADDING, batches, configs, seeds, small_tokenizer
+
+from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel, attention, fill_masks
+
+# Sums of a few dozen terms near 1 in float64, in another order.
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def build(cls, config: BertConfig, seed: int = 0):
+    """A model in float64 whose weights are large enough for every part to show in the output."""
+    torch.manual_seed(seed)
+    model = cls(dataclasses.replace(config, initializer_range=0.5), PADDING).double().eval()
+    for name, parameter in model.named_parameters():  # biases and norms, too
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.5)
+    return model
+
+
+# ---- Sizes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "count"), [("base", 109_482_240), ("large", 335_141_888)])
+def test_published_sizes_have_the_published_number_of_parameters(size, count):
+    """The encoder with its pooler has exactly the parameters of the released checkpoints."""
+    with torch.device("meta"):
+        model = Bert(BertConfig.named(size), PADDING)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attention_d_k": 11}, "attention_d_k=11 is not divisible by head_num=2"),
+        ({"attention_d_v": 13}, "attention_d_v=13 is not divisible by head_num=2"),
+        ({"encoder_layers": 0}, "encoder_layers must be at least 1, got 0"),
+        ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"attention_dropout": -0.1}, r"attention_dropout must lie in \[0, 1\), got -0.1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_their_values(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(FIXED, **changes)
+
+
+def test_an_unknown_size_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'huge' is not one of tiny, mini, .*, large"):
+        BertConfig.named("huge")
+
+
+def test_a_named_size_can_be_changed_field_by_field():
+    config = BertConfig.named("mini", max_seq_length=9, d_feed_forward=7)
+    assert (config.d_model, config.head_num, config.encoder_layers) == (256, 4, 4)
+    assert (config.max_seq_length, config.d_feed_forward) == (9, 7)
+
+
+def test_every_output_has_the_documented_shape(device):
+    """With all sizes different, no axis can stand in for another."""
+    input_ids = torch.randint(1, FIXED.vocab_size, (5, 7), device=device)
+    bert = Bert(FIXED, PADDING).to(device)
+    hidden_states = bert(input_ids)
+    assert hidden_states.shape == (5, 7, FIXED.d_model)
+    assert bert.pool(hidden_states).shape == (5, FIXED.d_model)
+    pretrain = BertPretrainModel(FIXED, PADDING).to(device)
+    mlm_logits, nsp_logits = pretrain(input_ids)
+    assert mlm_logits.shape == (5, 7, FIXED.vocab_size)
+    assert nsp_logits.shape == (5, 2)
+    assert pretrain(input_ids, positions=torch.tensor([3, 34], device=device))[0].shape == (2, 31)
+    assert SST2BertModel(FIXED, PADDING).to(device)(input_ids).shape == (5, 2)
+
+
+def test_a_sequence_that_is_too_long_is_refused():
+    with pytest.raises(ValueError, match="18 tokens exceeds max_seq_length=17"):
+        Bert(FIXED, PADDING)(torch.ones(1, 18, dtype=torch.long))
+
+
+# ---- Attention ----------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3))
+def test_attention_equals_a_naive_triple_loop(seed, heads, length, d_k, d_v):
+    """[Transformer] equation 1, one number at a time."""
+    torch.manual_seed(seed)
+    q, k = torch.randn(2, heads, length, d_k, dtype=torch.float64)
+    v = torch.randn(heads, length, d_v, dtype=torch.float64)
+    mask = torch.rand(length) < 0.7
+    mask[0] = True
+    output, probs = attention(q, k, v, mask)
+    for a in range(heads):
+        for i in range(length):
+            weights = [
+                math.exp(sum(float(q[a, i, d] * k[a, j, d]) for d in range(d_k)) / math.sqrt(d_k))
+                if mask[j] else 0.0
+                for j in range(length)
+            ]  # fmt: skip
+            expected = [w / sum(weights) for w in weights]
+            assert probs[a, i].tolist() == pytest.approx(expected, rel=1e-9)
+            for d in range(d_v):
+                value = sum(p * float(v[a, j, d]) for j, p in enumerate(expected))
+                assert float(output[a, i, d]) == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+@given(seeds, st.integers(1, 6))
+def test_probabilities_sum_to_one_and_are_zero_on_padding(seed, real):
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(3, 2, 4, 6, 5)
+    mask = torch.arange(6) < real
+    _, probs = attention(q, k, v, mask)
+    torch.testing.assert_close(probs.sum(dim=-1), torch.ones(2, 4, 6))
+    assert (probs[..., real:] == 0).all()
+    assert (probs[..., :real] > 0).all()
+
+
+def test_a_row_of_padding_alone_stays_finite():
+    """A -inf in every place of a row would make it NaN, and with it the gradient of the batch."""
+    for fused in (True, False):
+        model = Bert(dataclasses.replace(FIXED, fused_attention=fused), PADDING)
+        assert model(torch.tensor([[PADDING, PADDING], [3, 4]])).isfinite().all()
+
+
+@given(st.data(), configs(), seeds)
+def test_fused_and_explicit_attention_are_the_same_function(data, config, seed):
+    """Outputs and gradients agree."""
+    input_ids, token_type_ids = data.draw(batches(config))
+    results = []
+    for fused in (True, False):
+        model = build(Bert, dataclasses.replace(config, fused_attention=fused), seed)
+        hidden_states = model(input_ids, token_type_ids)
+        real = hidden_states[input_ids != PADDING]
+        real.square().sum().backward()
+        results.append([real, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for fused, explicit in zip(*results, strict=True):
+        torch.testing.assert_close(fused, explicit, rtol=1e-7, atol=1e-7)  # eps=1e-12 amplifies
+
+
+def test_attention_dropout_acts_on_both_paths_and_only_in_training():
+    input_ids = torch.randint(1, FIXED.vocab_size, (2, 9))
+    for fused in (True, False):
+        config = dataclasses.replace(FIXED, attention_dropout=0.5, fused_attention=fused)
+        model = build(Bert, config)
+        assert torch.equal(model(input_ids), model(input_ids))
+        model.train()
+        assert not torch.equal(model(input_ids), model(input_ids))
+
+
+# ---- Padding, order, segments -------------------------------------------------------------------
+
+
+@given(st.data(), configs(), seeds, st.integers(1, 5))
+def test_padding_never_changes_the_outputs_of_real_tokens(data, config, seed, more):
+    """Neither more of it, nor what ids stand under it."""
+    input_ids, token_type_ids = data.draw(batches(config))
+    real = input_ids != PADDING
+    model = build(Bert, dataclasses.replace(config, max_seq_length=17), seed)
+    expected = model(input_ids, token_type_ids)[real]
+    longer = model(F.pad(input_ids, (0, more)), F.pad(token_type_ids, (0, more)))
+    torch.testing.assert_close(longer[:, : real.size(1)][real], expected, **EXACT)
+    others = torch.where(real, input_ids, torch.randint_like(input_ids, config.vocab_size))
+    under = model(others, token_type_ids, attention_mask=real)
+    torch.testing.assert_close(under[real], expected, **EXACT)
+
+
+@given(st.data(), configs(), seeds)
+def test_permuting_the_batch_permutes_the_output(data, config, seed):
+    input_ids, token_type_ids = data.draw(batches(config))
+    order = torch.tensor(data.draw(st.permutations(range(len(input_ids)))))
+    model = build(BertPretrainModel, config, seed)
+    for output, permuted in zip(model(input_ids, token_type_ids),
+                                model(input_ids[order], token_type_ids[order]), strict=True):  # fmt: skip
+        torch.testing.assert_close(output[order], permuted, **EXACT)
+
+
+def test_every_token_reaches_every_output():
+    """Attention looks both ways: the gradient of each output reaches each input embedding."""
+    model = build(Bert, FIXED)
+    found = []
+    model.embeddings.register_forward_hook(lambda *a: found.append(a[2].requires_grad_()) or None)
+    hidden_states = model(torch.randint(1, FIXED.vocab_size, (1, 6)))
+    for i in range(6):
+        (gradient,) = torch.autograd.grad(hidden_states[0, i].sum(), found[0], retain_graph=True)
+        assert (gradient[0].abs().sum(dim=-1) > 0).all()
+
+
+def test_positions_and_segments_change_the_output():
+    model = build(Bert, FIXED)
+    input_ids = torch.tensor([[3, 4, 5]])
+    swapped = model(torch.tensor([[4, 3, 5]]))
+    assert not torch.allclose(model(input_ids)[0, 2], swapped[0, 2])
+    other = model(input_ids, torch.tensor([[0, 0, 1]]))
+    assert not torch.allclose(model(input_ids)[0, 0], other[0, 0])
+
+
+def test_the_default_segment_is_a_and_the_default_mask_hides_padding():
+    model = build(Bert, FIXED)
+    input_ids = torch.tensor([[3, 4, PADDING]])
+    given_all = model(input_ids, torch.zeros_like(input_ids), input_ids != PADDING)
+    assert torch.equal(model(input_ids), given_all)
+    assert torch.equal(model(input_ids, attention_mask=torch.tensor([[1, 1, 0]])), given_all)
+
+
+# ---- Layers, initialization, heads --------------------------------------------------------------
+
+
+@given(st.data(), configs(), seeds)
+def test_every_layer_hands_on_vectors_of_mean_0_and_variance_1(data, config, seed):
+    """LayerNorm comes after the residual sum, so it has the last word in every layer. Checked to
+    1e-6 where the norm's eps is far below the variance that it divides by."""
+    torch.manual_seed(seed)
+    model = Bert(config, PADDING).double().eval()
+    hidden_states = model(*data.draw(batches(config)))
+    zeros = torch.zeros(hidden_states.shape[:2], dtype=torch.float64)
+    torch.testing.assert_close(hidden_states.mean(-1), zeros, rtol=0, atol=1e-6)
+    torch.testing.assert_close(hidden_states.var(-1, unbiased=False), zeros + 1, rtol=0, atol=1e-3)
+
+
+def test_weights_start_normal_with_deviation_002_and_biases_at_0():
+    """The deviation of n normal numbers is off by more than 5 / sqrt(2n) once in two million."""
+    model = BertPretrainModel(BertConfig.named("tiny"), PADDING)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            assert (parameter == float("weight" in name)).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            allowed = 5 / math.sqrt(2 * parameter.numel())
+            assert parameter.std().item() == pytest.approx(0.02, rel=allowed), name
+            assert parameter.mean().abs() < 5 * 0.02 / math.sqrt(parameter.numel()), name
+
+
+@pytest.mark.parametrize("size", ["tiny", "mini"])
+def test_the_first_loss_is_ln_v_plus_ln_2(size, device):
+    """An untrained model knows nothing, and says so: to 5%."""
+    model = BertPretrainModel(BertConfig.named(size), PADDING).to(device)
+    input_ids = torch.randint(1, 30522, (4, 64), device=device)
+    mlm_logits, nsp_logits = model(input_ids)
+    loss = F.cross_entropy(mlm_logits.flatten(0, 1), input_ids.flatten())
+    loss += F.cross_entropy(nsp_logits, torch.tensor([0, 1, 0, 1], device=device))
+    assert loss.item() == pytest.approx(math.log(30522) + math.log(2), rel=0.05)
+
+
+@given(st.data(), configs(), seeds)
+def test_logits_at_positions_are_those_of_the_full_logits(data, config, seed):
+    input_ids, token_type_ids = data.draw(batches(config))
+    places = st.integers(0, input_ids.numel() - 1)
+    positions = torch.tensor(data.draw(st.lists(places, max_size=4)), dtype=torch.long)
+    model = build(BertPretrainModel, config, seed)
+    everywhere, nsp_logits = model(input_ids, token_type_ids)
+    there, same_nsp_logits = model(input_ids, token_type_ids, positions=positions)
+    torch.testing.assert_close(there, everywhere.flatten(0, 1)[positions], **EXACT)
+    assert torch.equal(nsp_logits, same_nsp_logits)
+
+
+def test_the_pooler_feeds_next_sentence_prediction_alone():
+    model = build(BertPretrainModel, FIXED)
+    input_ids = torch.tensor([[3, 4, 5]])
+    mlm_logits, nsp_logits = model(input_ids)
+    torch.nn.init.normal_(model.bert.pooler.weight)
+    changed_mlm_logits, changed_nsp_logits = model(input_ids)
+    assert torch.equal(mlm_logits, changed_mlm_logits)
+    assert not torch.allclose(nsp_logits, changed_nsp_logits)
+
+
+def test_the_decoder_is_the_token_embedding():
+    """Changing a token's embedding changes its logit, and no other parameter has V x H numbers."""
+    model = build(BertPretrainModel, FIXED)
+    input_ids = torch.tensor([[3, 4, 5]])
+    before, _ = model(input_ids)
+    with torch.no_grad():
+        model.bert.embeddings.token.weight[7] += 1.0
+    after, _ = model(input_ids)
+    changed = (before - after).abs().amax(dim=(0, 1)) > 0
+    assert changed.nonzero().flatten().tolist() == [7]
+    shape = (FIXED.vocab_size, FIXED.d_model)
+    assert sum(p.shape == shape for p in model.parameters()) == 1
+
+
+def test_every_parameter_gets_a_gradient_from_the_pretraining_loss():
+    """Except the key bias: it adds the same to all scores of a query, and softmax takes no notice."""
+    model = build(BertPretrainModel, dataclasses.replace(FIXED, max_seq_length=6))
+    input_ids = torch.randint(1, FIXED.vocab_size, (3, 6))
+    mlm_logits, nsp_logits = model(input_ids, torch.tensor([[0, 0, 0, 1, 1, 1]] * 3))
+    (mlm_logits.logsumexp(-1).sum() + nsp_logits.logsumexp(-1).sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        if name.endswith("key.bias"):
+            assert parameter.grad.abs().max() < 1e-12, name
+        else:
+            assert parameter.grad.abs().max() > 1e-9, name
+
+
+def test_evaluation_is_deterministic_and_training_is_not():
+    config = dataclasses.replace(FIXED, dropout=0.3)
+    for cls in (Bert, SST2BertModel):
+        model = build(cls, config)
+        input_ids = torch.tensor([[3, 4, 5]])
+        assert torch.equal(model(input_ids), model(input_ids))
+        model.train()
+        assert not torch.equal(model(input_ids), model(input_ids))
+
+
+# ---- Weights in and out -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
+def test_what_is_saved_is_what_is_loaded(cls, tmp_path):
+    """Also with d_k, d_v and d_model all different, which the format has no word for."""
+    model = build(cls, FIXED).float()
+    model.save_pretrained(tmp_path, small_tokenizer())
+    loaded = cls.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_the_encoder_survives_from_pretraining_to_fine_tuning(tmp_path):
+    """Only the classifier is new, and the warning names its tensors."""
+    pretrained = build(BertPretrainModel, FIXED).float()
+    pretrained.save_pretrained(tmp_path, small_tokenizer())
+    with pytest.warns(UserWarning, match=r"classifier\.weight, classifier\.bias$"):
+        model = SST2BertModel.from_pretrained(tmp_path)
+    for name, tensor in pretrained.bert.state_dict().items():
+        assert torch.equal(model.bert.state_dict()[name], tensor), name
+
+
+def test_an_encoder_with_a_missing_tensor_is_refused(tmp_path):
+    model = Bert(FIXED, PADDING)
+    model.save_pretrained(tmp_path, small_tokenizer())
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks a part of the encoder: layers\.1\.contract\.bias"):
+        Bert.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_shape_than_the_config_are_refused(tmp_path):
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    with pytest.raises(ValueError, match="config.json and the weights disagree"):
+        Bert.from_pretrained(tmp_path, d_feed_forward=23)
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json"):
+        Bert.from_pretrained(tmp_path)
+
+
+def test_masks_are_filled_with_the_likeliest_tokens():
+    config = dataclasses.replace(FIXED, vocab_size=len(small_tokenizer().get_vocab()))
+    model = build(BertPretrainModel, config)
+    best = fill_masks(model, small_tokenizer(), "a [MASK] c [MASK]", k=3)
+    assert [len(row) for row in best] == [3, 3]
+    input_ids = torch.tensor([[2, 5, 4, 7, 4, 3]])  # [CLS] a [MASK] c [MASK] [SEP]
+    probs = model(input_ids)[0].softmax(dim=-1)[0]
+    for row, place in zip(best, (2, 4), strict=True):
+        tokens = [small_tokenizer().token_to_id(token) for token in row]
+        assert tokens == probs[place].topk(3).indices.tolist()
+        assert list(row.values()) == pytest.approx(probs[place].topk(3).values.tolist())
