@@ -1,0 +1,143 @@
+"""The oracle: transformers' BERT with the same weights, copied over the published names.
+
+float64 is compared to 1e-9. In float32, 2e-5 is a hundred rounding errors of numbers near 1, which
+is what a different order of summation makes of three layers.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import LETTERS, PADDING, VOCABULARY, batches, configs, seeds, small_tokenizer
+from test_bert import build
+
+import data
+from bert import Bert, BertPretrainModel, SST2BertModel, published_name
+
+transformers = pytest.importorskip("transformers")
+
+
+def oracle(model, cls):
+    """transformers' model with the weights of ours; no name may be missing or left over."""
+    ours = model.config
+    config = transformers.BertConfig(
+        vocab_size=ours.vocab_size, hidden_size=ours.d_model,
+        num_hidden_layers=ours.encoder_layers, num_attention_heads=ours.head_num,
+        intermediate_size=ours.d_feed_forward, hidden_act="gelu", hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, max_position_embeddings=ours.max_seq_length,
+        type_vocab_size=ours.type_vocab_size, pad_token_id=model.padding_idx,
+    )  # fmt: skip
+    theirs = cls(config).to(next(model.parameters()).dtype).eval()
+    state = {published_name(name): tensor.clone() for name, tensor in model.state_dict().items()}
+    missing, left_over = theirs.load_state_dict(state, strict=False)
+    assert left_over == []
+    assert all(name.startswith("cls.predictions.decoder") for name in missing)  # tied there, too
+    theirs.tie_weights()
+    return theirs
+
+
+def compare(ours, theirs, tolerance):
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@given(st.data(), configs(published=True), seeds, st.sampled_from([True, False]))
+def test_hidden_states_and_pooled_output_equal_the_oracles(data, config, seed, fused):
+    input_ids, token_type_ids = data.draw(batches(config))
+    model = build(Bert, dataclasses.replace(config, fused_attention=fused), seed)
+    mask = input_ids != PADDING
+    theirs = oracle(model, transformers.BertModel)(input_ids, mask, token_type_ids)
+    hidden_states = model(input_ids, token_type_ids)
+    compare(hidden_states[mask], theirs.last_hidden_state[mask], 1e-9)
+    compare(model.pool(hidden_states), theirs.pooler_output, 1e-9)
+
+
+@given(st.data(), configs(published=True), seeds)
+def test_logits_loss_and_every_gradient_equal_the_oracles(data, config, seed):
+    """The tied matrix gets the sum of its two gradients in both."""
+    input_ids, token_type_ids = data.draw(batches(config))
+    model = build(BertPretrainModel, config, seed)
+    theirs = oracle(model, transformers.BertForPreTraining)
+    mask = input_ids != PADDING
+    labels = torch.where(mask & (torch.rand(mask.shape) < 0.5), input_ids, -100)
+    labels[0, 0] = 1  # a label in every batch
+    nsp_labels = torch.randint(0, 2, (len(input_ids),))
+    expected = theirs(input_ids, mask, token_type_ids, labels=labels, next_sentence_label=nsp_labels)
+    positions = (labels != -100).flatten().nonzero().flatten()
+    mlm_logits, nsp_logits = model(input_ids, token_type_ids, positions=positions)
+    compare(mlm_logits, expected.prediction_logits.flatten(0, 1)[positions], 1e-9)
+    compare(nsp_logits, expected.seq_relationship_logits, 1e-9)
+    cross_entropy = torch.nn.functional.cross_entropy
+    loss = cross_entropy(mlm_logits, labels.flatten()[positions])
+    loss = loss + cross_entropy(nsp_logits, nsp_labels)
+    compare(loss, expected.loss, 1e-9)
+    loss.backward()
+    expected.loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    scale = max(float(g.abs().max()) for g in gradients.values())
+    for name, parameter in model.named_parameters():
+        compare(parameter.grad / scale, gradients[published_name(name)] / scale, 1e-9)
+
+
+def test_float32_logits_are_within_a_hundred_rounding_errors_of_the_oracles():
+    from strategies import FIXED
+
+    config = dataclasses.replace(FIXED, attention_d_k=12, attention_d_v=12)
+    torch.manual_seed(0)
+    model = BertPretrainModel(config, PADDING).eval()
+    input_ids = torch.randint(1, config.vocab_size, (5, 17))
+    theirs = oracle(model, transformers.BertForPreTraining)(input_ids)
+    mlm_logits, nsp_logits = model(input_ids)
+    compare(mlm_logits, theirs.prediction_logits, 2e-5)
+    compare(nsp_logits, theirs.seq_relationship_logits, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (Bert, "AutoModel"),
+        (BertPretrainModel, "AutoModelForPreTraining"),
+        (SST2BertModel, "AutoModelForSequenceClassification"),
+    ],
+)
+def test_what_we_save_opens_in_transformers_with_the_same_result(ours, theirs, tmp_path):
+    """No key is missing, none is unexpected, and the tokenizer gives the same ids."""
+    from strategies import FIXED
+
+    config = dataclasses.replace(FIXED, attention_d_k=12, attention_d_v=12, vocab_size=45)
+    model = build(ours, config).float()
+    model.save_pretrained(tmp_path, small_tokenizer())
+    loaded, report = getattr(transformers, theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["abc d.", "a [MASK] é"]
+    assert tokenizer(texts)["input_ids"] == [small_tokenizer().encode(t).ids for t in texts]
+    input_ids = torch.randint(5, 45, (3, 9))
+    outputs, expected = model(input_ids), loaded(input_ids)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for output, name in zip(outputs, list(expected), strict=False):
+        compare(output, expected[name], 2e-5)
+
+
+# ---- The tokenizer ------------------------------------------------------------------------------
+
+words = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=30)
+familiar = st.text(alphabet=LETTERS[:12] + "ÀÉñ .,'-\u0301中文😀\t\x00\u200b", max_size=40)
+
+
+@given(st.lists(words | familiar | st.sampled_from(["[MASK]", "[SEP]", "a" * 200]), max_size=6))
+@example(["a" * 100, "a" * 101, "É", "e\u0301", "中a文", "[MASK]", "\u00ad", "a\u0000b", "ﬁ"])
+def test_ids_equal_those_of_transformers_on_any_text(pieces):
+    """Accents, CJK, emoji, control characters, overlong words and literal special tokens."""
+    reference = transformers.BertTokenizerFast(vocab={t: i for i, t in enumerate(VOCABULARY)})
+    assert reference.convert_tokens_to_ids("[CLS]") == 2
+    text = " ".join(pieces)
+    assert small_tokenizer().encode(text).ids == reference(text)["input_ids"]
+
+
+@given(st.lists(words | familiar | st.sampled_from(["[MASK]", "[PAD]"]), max_size=6))
+def test_a_corpus_never_yields_a_special_token_but_unk(pieces):
+    """Whatever is written in a text, it cannot forge a [MASK]."""
+    (ids,) = data.encode_plain(small_tokenizer(), [" ".join(pieces)])
+    assert set(ids) <= {1, *range(5, len(VOCABULARY))}
