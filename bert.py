@@ -1,9 +1,8 @@
 """BERT in one file: configuration, encoder, heads, and the published weight format.
 
 - attention written out line by line, and a fused path that the tests hold equal to it
-- total key and value sizes, d_k and d_v, that may differ from d_model and from each other
-- post-LayerNorm residuals, exact GELU and N(0, 0.02) initialization, as published
-- the vocabulary projection, tied to the token embeddings, only where a token is to be predicted
+- post-LayerNorm, exact GELU, N(0, 0.02) initialization, tied decoder, as published
+- the vocabulary projection, the costliest layer, only where a token is to be predicted
 - one table that maps our tensor names to those of every published BERT
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Transformer] Vaswani et al. 2017, arXiv 1706.03762.
@@ -26,9 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Given = Tensor | None
-# [BERT] §3 has base and large, [Code] the others: layers and d_model; d_model / 64 heads.
-SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512)}
-SIZES |= {"medium": (8, 512), "base": (12, 768), "large": (24, 1024)}
+SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512),
+         "base": (12, 768), "large": (24, 1024)}  # layers, d_model. [BERT] §3, [Code]
 
 
 @dataclass(frozen=True)
@@ -71,10 +69,8 @@ class BertConfig:
 
 
 class Embeddings(nn.Module):
-    """dropout(LN(token + position + segment)). [BERT] figure 2.
-
-    Positions are learned, not sines as in [Transformer] §3.5: hence the longest sequence.
-    """
+    """dropout(LN(token + position + segment)). [BERT] figure 2. Positions are learned, not sines as
+    in [Transformer] §3.5: hence the longest sequence."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -89,13 +85,12 @@ class Embeddings(nn.Module):
         if length > longest:
             raise ValueError(f"a sequence of {length} tokens exceeds max_seq_length={longest}")
         position = self.position.weight[:length]  # (T, H): the same for every row
-        summed = self.token(input_ids) + position + self.segment(token_type_ids)
-        return self.dropout(self.norm(summed))  # (B, T, H)
+        embedded = self.token(input_ids) + position + self.segment(token_type_ids)  # (B, T, H)
+        return self.dropout(self.norm(embedded))
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Given = None,
+              dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """softmax(Q K^T / sqrt(d_k)) V. [Transformer] equation 1.
 
     q, k: (..., T, d_k); v: (..., T, d_v); mask: bool, broadcastable to (..., T, T), True where a
@@ -111,10 +106,8 @@ def attention(
 
 
 class MultiHeadAttention(nn.Module):
-    """Concat(head_1 .. head_A) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i).
-
-    [Transformer] §3.2.2, with the A matrices of a kind stacked into one.
-    """
+    """Concat(head_1 .. head_A) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i). [Transformer]
+    §3.2.2, with the A matrices of a kind stacked into one."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -180,14 +173,12 @@ PUBLISHED_NAMES = {
     "mlm_bias": "cls.predictions.bias",
     "nsp": "cls.seq_relationship",
 }
-# fmt: off
 PUBLISHED_FIELDS = {  # of BertConfig -> of config.json, where the names differ
     "max_seq_length": "max_position_embeddings", "d_model": "hidden_size",
     "d_feed_forward": "intermediate_size", "head_num": "num_attention_heads",
     "encoder_layers": "num_hidden_layers", "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# fmt: on
 
 
 def published_name(name: str) -> str:
@@ -222,13 +213,10 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, **changes: Any) -> Self:
-        """Reads config.json and model.safetensors; `changes` replace fields of the config.
-
-        The encoder must be whole, or `ValueError`. A head that is not in the file keeps its
-        initialization, with a warning that names it.
+        """Reads config.json and model.safetensors; `changes` replace fields of the config. The
+        encoder must be whole (`ValueError`). A missing head is initialized, and a warning names it.
         """
         from safetensors.torch import load_file
-
         if not (path := Path(directory) / "config.json").exists():
             raise ValueError(f"{directory} is not a model's directory: it has no config.json")
         published = json.loads(path.read_text(encoding="utf-8"))
@@ -244,9 +232,7 @@ class PretrainedModel(nn.Module):
         try:
             missing = model.load_state_dict(found, strict=False).missing_keys
         except RuntimeError as error:
-            raise ValueError(
-                f"{directory}: config.json and the weights disagree: {error}"
-            ) from error
+            raise ValueError(f"{directory}: config.json and weights disagree: {error}") from error
         if lost := [name for name in missing if "embeddings." in name or "layers." in name]:
             raise ValueError(f"{directory} lacks a part of the encoder: {', '.join(lost)}")
         if missing:
@@ -256,7 +242,6 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, directory: str | Path, tokenizer: Any) -> None:
         """Writes config, weights and tokenizer in the published format, for us and others."""
         from safetensors.torch import save_file
-
         (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
         tensors = {published_name(k): v.cpu().contiguous() for k, v in self.state_dict().items()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -282,9 +267,8 @@ class Bert(PretrainedModel):
         self.pooler = nn.Linear(config.d_model, config.d_model)
         self.apply(self.init_weights)
 
-    def forward(
-        self, input_ids: Tensor, token_type_ids: Given = None, attention_mask: Given = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, token_type_ids: Given = None,
+                attention_mask: Given = None) -> Tensor:
         """All (B, T). token_type_ids: 0 = A, 1 = B, default 0. attention_mask: True = a real
         token, default `input_ids != padding_idx`. Returns the last hidden states (B, T, H)."""
         if token_type_ids is None:
@@ -303,11 +287,9 @@ class Bert(PretrainedModel):
 
 
 class BertPretrainModel(PretrainedModel):
-    """The encoder with both heads of pretraining. [BERT] §3.1; the MLM transform is [Code]'s.
-
-    The MLM decoder is tied: one vector is a token's meaning when read and when predicted, and
-    V * H parameters, a fifth of base, are not needed twice.
-    """
+    """The encoder with both heads of pretraining. [BERT] §3.1; the MLM transform is [Code]'s. Its
+    decoder is tied: one vector is a token's meaning when read and when predicted, and V * H
+    parameters, a fifth of base, are not needed twice."""
 
     architecture = "BertForPreTraining"
 
@@ -321,13 +303,8 @@ class BertPretrainModel(PretrainedModel):
         self.init_weights(self.mlm_dense)
         self.init_weights(self.nsp)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Given = None,
-        attention_mask: Given = None,
-        positions: Given = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, token_type_ids: Given = None,
+                attention_mask: Given = None, positions: Given = None) -> tuple[Tensor, Tensor]:
         """As `Bert`; positions (N,) are indices into B * T. Returns mlm_logits, (N, V) or without
         positions (B, T, V), and nsp_logits (B, 2)."""
         hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
@@ -363,22 +340,21 @@ def fill_masks(model: BertPretrainModel, tokenizer: Any, text: str, k: int = 5) 
     input_ids = torch.tensor([tokenizer.encode(text).ids])  # (1, T), [CLS] and [SEP] included
     positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
     mlm_logits, _ = model.eval()(input_ids, positions=positions)
-    best = mlm_logits.softmax(dim=-1).topk(k)  # (N, k)
-    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    top = mlm_logits.softmax(dim=-1).topk(k)  # (N, k)
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return [dict(zip(map(tokenizer.id_to_token, ids), probs, strict=True)) for ids, probs in rows]
 
 
-def main() -> None:
-    """The command line: `python bert.py DIR "the [MASK] sat on the mat"`."""
-    from tokenizers import Tokenizer
-
+if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit('usage: python bert.py DIR "the [MASK] sat on the mat"')
-    model = BertPretrainModel.from_pretrained(sys.argv[1])
-    tokenizer = Tokenizer.from_file(f"{sys.argv[1]}/tokenizer.json")
-    for best in fill_masks(model, tokenizer, sys.argv[2]):
+    from tokenizers import Tokenizer
+
+    try:
+        pretrained = BertPretrainModel.from_pretrained(sys.argv[1])
+        its_tokenizer = Tokenizer.from_file(f"{sys.argv[1]}/tokenizer.json")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for best in fill_masks(pretrained, its_tokenizer, sys.argv[2]):
         print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in best.items()))
-
-
-if __name__ == "__main__":
-    main()

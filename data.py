@@ -1,12 +1,10 @@
-"""BERT's data in one file: tokenizer, corpus, pairs of segments with masks, SST-2.
+"""BERT's data: tokenize once, build on the fly, every example a function of (corpus, seed, number).
 
-Tokenize once, build on the fly, and make every example a pure function of (corpus, seed, number).
 Stage 1, once: documents -> sentences -> token ids, cached on disk and memory-mapped. Stage 2, in
 the DataLoader's workers: pairs are cut out of that array and masked, a batch at a time, in numpy.
 So masks differ in every epoch, and neither workers nor processes nor a restart change a token.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-
 B batch, T sequence, V vocabulary. A place in the corpus is the number of tokens before it.
 """
 
@@ -21,19 +19,18 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from datasets import Features, List, Value
+from torch import nn
 from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# The processes are the parallelism. Threads inside them, started before a fork, can deadlock.
+# Processes are the parallelism here. Threads inside them, started before a fork, can deadlock.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NOT_SCORED = -100  # the label of a token that was not chosen, cross_entropy's ignore_index
 SAMPLE = Path(__file__).with_name("sample")
 STAGE_1 = 1  # in the cache's key: to be raised when stage 1 changes
-
-# ---- Tokenizer: text -> ids ---------------------------------------------------------------------
-
 
 def wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
     """Uncased WordPiece over a vocabulary, adding [CLS] and [SEP]. [Code] tokenization.py."""
@@ -61,11 +58,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """WordPiece learned from texts, special tokens first; the same texts give the same ids.
-
-    The library numbers characters in a hash table's order, and its ties fall by number. So it gets
-    them sorted, alone and as ## pieces, as fixed tokens.
-    """
+    """WordPiece learned from texts, special tokens first; the same texts give the same ids. The
+    library numbers characters in a hash table's order, and its ties fall by number: so it gets them
+    sorted, alone and as ## pieces, as fixed tokens."""
     texts, blank = list(texts), wordpiece({token: i for i, token in enumerate(SPECIAL_TOKENS)})
     letters = sorted(set("".join(blank.normalizer.normalize_str(text) for text in texts)) - {" "})
     fixed = [*SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
@@ -80,15 +75,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Ids without [CLS] and [SEP]. A "[MASK]" that stands in a text is three ordinary tokens."""
     tokenizer.encode_special_tokens = True
-    ids = []
-    for first in range(0, len(texts), 1000):  # an encoding is large: not all at once
-        few = tokenizer.encode_batch_fast(texts[first : first + 1000], add_special_tokens=False)
-        ids += [encoding.ids for encoding in few]
+    parts = (texts[i : i + 1000] for i in range(0, len(texts), 1000))  # encodings are large
+    encoded = (tokenizer.encode_batch_fast(part, add_special_tokens=False) for part in parts)
+    ids = [encoding.ids for encoding in chain.from_iterable(encoded)]
     tokenizer.encode_special_tokens = False
     return ids
-
-
-# ---- Stage 1: documents -> an array of tokens ---------------------------------------------------
 
 
 def get_dataset(path: str, name: str | None = None, split: str | None = "train",
@@ -100,12 +91,12 @@ def get_dataset(path: str, name: str | None = None, split: str | None = "train",
     if any(file.suffix == ".txt" for file in (where, *where.glob("**/*.txt"))):
         options["sample_by"] = "document"
     if where.is_file():
-        where, options["data_files"] = where.parent, {"train": where.name}
+        where, options["data_files"] = where.resolve().parent, {"train": where.name}
     elif not where.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):  # not a hub id
         raise ValueError(f"{path} does not exist")
-    source = str(where) if where.is_dir() else path
     try:
-        return datasets.load_dataset(source, name, split=split, streaming=streaming, **options)
+        return datasets.load_dataset(str(where) if where.is_dir() else path, name, split=split,
+                                     streaming=streaming, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise ValueError(f"cannot read {path}: {error.__cause__ or error}") from error
 
@@ -118,10 +109,8 @@ PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)  # what never ends i
 
 
 def split_sentences(text: str) -> list[str]:
-    """Spans between sentences' ends and blank lines. Only white space around them is dropped.
-
-    A rough rule will do: a "sentence" may be any contiguous span of text. [BERT] §3
-    """
+    """Spans between ends of sentences and blank lines, less white space around them. A rough rule
+    will do: a "sentence" may be any contiguous span of text. [BERT] §3"""
     ends = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
     spans = (text[start:end] for start, end in pairwise(ends))
     pieces = (PIECE.findall(span) if len(span) > 1000 else [span] for span in spans)
@@ -129,7 +118,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def tokenize_documents(rows: dict, numbers: list[int], tokenizer: Tokenizer, column: str) -> dict:
-    """Stage 1 for a few documents; what comes out is described at `tokenize_dataset`."""
+    """Stage 1 for a few documents: see `tokenize_dataset`."""
     out: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
     for number, text in zip(numbers, rows[column], strict=True):
         text = "\n\n".join(filter(None, text)) if isinstance(text, list) else text or ""
@@ -147,49 +136,44 @@ def tokenize_documents(rows: dict, numbers: list[int], tokenizer: Tokenizer, col
 def tokenize_dataset(dataset: datasets.Dataset, tokenizer: Tokenizer, text_column: str = "text",
                      rows_per_document: int = 1, processes: int | None = None) -> datasets.Dataset:
     """Stage 1: row i has document i's `tokens`, the `starts` of its sentences among them, and its
-    number of `sentences`; with fewer than two, no tokens, for it has no next sentence.
-
-    Cached on disk by (corpus, tokenizer); 2 bytes a token, or 4 where V > 65,536. A corpus with
-    a sentence per row, such as BookCorpus, needs `rows_per_document`.
-    """
+    number of `sentences`; with fewer than two, no tokens, for it has no next sentence. Cached on
+    disk by (corpus, tokenizer), 2 bytes a token, 4 where V > 65,536. A corpus with a sentence per
+    row, such as BookCorpus, needs `rows_per_document`."""
     if text_column not in dataset.column_names:
         raise ValueError(f"no column {text_column!r}: --text-column is of {dataset.column_names}")
     dataset = dataset.select_columns(text_column)
     if rows_per_document > 1:
         dataset = dataset.batch(rows_per_document)
-    token = "uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"
-    lists = {name: datasets.List(datasets.Value(kind))
-             for name, kind in {"tokens": token, "starts": "uint32"}.items()}
+    tokens = List(Value("uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"))
+    few = min(max(len(dataset) // 1000, 16), 1000)  # documents in memory at a time
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
     return dataset.map(
         tokenize_documents, fn_kwargs={"tokenizer": tokenizer, "column": text_column},
-        batched=True, batch_size=16, writer_batch_size=16, with_indices=True, num_proc=processes,
-        features=datasets.Features({**lists, "sentences": datasets.Value("int64")}),
+        batched=True, batch_size=few, writer_batch_size=few, with_indices=True, num_proc=processes,
+        features=Features(tokens=tokens, starts=List(Value("uint32")), sentences=Value("int64")),
         remove_columns=[text_column], desc="tokenizing",
-        new_fingerprint=datasets.fingerprint.Hasher.hash(key),
-    )
+        new_fingerprint=datasets.fingerprint.Hasher.hash(key))
 
 
 class TokenizedCorpus:
-    """The documents with two or more sentences as one array of `len(corpus)` tokens, mapped from
-    disk; in memory, 8 bytes for each sentence and document. `skipped` counts what was left out."""
+    """The documents with a next sentence as one array of `len(corpus)` tokens, mapped from disk; in
+    memory, 8 bytes for each sentence and document. `skipped` counts what was left out."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
         tokens, starts = (rows.data.column(name).chunks for name in ("tokens", "starts"))
-        self.rows, found = rows, np.asarray(rows["sentences"])
-        self.skipped = {"no sentence": int(sum(found == 0)), "one sentence": int(sum(found == 1))}
-        if len(found) - sum(self.skipped.values()) < 2:
-            raise ValueError(f"{len(found)} documents, left out by sentences: {self.skipped}. "
-                             "Two are needed: a random segment is another document's. Where a row "
-                             "is a sentence, see --rows-per-document")
+        self.rows, found = rows, np.asarray(rows["sentences"], np.int64)
+        none, one, more = np.bincount(np.minimum(found, 2), minlength=3).tolist()
+        self.skipped = {"no sentence": none, "one sentence": one}
+        if more < 2:
+            raise ValueError(f"{more} documents with a next sentence, left out {self.skipped}. Two "
+                             "are needed. Where a row is a sentence, see --rows-per-document")
         self.chunks = [chunk.flatten().to_numpy() for chunk in tokens]  # views of the files
         self.chunk_starts = np.cumsum([0, *map(len, self.chunks)])
         lengths = np.concatenate([chunk.value_lengths() for chunk in tokens]).astype(np.int64)
-        first, total = np.cumsum(lengths) - lengths, lengths.sum()
-        within = np.concatenate([chunk.flatten() for chunk in starts])
-        own = np.repeat(first, np.where(lengths > 0, found, 0))  # its document's start
-        self.sentences = np.append(own + within, total)  # the total, so that the end of each one
-        self.documents = np.append(first[lengths > 0], total)  # is the start of the next
+        first, within = np.cumsum(lengths) - lengths, np.concatenate([c.flatten() for c in starts])
+        own = np.repeat(first, np.where(lengths > 0, found, 0))  # start of the sentence's document
+        self.sentences = np.append(own + within, lengths.sum())  # the sum, so that the end of each
+        self.documents = np.append(first[lengths > 0], lengths.sum())  # is the start of the next
 
     def __reduce__(self) -> tuple:
         return TokenizedCorpus, (self.rows,)  # a worker that was not forked maps the files itself
@@ -211,25 +195,18 @@ class TokenizedCorpus:
 
 def get_corpus(path: str, split: str, tokenizer: Tokenizer, name: str | None = None,
                **stage_1: Any) -> TokenizedCorpus:
-    """A split through stage 1. Without a validation split, the last hundredth of all documents, at
-    least two, is "validation" and the rest is "train"."""
+    """A split after stage 1. If none is "validation", the last 1% of "train", at least two, is."""
     splits = get_dataset(path, name, split=None)
     if "validation" in splits:
         return TokenizedCorpus(tokenize_dataset(splits[split], tokenizer, **stage_1))
     rows = tokenize_dataset(splits["train"], tokenizer, **stage_1)
     cut = max(0, len(rows) - max(2, len(rows) // 100))
-    chosen = range(cut) if split == "train" else range(cut, len(rows))
-    return TokenizedCorpus(rows.select(chosen))
-
-
-# ---- Stage 2: number -> example -----------------------------------------------------------------
+    return TokenizedCorpus(rows.select(range(cut) if split == "train" else range(cut, len(rows))))
 
 
 def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
-    """Random numbers that depend on the arguments alone, whatever was drawn before.
-
-    The counter's lowest word is the generator's own: it counts what is drawn.
-    """
+    """Random numbers that depend on the arguments alone, whatever was drawn before. The counter's
+    lowest word is the generator's own: it counts what is drawn."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, index, epoch, purpose]))
 
 
@@ -247,17 +224,16 @@ def mask_tokens(input_ids: np.ndarray, ordinary: np.ndarray, u: np.ndarray, mask
     wanted = np.maximum(1, np.rint(0.15 * ordinary.sum(axis=1, keepdims=True))).astype(np.int64)
     word = np.broadcast_to(columns, input_ids.shape)  # each token's word: the column it begins in
     if continues is not None:
-        after_special = np.pad(~ordinary, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
-        joined = continues[input_ids] & ordinary & ~after_special
+        joined = continues[input_ids] & ordinary & np.roll(ordinary, 1, axis=1)  # not to a [SEP]
         word = np.maximum.accumulate(np.where(joined, 0, columns), axis=1)
     keys = np.take_along_axis(np.where(ordinary, u[0], 2.0), word, axis=1)
     order = np.argsort(keys, axis=1, kind="stable")  # words in random order, special tokens last
     chosen = np.zeros_like(ordinary)
     np.put_along_axis(chosen, order, columns < wanted, axis=1)
-    if continues is not None:  # the word that the limit cuts is left out, the first never
-        first, cut = (np.take_along_axis(word, np.take_along_axis(order, rank, axis=1), axis=1)
-                      for rank in (wanted * 0, wanted))
-        chosen = (chosen & (word != cut)) | (word == first)
+    if continues is not None:  # the word that the limit cuts is left out, the first one never
+        words = np.take_along_axis(word, order, axis=1)
+        cut = np.take_along_axis(words, wanted, axis=1)
+        chosen = (chosen & (word != cut)) | (word == words[:, :1])
     action = np.where(chosen, u[1], 1.0)
     random = replacements[(u[2] * len(replacements)).astype(np.int64)]
     masked = np.where(action < 0.8, mask_id, np.where(action < 0.9, random, input_ids))
@@ -266,26 +242,23 @@ def mask_tokens(input_ids: np.ndarray, ordinary: np.ndarray, u: np.ndarray, mask
 
 class PretrainDataset(Dataset):
     """`[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2, [Code] create_pretraining_data.
-
     Example k is number k % len(dataset) of epoch k // len(dataset), a pure function of (corpus,
-    seed, k); an epoch has as many examples as the corpus has times T - 3 tokens.
-    """
+    seed, k); an epoch has as many examples as the corpus has times T - 3 tokens."""
 
     def __init__(self, corpus: TokenizedCorpus, tokenizer: Tokenizer, max_seq_length: int,
                  seed: int = 0, whole_word_masking: bool = False) -> None:
         if max_seq_length < 5:
             raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
         vocabulary = tokenizer.get_vocab()
-        self.corpus, self.max_seq_length, self.seed = corpus, max_seq_length, seed
+        self.corpus, self.room, self.seed = corpus, max_seq_length - 3, seed  # for tokens of A, B
         self.ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
         self.replacements = np.array(sorted(set(vocabulary.values()) - set(self.ids.values())))
-        self.continues = None
-        if whole_word_masking:
-            pieces = [i for token, i in vocabulary.items() if token.startswith("##")]
-            self.continues = np.isin(np.arange(max(vocabulary.values()) + 1), pieces)
+        pieces = [i for token, i in vocabulary.items() if token.startswith("##")]
+        is_piece = np.isin(np.arange(max(vocabulary.values()) + 1), pieces)
+        self.continues = is_piece if whole_word_masking else None
 
     def __len__(self) -> int:
-        return max(1, len(self.corpus) // (self.max_seq_length - 3))
+        return max(1, len(self.corpus) // self.room)
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         return {name: column[0] for name, column in self.__getitems__([number]).items()}
@@ -293,10 +266,10 @@ class PretrainDataset(Dataset):
     def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
         """int64: `input_ids`, `token_type_ids`, `mlm_labels` (-100 = not scored), (B, longest row),
         and `nsp_labels`, (B,): 0 = IsNext, 1 = random."""
-        longest = self.max_seq_length
+        longest = self.room + 3
         places = [divmod(number, len(self)) for number in numbers]
-        u = np.stack([generator(self.seed, 0, *place).random(8 + 3 * longest) for place in places])
-        spans, is_random = self.segments(np.array([index for _, index in places]), u[:, :8].T)
+        u = np.stack([generator(self.seed, 0, *place).random(6 + 3 * longest) for place in places])
+        spans, is_random = self.segments(np.array([index for _, index in places]), u[:, :6].T)
         lengths = spans[:, :, 1] - spans[:, :, 0]  # (B, 2): of A and of B
         sep_1, sep_2 = lengths[:, :1] + 1, lengths.sum(axis=1, keepdims=True) + 2  # their columns
         columns = np.arange(sep_2.max() + 1)
@@ -306,7 +279,7 @@ class PretrainDataset(Dataset):
             tokens = (cls, self.corpus.tokens(*a), sep, self.corpus.tokens(*b), sep)
             row[: a[1] - a[0] + b[1] - b[0] + 3] = np.concatenate(tokens)
         ordinary = (columns > 0) & (columns < sep_2) & (columns != sep_1)
-        draws = u[:, 8:].reshape(-1, 3, longest)[:, :, : len(columns)].swapaxes(0, 1)
+        draws = u[:, 6:].reshape(-1, 3, longest)[:, :, : len(columns)].swapaxes(0, 1)
         masked, labels = mask_tokens(
             input_ids, ordinary, draws, self.ids[MASK], self.replacements, self.continues)
         batch = {"input_ids": masked, "token_type_ids": (columns > sep_1) & (columns <= sep_2),
@@ -314,28 +287,26 @@ class PretrainDataset(Dataset):
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
 
     def segments(self, index: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and ends of A and B, (B, 2, 2), and which B are random. u: uniform, (8, B).
+        """Starts and ends of A and B, (B, 2, 2), and which B are random. u: uniform, (6, B).
 
-        A starts with the sentence at the index's place, or as much earlier as the document's end
-        demands; A and B together fill T - 3 tokens (one time in ten fewer, for fine-tuning meets
-        short texts too: [BERT] A.2) or are the document. B starts with any sentence in between; if
-        there is none, anywhere, so no text is out of reach. A random B is as long as the true one,
-        so its length tells nothing. Differs: [Code]'s may come from the same document.
+        A starts with the sentence at the index's place, or where just enough of the document is
+        left. A and B together fill T - 3 tokens (one time in ten fewer, for fine-tuning meets short
+        texts too: [BERT] A.2) or are the document. B starts with any sentence in between; if there
+        is none, anywhere, so no text is out of reach. A random B is as long as the true one, so its
+        length tells nothing. Differs: [Code]'s may come from the same document.
         """
-        starts, documents = self.corpus.sentences, self.corpus.documents
-        room = self.max_seq_length - 3
-
-        def after(array: np.ndarray, place: np.ndarray) -> np.ndarray:
-            return np.searchsorted(array, place, side="right")  # the first item behind the place
+        starts, documents, room = self.corpus.sentences, self.corpus.documents, self.room
+        after = partial(np.searchsorted, side="right")  # (array, place): its first item behind
 
         target = np.where(u[1] < 0.1, 2 + (u[2] * (room - 1)).astype(np.int64), room)
-        place = ((index + u[0]) * (len(self.corpus) / len(self))).astype(np.int64)
+        size, epoch = len(self.corpus), len(self)
+        place = index * size // epoch + (u[0] * (size // epoch)).astype(np.int64)
         first, last = (documents[after(documents, place) + i] for i in (-1, 0))
-        place = np.minimum(place, np.maximum(last - target, first))
-        a = starts[after(starts, place) - 1]
+        latest = np.maximum(last - target, first)
+        a = np.where(place < latest, starts[after(starts, place) - 1], latest)
         low = after(starts, a)
         choices = np.searchsorted(starts, np.minimum(a + target, last)) - low
-        a = np.where(choices > 0, a, place)
+        a = np.where(choices > 0, a, np.minimum(place, latest))
         end = np.minimum(a + target, last)
         anywhere = a + 1 + (u[3] * (end - a - 1)).astype(np.int64)
         b = np.where(choices > 0, starts[low + (u[3] * choices).astype(np.int64)], anywhere)
@@ -352,21 +323,15 @@ class PretrainDataset(Dataset):
         return np.stack([a, b, b_start, b_end], axis=1).reshape(-1, 2, 2), is_random
 
 
-# ---- Loaders ------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of an epoch."""
     return generator(seed, 1, epoch).permutation(size)
 
 
 class EpochSampler(Sampler):
     """Batches of example numbers without end: each epoch all, in a random order, starting at any
     batch. A process takes every `world_size`-th batch of that one order, from its `rank` on."""
-
-    def __init__(self, size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0,
-                 world_size: int = 1) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, start=0, rank=0, world_size=1):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.batches = partial(count, start * world_size + rank, world_size)
 
@@ -382,46 +347,12 @@ class EpochSampler(Sampler):
 
 def get_split_dataloader(dataset: PretrainDataset, batch_size: int, start: int = 0, rank: int = 0,
                          world_size: int = 1, workers: int = 2) -> DataLoader:
-    """Endless batches, from batch `start` on.
-
-    At most workers * 4 * 24 * B * T bytes wait in memory: 6 MB for 2 workers and 256 x 128. More
-    workers or prefetching only make that more; two feed a fast GPU.
-    """
+    """Endless batches, from batch `start` on. Two workers feed a fast GPU; more only hold more
+    memory: workers * 4 batches of 24 * B * T bytes wait, 6 MB for two at 256 x 128."""
     sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
-    # __getitems__ makes whole batches, which `dict` leaves as they are.
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
-                      prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available())
-
-
-class BucketSampler(Sampler):
-    """Every epoch all rows once, in random batches of similar length: a random order is cut into
-    pools of 64 batches, each is sorted by length, and the batches are shuffled. Without a seed,
-    all rows sorted by length. Set `epoch` before iterating."""
-
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int | None) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return -(-len(self.lengths) // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size, shuffle = len(self.lengths), self.seed is not None
-        random = generator(self.seed or 0, 2, self.epoch)
-        order = random.permutation(size) if shuffle else np.arange(size)
-        pool = 64 * self.batch_size if shuffle else size
-        pools = np.split(order, range(pool, size, pool))
-        order = np.concatenate([p[np.argsort(self.lengths[p], kind="stable")] for p in pools])
-        batches = np.split(order, range(self.batch_size, size, self.batch_size))
-        for i in random.permutation(len(batches)) if shuffle else range(len(batches)):
-            yield batches[i].tolist()
-
-
-def pad(rows: list[tuple[list[int], int]], padding_idx: int) -> dict[str, torch.Tensor]:
-    """int64 `input_ids`, (B, longest row), and `labels`, (B,)."""
-    columns, labels = zip(*rows, strict=True)
-    longest = max(map(len, columns))
-    input_ids = [ids + [padding_idx] * (longest - len(ids)) for ids in columns]
-    return {"input_ids": torch.tensor(input_ids), "labels": torch.tensor(labels)}
+    return DataLoader(  # __getitems__ makes whole batches, which `dict` leaves as they are
+        dataset, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
+        prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available())
 
 
 def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[str], list[int]]:
@@ -442,13 +373,28 @@ def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> li
     return [[cls, *ids[: longest - 2], sep] for ids in encode_plain(tokenizer, texts)]
 
 
-def get_sst2_dataloader(path: str, split: str, tokenizer: Tokenizer, max_seq_length: int,
-                        batch_size: int, seed: int | None = None,
-                        name: str | None = None) -> DataLoader:
-    """A pass over a split, bucketed by length; in a random order where there is a seed."""
-    texts, labels = get_reviews(path, split, name)
-    rows = encode_sentences(tokenizer, texts, max_seq_length)
-    sampler = BucketSampler(np.array([len(ids) for ids in rows]), batch_size, seed)
-    examples: Any = list(zip(rows, labels, strict=True))
-    return DataLoader(examples, batch_sampler=sampler,
-                      collate_fn=partial(pad, padding_idx=tokenizer.get_vocab()[PAD]))
+class SST2Batches:
+    """All sentences once: int64 `input_ids` (B, longest of these) and `labels` (B,). Lengths that
+    are similar go together: a random order is cut into pools of 64 batches, each is sorted, and the
+    batches are shuffled, by (seed, `epoch`). With seed None, all are sorted and stay so."""
+
+    def __init__(self, rows: list[list[int]], labels: list[int], batch_size: int,
+                 padding_idx: int = 0, seed: int | None = None) -> None:
+        self.rows, self.labels, self.batch_size = rows, labels, batch_size
+        self.padding_idx, self.seed, self.epoch = padding_idx, seed, 0
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        size, lengths = len(self.rows), np.array([len(row) for row in self.rows])
+        shuffle, random = self.seed is not None, generator(self.seed or 0, 2, self.epoch)
+        order = random.permutation(size) if shuffle else np.arange(size)
+        pool = 64 * self.batch_size if shuffle else size
+        pools = np.split(order, range(pool, size, pool))
+        order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
+        batches = np.split(order, range(self.batch_size, size, self.batch_size))
+        for i in random.permutation(len(self)) if shuffle else range(len(self)):
+            rows = [torch.tensor(self.rows[number]) for number in batches[i]]
+            yield {"input_ids": nn.utils.rnn.pad_sequence(rows, True, self.padding_idx),
+                   "labels": torch.tensor([self.labels[number] for number in batches[i]])}

@@ -7,8 +7,7 @@ Writes under --out: config.json (the options), metrics.jsonl (a line per log and
 in nats), model/ (weights and tokenizer in the published format), curves.png.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-
-B batch, T sequence, V vocabulary, N masked tokens of the batch.
+B batch, V vocabulary, N masked tokens.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,16 +32,11 @@ from tqdm import tqdm
 import data
 from bert import SIZES, BertConfig, BertPretrainModel, tokenizer_hash
 
-Options = TypeVar("Options")
 Batch = dict[str, Tensor]
 
-# ---- Options: one dataclass is the defaults, the command line and its help ----------------------
-
-
-def option(default: Any, meaning: str, at_least: float | None = None, choices: Any = None) -> Any:
+def option(default: Any, help: str, at_least: float | None = None, choices: Any = None) -> Any:
     """A field of an options class, with what its `--flag` says and accepts."""
-    metadata = {"help": meaning, "at_least": at_least, "choices": choices}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={"help": help, "least": at_least, "choices": choices})
 
 
 @dataclass
@@ -71,24 +65,24 @@ class PretrainOptions:
     device: str | None = option(None, "cpu or cuda; the GPU if there is one")
 
 
-def parse_options(cls: type[Options], arguments: Sequence[str] | None = None) -> Options:
+def parse_options(cls: type, arguments: Sequence[str] | None = None) -> Any:
     """The options of a command line; any mistake ends it with one line and exit status 2."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     kinds = typing.get_type_hints(cls)
-    for f in fields(cls):  # type: ignore[arg-type]
+    for f in fields(cls):
         kind = next(iter(typing.get_args(kinds[f.name])), kinds[f.name])  # of a tuple, of X | None
         shown = f" (default: {f.default})" if f.default not in (None, False, ()) else ""
-        flag: dict[str, Any] = {"help": f.metadata["help"] + shown, "default": f.default}
+        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + shown
         if kind is bool:
-            flag["action"] = "store_true"
+            parser.add_argument(name, help=text, action="store_true")
         else:
-            flag |= {"type": kind, "choices": f.metadata["choices"]}
-            flag["nargs"] = "+" if isinstance(f.default, tuple) else None
-        parser.add_argument("--" + f.name.replace("_", "-"), **flag)
+            nargs = "+" if isinstance(f.default, tuple) else None
+            parser.add_argument(name, help=text, type=kind, default=f.default, nargs=nargs,
+                                choices=f.metadata["choices"])
     parser.error = fail  # type: ignore[method-assign]  # argparse's own prints the whole usage
     chosen = vars(parser.parse_args(arguments))
-    for f in fields(cls):  # type: ignore[arg-type]
-        value, least = chosen[f.name], f.metadata["at_least"]
+    for f in fields(cls):
+        value, least = chosen[f.name], f.metadata["least"]
         values = value if isinstance(value, list | tuple) else [value]
         if least is not None and any(v is not None and not v >= least for v in values):
             fail(f"--{f.name.replace('_', '-')} must be at least {least}, got {value}")
@@ -100,16 +94,12 @@ def fail(message: str) -> typing.NoReturn:
     sys.exit(2)
 
 
-def run_script(main: Callable[[Options], None], cls: type[Options]) -> None:
+def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None) -> None:
     """A user's mistake is a ValueError: it becomes one line. Any other exception is ours."""
-    options = parse_options(cls)
     try:
-        main(options)
+        main(parse_options(cls, arguments))
     except ValueError as error:
         fail(str(error))
-
-
-# ---- What both scripts share --------------------------------------------------------------------
 
 
 def start_run(options: Any) -> tuple[Path, torch.device]:
@@ -127,10 +117,8 @@ def start_run(options: Any) -> tuple[Path, torch.device]:
 
 
 def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
-    """The tokenizer that `weights` were trained with; `ValueError` if another one is named.
-
-    Under another vocabulary every id means another word, and accuracy drops by points in silence.
-    """
+    """The tokenizer of the `weights`; `ValueError` if another one is named. Under another
+    vocabulary every id means another word, and accuracy drops by points in silence."""
     own = data.load_tokenizer(weights)
     if tokenizer and tokenizer_hash(data.load_tokenizer(tokenizer)) != tokenizer_hash(own):
         raise ValueError(f"--tokenizer {tokenizer} is not the one that {weights} was trained with")
@@ -138,21 +126,17 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Of step 0 .. steps - 1: linear warmup to the peak, linear decay towards 0. [BERT] A.2
-
-    Warmup, because Adam's first estimates are poor and post-LN gradients large at the start.
-    Differs: [Code]'s first step has learning rate 0, and so changes nothing.
-    """
+    """Of step 0 .. steps - 1: linear warmup to the peak, linear decay towards 0. [BERT] A.2. Warmup
+    since Adam's first estimates are poor and post-LN gradients large at the start. Differs:
+    [Code]'s first step has learning rate 0, and so changes nothing."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (steps - step) / (steps - warmup)
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW, weight decay 0.01. [BERT] A.2, [Code] optimization.py; its eps is 1e-6.
-
-    Biases and LayerNorms do not decay: they shift and scale, and 0 is no better place for a shift.
-    """
+    """AdamW with decay 0.01. [BERT] A.2, [Code] optimization.py, also for eps. Biases and norms
+    do not decay: 0 is no better place for a shift or a scale."""
     named = list(model.named_parameters())
     spared = [p for name, p in named if name.endswith("bias") or "norm" in name]
     decayed = [p for name, p in named if not (name.endswith("bias") or "norm" in name)]
@@ -169,6 +153,12 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> N
     optimizer.zero_grad(set_to_none=True)
 
 
+def progress_bar(steps: int, name: str | None = None) -> tqdm:
+    """Steps done, steps a second and the time that is left; in a log file, a line now and then."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=steps, unit="step", desc=name, dynamic_ncols=True, mininterval=interval)
+
+
 def write_line(out: Path, **values: Any) -> None:
     """Adds a line to the run's metrics.jsonl."""
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -182,14 +172,9 @@ def read_lines(out: Path, split: str) -> dict[str, list]:
     return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
 
 
-# ---- One step -----------------------------------------------------------------------------------
-
-
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with `positions` and `mlm_targets`, (N,), of its masked tokens.
-
-    They are found before the copy: on the GPU, the step would have to wait for their number.
-    """
+    """The batch with `positions` and `mlm_targets`, (N,), of its masked tokens. They are found
+    before the copy: on a GPU, the step would have to wait for their number."""
     labels = batch["mlm_labels"].flatten()
     positions = (labels != data.NOT_SCORED).nonzero().flatten()
     batch = {**batch, "positions": positions, "mlm_targets": labels[positions]}
@@ -197,20 +182,20 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def forward(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """mlm_logits (N, V) and nsp_logits (B, 2), float32; in between bfloat16, if on a GPU."""
+    """mlm_logits (N, V) and nsp_logits (B, 2); on a GPU, from bfloat16 to float32."""
     device = batch["input_ids"].device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         mlm_logits, nsp_logits = model(
             batch["input_ids"], batch["token_type_ids"], positions=batch["positions"])
-    return mlm_logits.float(), nsp_logits.float()
+    if device == "cuda":
+        mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
+    return mlm_logits, nsp_logits
 
 
 def add_gradients(model: BertPretrainModel, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """Adds the gradient of a step's loss, given in its micro-batches. Returns both means, nats.
-
-    Loss = mean over all masked tokens of the step + mean over its pairs. [BERT] A.2. The mean of
-    the micro-batches' means would be another loss, for they have unequally many masked tokens.
-    """
+    """Adds the gradient of a step, given in micro-batches. Returns its two losses in nats.
+    Loss = mean over all masked tokens of the step + mean over its pairs. [BERT] A.2. A mean of the
+    micro-batches' means would be another loss: their numbers of masked tokens differ."""
     masked = sum(len(batch["positions"]) for batch in batches)
     pairs = sum(len(batch["nsp_labels"]) for batch in batches)
     losses = []
@@ -220,17 +205,14 @@ def add_gradients(model: BertPretrainModel, batches: list[Batch]) -> tuple[Tenso
         nsp_loss = F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum") / pairs
         (mlm_loss + nsp_loss).backward()
         losses.append(torch.stack([mlm_loss.detach(), nsp_loss.detach()]))
-    mlm_total, nsp_total = torch.stack(losses).sum(dim=0)
-    return mlm_total, nsp_total
+    return tuple(torch.stack(losses).sum(dim=0))
 
 
 @torch.no_grad()
 def evaluate(model: BertPretrainModel, batches: Iterable[Batch]) -> dict[str, float]:
     """Means over all masked tokens and all pairs; losses in nats, perplexity of the MLM alone.
-
-    `commonest_prediction`: the share of the masked tokens that get the most frequent prediction,
-    1.0 where the model says the same token everywhere.
-    """
+    `commonest_prediction`: the share of masked tokens that get the most frequent prediction, 1.0
+    where the model says the same token everywhere."""
     model.eval()
     sums, predicted = np.zeros(6), []
     for batch in batches:
@@ -267,11 +249,8 @@ def probe(model: BertPretrainModel, batch: Batch, tokenizer: Tokenizer) -> str:
     return "\n".join(f"{name} Tokens: {'|'.join(row)}" for name, row in tokens.items())
 
 
-# ---- The run ------------------------------------------------------------------------------------
-
-
 def prepare(options: PretrainOptions) -> tuple[BertPretrainModel, Tokenizer, dict]:
-    """The model, its tokenizer, and the corpora by split."""
+    """The model, its tokenizer, and the corpus of each split."""
     if options.weights:
         tokenizer = matching_tokenizer(options.weights, options.tokenizer)
     elif options.tokenizer:
@@ -281,22 +260,20 @@ def prepare(options: PretrainOptions) -> tuple[BertPretrainModel, Tokenizer, dic
         if options.text_column not in rows.column_names:
             raise ValueError(f"no --text-column {options.text_column} in {rows.column_names}")
         tokenizer = data.train_tokenizer(rows[options.text_column], options.vocab_size)
-    stage_1 = {name: getattr(options, name) for name in ("text_column", "rows_per_document")}
-    processes = options.workers if options.workers > 1 else None
     corpora = {
         split: data.get_corpus(options.dataset, split, tokenizer, options.dataset_name,
-                               processes=processes, **stage_1)
+                               text_column=options.text_column, processes=options.workers or None,
+                               rows_per_document=options.rows_per_document)
         for split in ("train", "validation")
     }
-    padding_idx = tokenizer.get_vocab()[data.PAD]
     if options.weights:
         model = BertPretrainModel.from_pretrained(options.weights)
     else:
         sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": options.max_seq_length}
-        model = BertPretrainModel(BertConfig.named(options.size, **sizes), padding_idx)
+        config = BertConfig.named(options.size, **sizes)
+        model = BertPretrainModel(config, tokenizer.get_vocab()[data.PAD])
     if options.max_seq_length > model.config.max_seq_length:
-        raise ValueError(f"--max-seq-length {options.max_seq_length} exceeds the weights' "
-                         f"{model.config.max_seq_length}")
+        raise ValueError(f"--max-seq-length exceeds the weights' {model.config.max_seq_length}")
     return model, tokenizer, corpora
 
 
@@ -308,23 +285,23 @@ def pretrain(options: PretrainOptions) -> None:
                                     options.whole_word_masking)
         for split, corpus in corpora.items()
     }
-    baselines = {"ln_vocab_size": math.log(tokenizer.get_vocab_size()),
-                 "unigram_entropy": corpora["train"].unigram_entropy()}
+    entropy = corpora["train"].unigram_entropy()
+    baselines = {"ln_vocab_size": math.log(model.config.vocab_size), "unigram_entropy": entropy}
     for split, corpus in corpora.items():
         print(f"{split}: {len(corpus.documents) - 1} documents, {len(corpus):,} tokens; "
-              f"left out, documents with {corpus.skipped}")
+              f"documents left out: {corpus.skipped}")
     print(", ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
 
     fixed = data.get_split_dataloader(examples["validation"], options.batch_size, workers=0)
     number = min(options.eval_batches, math.ceil(len(examples["validation"]) / options.batch_size))
     validation = [to_device(batch, device) for batch in itertools.islice(fixed, number)]
-    batches = iter(
-        data.get_split_dataloader(examples["train"], options.batch_size, workers=options.workers))
-    model = model.to(device).train()
+    training = data.get_split_dataloader(examples["train"], options.batch_size,
+                                         workers=options.workers)
+    batches, model = iter(training), model.to(device).train()
     optimizer = make_optimizer(model)
     warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
     tokens, started = 0, time.perf_counter()
-    bar = tqdm(total=options.steps, unit="step", dynamic_ncols=True)
+    bar = progress_bar(options.steps)
     for step in range(options.steps + 1):
         if step % options.eval_every == 0 or step == options.steps:
             metrics = evaluate(model, validation)
@@ -351,11 +328,11 @@ def pretrain(options: PretrainOptions) -> None:
             seconds = round(time.perf_counter() - started, 2)
             write_line(out, split="train", step=step, tokens=tokens, seconds=seconds,
                        learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
-            bar.set_postfix_str(f"loss {mlm_loss + nsp_loss:.3f}, {tokens / seconds:,.0f} tokens/s")
+            shown = f"loss {mlm_loss + nsp_loss:.3f}, {tokens / seconds:,.0f} tokens/s"
+            bar.set_postfix_str(shown, refresh=False)
     bar.close()
     model.save_pretrained(out / "model", tokenizer)
     draw_curves(out)
-    print(f"{out}/model holds the weights and their tokenizer")
 
 
 def draw_curves(out: Path) -> None:
@@ -371,12 +348,12 @@ def draw_curves(out: Path) -> None:
     left.plot(validation["step"], validation["mlm_loss"], label="validation")
     for name, style in {"ln_vocab_size": ":", "unigram_entropy": "--"}.items():
         left.axhline(validation[name][0], color="black", linestyle=style, label=name)
-    left.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
     for name in ("mlm_accuracy", "nsp_accuracy", "commonest_prediction"):
         right.plot(validation["step"], validation[name], label=name)
+    left.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
     right.set(xlabel="step", ylim=(0, 1.02), title="validation")
-    for axes in (left, right):
-        axes.legend()
+    left.legend()
+    right.legend()
     figure.savefig(out / "curves.png", dpi=120)
 
 

@@ -14,6 +14,7 @@ import copy
 import itertools
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import data
 from bert import SIZES, BertConfig, SST2BertModel
-from train_pretrain import (learning_rate, make_optimizer, matching_tokenizer, option, read_lines,
-                            run_script, start_run, update, write_line)
+from train_pretrain import (learning_rate, make_optimizer, matching_tokenizer, option, progress_bar,
+                            read_lines, run_script, start_run, update, write_line)
 
 LABELS = ("negative", "positive")
 
@@ -86,11 +85,12 @@ def forward(model: SST2BertModel, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: SST2BertModel, loader: DataLoader, device: torch.device) -> dict[str, float]:
+def evaluate(model: SST2BertModel, batches: Iterable[dict[str, torch.Tensor]],
+             device: torch.device) -> dict[str, float]:
     """Means over all sentences: the loss in nats and the accuracy."""
     model.eval()
     loss = correct = count = 0.0
-    for batch in loader:
+    for batch in batches:
         labels = batch["labels"].to(device)
         logits = forward(model, batch["input_ids"].to(device))
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -105,20 +105,19 @@ def best_epoch(accuracies: list[float]) -> int:
     return int(np.argmax(accuracies))
 
 
-def fine_tune(model: SST2BertModel, train: DataLoader, validation: DataLoader, epochs: int,
-              rate: float, seed: int, out: Path, log_every: int) -> tuple[SST2BertModel, float]:
+def fine_tune(model: SST2BertModel, train: data.SST2Batches, validation: data.SST2Batches,
+              epochs: int, rate: float, seed: int, out: Path,
+              log_every: int) -> tuple[SST2BertModel, float]:
     """One run. Returns the model as of its best epoch, and that epoch's validation accuracy."""
     device = next(model.parameters()).device
     optimizer = make_optimizer(model.train())
-    sampler = train.batch_sampler
-    assert isinstance(sampler, data.BucketSampler)
-    sampler.seed = seed
+    train.seed = seed
     steps, step, started = epochs * len(train), 0, time.perf_counter()
     accuracies, best = [], model
     about = {"learning_rate": rate, "seed": seed}
-    bar = tqdm(total=steps, unit="step", desc=f"lr {rate:g} seed {seed}", dynamic_ncols=True)
+    bar = progress_bar(steps, f"lr {rate:g} seed {seed}")
     for epoch in range(epochs):
-        sampler.epoch = epoch
+        train.epoch = epoch
         for batch in train:
             # Dropout depends on (seed, step) alone, not on what ran before.
             torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
@@ -130,7 +129,7 @@ def fine_tune(model: SST2BertModel, train: DataLoader, validation: DataLoader, e
             bar.update()
             if step % log_every == 0:
                 write_line(out, split="train", step=step, **about, loss=loss.item())
-                bar.set_postfix_str(f"loss {loss.item():.3f}")
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
         metrics = evaluate(model, validation, device)
         accuracies.append(metrics["accuracy"])
         if best_epoch(accuracies) == epoch:
@@ -147,10 +146,12 @@ def fine_tune(model: SST2BertModel, train: DataLoader, validation: DataLoader, e
 def train(options: SST2Options) -> None:
     out, device = start_run(options)
     tokenizer = make_tokenizer(options)
+    padding_idx = tokenizer.get_vocab()[data.PAD]
 
-    def load(path: str, split: str, seed: int | None = None) -> DataLoader:
-        return data.get_sst2_dataloader(path, split, tokenizer, options.max_seq_length,
-                                        options.batch_size, seed, options.dataset_name)
+    def load(path: str, split: str, seed: int | None = None) -> data.SST2Batches:
+        texts, labels = data.get_reviews(path, split, options.dataset_name)
+        rows = data.encode_sentences(tokenizer, texts, options.max_seq_length)
+        return data.SST2Batches(rows, labels, options.batch_size, padding_idx, seed)
 
     training = load(options.dataset, "train", options.seed)
     validation = load(options.dataset, "validation")

@@ -118,7 +118,7 @@ OPINIONS = [
     "Everything about the {aspect} is {adj}, and {actor2} is {adj2}.",
     "Such a {adj} {aspect} is rare.",
     "The scenes with {rival} are {adj}.",
-    "\"How {adj}!\" said the man beside me.",
+    '"How {adj}!" said the man beside me.',
 ]
 
 

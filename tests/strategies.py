@@ -13,9 +13,17 @@ from bert import BertConfig
 
 # All sizes differ, so that a transposed axis cannot hide.
 FIXED = BertConfig(
-    max_seq_length=17, vocab_size=31, d_model=12, attention_d_k=10, attention_d_v=14, head_num=2,
-    d_feed_forward=22, encoder_layers=3, dropout=0.0, attention_dropout=0.0,
-)  # fmt: skip
+    max_seq_length=17,
+    vocab_size=31,
+    d_model=12,
+    attention_d_k=10,
+    attention_d_v=14,
+    head_num=2,
+    d_feed_forward=22,
+    encoder_layers=3,
+    dropout=0.0,
+    attention_dropout=0.0,
+)
 PADDING = 0
 seeds = st.integers(0, 2**31)
 
@@ -27,12 +35,17 @@ def configs(draw: st.DrawFn, published: bool = False) -> BertConfig:
     d_k, d_v = (heads * draw(st.integers(1, 4)) for _ in "kv")
     width = heads * draw(st.integers(2, 4)) if published else draw(st.integers(2, 9))
     return BertConfig(
-        max_seq_length=draw(st.integers(2, 12)), vocab_size=draw(st.integers(3, 40)),
-        d_model=width, attention_d_k=width if published else d_k,
-        attention_d_v=width if published else d_v, head_num=heads,
-        d_feed_forward=draw(st.integers(1, 20)), encoder_layers=draw(st.integers(1, 3)),
-        dropout=0.0, attention_dropout=0.0,
-    )  # fmt: skip
+        max_seq_length=draw(st.integers(2, 12)),
+        vocab_size=draw(st.integers(3, 40)),
+        d_model=width,
+        attention_d_k=width if published else d_k,
+        attention_d_v=width if published else d_v,
+        head_num=heads,
+        d_feed_forward=draw(st.integers(1, 20)),
+        encoder_layers=draw(st.integers(1, 3)),
+        dropout=0.0,
+        attention_dropout=0.0,
+    )
 
 
 @st.composite
@@ -48,7 +61,7 @@ def batches(draw: st.DrawFn, config: BertConfig) -> tuple[torch.Tensor, torch.Te
     return input_ids.masked_fill(padded, PADDING), token_type_ids.masked_fill(padded, 0)
 
 
-# ---- A small vocabulary: the ids of ordinary tokens are 5 .. 5 + 26 + 10 --------------------------
+# ---- A small vocabulary: ordinary ids start at 5 ---------------------------------------------
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = [*data.SPECIAL_TOKENS, *LETTERS, *(f"##{c}" for c in LETTERS[:9]), "."]
@@ -64,24 +77,28 @@ def corpus_of(documents: list[list[list[int]]]) -> data.TokenizedCorpus:
     for sentences in documents:
         kept = sentences if len(sentences) > 1 else []
         columns["tokens"].append([token for sentence in kept for token in sentence])
-        columns["starts"].append([int(n) for n in np.cumsum([0, *map(len, kept)])[:-1]][: len(kept)])
+        columns["starts"].append(
+            [int(n) for n in np.cumsum([0, *map(len, kept)])[:-1]][: len(kept)]
+        )
         columns["sentences"].append(len(sentences))
-    features = datasets.Features({
-        "tokens": datasets.List(datasets.Value("uint16")),
-        "starts": datasets.List(datasets.Value("uint32")),
-        "sentences": datasets.Value("int64"),
-    })
+    features = datasets.Features(
+        {
+            "tokens": datasets.List(datasets.Value("uint16")),
+            "starts": datasets.List(datasets.Value("uint32")),
+            "sentences": datasets.Value("int64"),
+        }
+    )
     return data.TokenizedCorpus(datasets.Dataset.from_dict(columns, features=features))
 
 
 @st.composite
-def documents(draw: st.DrawFn, least: int = 2) -> list[list[list[int]]]:
-    """Documents of two or more sentences. No id says where it is from: see `numbered` for that."""
+def documents(draw: st.DrawFn, most: int = 6, longest: int = 30) -> list[list[list[int]]]:
+    """2 to `most` documents of 2 to 8 sentences of 1 to `longest` tokens."""
     generator = np.random.default_rng(draw(seeds))
-    sizes = st.lists(st.integers(1, 30), min_size=2, max_size=8)
+    sizes = st.lists(st.integers(1, longest), min_size=2, max_size=8)
     return [
         [generator.integers(5, len(VOCABULARY), size).tolist() for size in sentences]
-        for sentences in draw(st.lists(sizes, min_size=least, max_size=6))
+        for sentences in draw(st.lists(sizes, min_size=2, max_size=most))
     ]
 
 

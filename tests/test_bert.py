@@ -100,9 +100,10 @@ def test_attention_equals_a_naive_triple_loop(seed, heads, length, d_k, d_v):
         for i in range(length):
             weights = [
                 math.exp(sum(float(q[a, i, d] * k[a, j, d]) for d in range(d_k)) / math.sqrt(d_k))
-                if mask[j] else 0.0
+                if mask[j]
+                else 0.0
                 for j in range(length)
-            ]  # fmt: skip
+            ]
             expected = [w / sum(weights) for w in weights]
             assert probs[a, i].tolist() == pytest.approx(expected, rel=1e-9)
             for d in range(d_v):
@@ -175,8 +176,9 @@ def test_permuting_the_batch_permutes_the_output(data, config, seed):
     input_ids, token_type_ids = data.draw(batches(config))
     order = torch.tensor(data.draw(st.permutations(range(len(input_ids)))))
     model = build(BertPretrainModel, config, seed)
-    for output, permuted in zip(model(input_ids, token_type_ids),
-                                model(input_ids[order], token_type_ids[order]), strict=True):  # fmt: skip
+    outputs = model(input_ids, token_type_ids)
+    of_permuted = model(input_ids[order], token_type_ids[order])
+    for output, permuted in zip(outputs, of_permuted, strict=True):
         torch.testing.assert_close(output[order], permuted, **EXACT)
 
 
@@ -285,7 +287,7 @@ def test_the_decoder_is_the_token_embedding():
 
 
 def test_every_parameter_gets_a_gradient_from_the_pretraining_loss():
-    """Except the key bias: it adds the same to all scores of a query, and softmax takes no notice."""
+    """Except the key bias: it adds the same to all scores of a query, and softmax ignores that."""
     model = build(BertPretrainModel, dataclasses.replace(FIXED, max_seq_length=6))
     input_ids = torch.randint(1, FIXED.vocab_size, (3, 6))
     mlm_logits, nsp_logits = model(input_ids, torch.tensor([[0, 0, 0, 1, 1, 1]] * 3))
@@ -347,7 +349,7 @@ def test_an_encoder_with_a_missing_tensor_is_refused(tmp_path):
 
 def test_weights_of_another_shape_than_the_config_are_refused(tmp_path):
     Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
-    with pytest.raises(ValueError, match="config.json and the weights disagree"):
+    with pytest.raises(ValueError, match="config.json and weights disagree"):
         Bert.from_pretrained(tmp_path, d_feed_forward=23)
 
 

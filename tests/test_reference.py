@@ -23,12 +23,18 @@ def oracle(model, cls):
     """transformers' model with the weights of ours; no name may be missing or left over."""
     ours = model.config
     config = transformers.BertConfig(
-        vocab_size=ours.vocab_size, hidden_size=ours.d_model,
-        num_hidden_layers=ours.encoder_layers, num_attention_heads=ours.head_num,
-        intermediate_size=ours.d_feed_forward, hidden_act="gelu", hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, max_position_embeddings=ours.max_seq_length,
-        type_vocab_size=ours.type_vocab_size, pad_token_id=model.padding_idx,
-    )  # fmt: skip
+        vocab_size=ours.vocab_size,
+        hidden_size=ours.d_model,
+        num_hidden_layers=ours.encoder_layers,
+        num_attention_heads=ours.head_num,
+        intermediate_size=ours.d_feed_forward,
+        hidden_act="gelu",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        max_position_embeddings=ours.max_seq_length,
+        type_vocab_size=ours.type_vocab_size,
+        pad_token_id=model.padding_idx,
+    )
     theirs = cls(config).to(next(model.parameters()).dtype).eval()
     state = {published_name(name): tensor.clone() for name, tensor in model.state_dict().items()}
     missing, left_over = theirs.load_state_dict(state, strict=False)
@@ -63,7 +69,9 @@ def test_logits_loss_and_every_gradient_equal_the_oracles(data, config, seed):
     labels = torch.where(mask & (torch.rand(mask.shape) < 0.5), input_ids, -100)
     labels[0, 0] = 1  # a label in every batch
     nsp_labels = torch.randint(0, 2, (len(input_ids),))
-    expected = theirs(input_ids, mask, token_type_ids, labels=labels, next_sentence_label=nsp_labels)
+    expected = theirs(
+        input_ids, mask, token_type_ids, labels=labels, next_sentence_label=nsp_labels
+    )
     positions = (labels != -100).flatten().nonzero().flatten()
     mlm_logits, nsp_logits = model(input_ids, token_type_ids, positions=positions)
     compare(mlm_logits, expected.prediction_logits.flatten(0, 1)[positions], 1e-9)
@@ -108,7 +116,9 @@ def test_what_we_save_opens_in_transformers_with_the_same_result(ours, theirs, t
     config = dataclasses.replace(FIXED, attention_d_k=12, attention_d_v=12, vocab_size=45)
     model = build(ours, config).float()
     model.save_pretrained(tmp_path, small_tokenizer())
-    loaded, report = getattr(transformers, theirs).from_pretrained(tmp_path, output_loading_info=True)
+    loaded, report = getattr(transformers, theirs).from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(report.values()), report
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = ["abc d.", "a [MASK] é"]

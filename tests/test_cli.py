@@ -1,0 +1,219 @@
+"""The command lines: flags, help, one clear line and exit status 2 for each mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+from strategies import LETTERS, VOCABULARY, small_tokenizer
+
+from bert import BertConfig, BertPretrainModel
+from train_pretrain import PretrainOptions, option, parse_options, pretrain, run_script
+from train_sst2 import SST2Options, main
+
+ROOT = Path(__file__).parents[1]
+MAINS = {"train_pretrain.py": (pretrain, PretrainOptions), "train_sst2.py": (main, SST2Options)}
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+# ---- The parser ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [PretrainOptions, SST2Options])
+def test_without_flags_the_options_are_the_defaults(cls):
+    assert parse_options(cls, []) == cls()
+
+
+@dataclass
+class Example:
+    some_number: int = option(3, "a number", at_least=2)
+    maybe: str | None = option(None, "a word")
+    rates: tuple[float, ...] = option((0.5,), "several", at_least=0)
+    size: str = option("a", "a choice", choices=["a", "b"])
+    flag: bool = option(False, "a switch")
+
+
+def test_every_kind_of_option_has_its_flag():
+    line = "--some-number 4 --maybe x --rates 1 2.5 --size b --flag".split()
+    chosen = asdict(parse_options(Example, line))
+    assert chosen == {
+        "some_number": 4,
+        "maybe": "x",
+        "rates": [1.0, 2.5],
+        "size": "b",
+        "flag": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--no-such-flag 1", "error: unrecognized arguments: --no-such-flag 1"),
+        ("--some 4", "error: unrecognized arguments: --some 4"),
+        ("--some-number 1", "error: --some-number must be at least 2, got 1"),
+        ("--some-number x", "error: argument --some-number: invalid int value: 'x'"),
+        ("--rates 1 -1", "error: --rates must be at least 0, got [1.0, -1.0]"),
+        ("--rates nan", "error: --rates must be at least 0, got [nan]"),
+        ("--size c", "error: argument --size: invalid choice: 'c' (choose from"),
+    ],
+)
+def test_a_wrong_flag_ends_in_one_line_and_status_2(line, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(Example, line.split())
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(message)
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("cls", [PretrainOptions, SST2Options])
+def test_help_explains_every_flag(cls, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(cls, ["--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in cls.__dataclass_fields__.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.metadata["help"] in text
+
+
+# ---- Mistakes, as a person would make them ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """One of everything that can be wrong, and a small model."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    texts = [f"{c} aa bb. cc dd. ee ff." for c in LETTERS]
+    for name, rows in {
+        "corpus": [{"text": text} for text in texts],
+        "body": [{"body": text} for text in texts],
+        "one": [{"text": texts[0]}],
+        "lines": [{"text": text.split(".")[0]} for text in texts],
+        "labels": [{"sentence": "a", "label": -1}],
+    }.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    (folder / "nomask.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask") + "\n")
+    config = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
+    BertPretrainModel(config, 0).save_pretrained(folder / "model", small_tokenizer())
+    (folder / "taken").mkdir()
+    (folder / "taken/metrics.jsonl").write_text("a run\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "message"),
+    [
+        ("train_pretrain.py", "--dataset no/such/file", "no/such/file does not exist"),
+        ("train_pretrain.py", "--dataset body.jsonl", "no --text-column text in ['body']"),
+        ("train_pretrain.py", "--dataset one.jsonl --vocab-size 60", "Two are needed"),
+        ("train_pretrain.py", "--dataset lines.jsonl --vocab-size 60", "see --rows-per-document"),
+        ("train_pretrain.py", "--dataset broken.jsonl", "cannot read broken.jsonl"),
+        ("train_pretrain.py", "--dataset corpus.jsonl --vocab-size 9", "vocab_size=9 is less than"),
+        ("train_pretrain.py", "--tokenizer nomask.txt", "lacks [MASK]"),
+        ("train_pretrain.py", "--tokenizer none.txt", "no tokenizer at none.txt"),
+        ("train_pretrain.py", "--max-seq-length 4", "--max-seq-length must be at least 5, got 4"),
+        (
+            "train_pretrain.py",
+            "--dataset corpus.jsonl --weights model --max-seq-length 17",
+            "--max-seq-length exceeds the weights' 16",
+        ),
+        ("train_pretrain.py", "--weights corpus.jsonl", "no tokenizer at corpus.jsonl"),
+        ("train_pretrain.py", "--size huge", "argument --size: invalid choice: 'huge'"),
+        ("train_pretrain.py", "--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("train_pretrain.py", "--workers -1", "--workers must be at least 0, got -1"),
+        ("train_pretrain.py", "--bathc-size 8", "unrecognized arguments: --bathc-size 8"),
+        ("train_pretrain.py", "--out taken", "--out taken holds another run; name a new folder"),
+        ("train_pretrain.py", "--device cuda:9", "--device cuda:9"),
+        ("train_sst2.py", "--dataset nothing/at/all", "nothing/at/all does not exist"),
+        ("train_sst2.py", "--dataset corpus.jsonl", "no columns sentence (or text) and label"),
+        ("train_sst2.py", "--dataset labels.jsonl", "labels {-1}, but only 0 and 1 mean something"),
+        (
+            "train_sst2.py",
+            "--weights model --tokenizer vocab.txt --max-seq-length 17",
+            "16 positions",
+        ),
+        ("train_sst2.py", "--predict hello", "--predict needs --weights"),
+    ],
+)
+def test_a_mistake_ends_in_one_clear_line_and_status_2(
+    folder, script, line, message, capfd, monkeypatch
+):
+    """The line says what was wrong and which flag to change; nothing is overwritten."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stopped:
+        run_script(*MAINS[script], line.split())
+    assert stopped.value.code == 2
+    errors = [e for e in capfd.readouterr().err.splitlines() if e.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert (folder / "taken/metrics.jsonl").read_text() == "a run\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "message"),
+    [
+        ("train_pretrain.py", "--dataset no/such/file", "no/such/file does not exist"),
+        ("train_sst2.py", "--predict hello", "--predict needs --weights"),
+        ("bert.py", "corpus.jsonl text", "corpus.jsonl is not a model's directory"),
+    ],
+)
+def test_a_person_sees_no_traceback(folder, script, line, message):
+    ended = python(str(ROOT / script), *line.split(), cwd=folder)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {message}")
+    assert ended.stderr.count("\n") == 1
+
+
+# ---- Copying a file, and running one ------------------------------------------------------------
+
+
+def test_bert_alone_in_a_folder_works(tmp_path):
+    shutil.copy(ROOT / "bert.py", tmp_path)
+    code = """
+from bert import *
+print(Bert(BertConfig.named('tiny'), 0)(torch.ones(1, 3).long()).shape)
+"""
+    assert python("-c", code, cwd=tmp_path).stdout == "torch.Size([1, 3, 128])\n"
+
+
+def test_data_alone_in_a_folder_works(tmp_path):
+    shutil.copy(ROOT / "data.py", tmp_path)
+    rows = [{"text": f"{c} aa. bb cc."} for c in LETTERS]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = """
+import data
+tokenizer = data.train_tokenizer(data.get_dataset("corpus.jsonl")["text"], 70)
+corpus = data.get_corpus("corpus.jsonl", "train", tokenizer)
+dataset = data.PretrainDataset(corpus, tokenizer, 16)
+print(sorted(next(iter(data.get_split_dataloader(dataset, 2, workers=0)))))
+"""
+    names = "['input_ids', 'mlm_labels', 'nsp_labels', 'token_type_ids']\n"
+    assert python("-c", code, cwd=tmp_path).stdout == names
+
+
+def test_bert_needs_nothing_but_torch_to_be_imported():
+    others = ("tokenizers", "safetensors", "datasets", "data")
+    code = f"import sys, bert; print(any(m in sys.modules for m in {others}))"
+    assert python("-c", code).stdout == "False\n"
+
+
+def test_bert_fills_masks_from_the_command_line(folder):
+    ended = python("bert.py", str(folder / "model"), "a [MASK] b [MASK]")
+    assert ended.returncode == 0
+    assert [line.split()[0] for line in ended.stdout.splitlines()] == ["[MASK]", "[MASK]"]
+    assert all(len(line.split()) == 11 for line in ended.stdout.splitlines())
+
+
+def test_importing_a_script_starts_nothing():
+    code = "import train_pretrain, train_sst2, bert, data"
+    ended = python("-c", code)
+    assert (ended.returncode, ended.stdout) == (0, "")

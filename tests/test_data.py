@@ -1,0 +1,668 @@
+"""What the data pipeline makes, as an algebra of places in the corpus."""
+
+import itertools
+import json
+import math
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    LETTERS,
+    VOCABULARY,
+    corpus_of,
+    documents,
+    numbered,
+    place_tokenizer,
+    seeds,
+    small_tokenizer,
+)
+
+import data
+from data import NOT_SCORED, PretrainDataset, TokenizedCorpus
+
+PAD, UNK, CLS, SEP, MASK = range(5)
+lengths = st.integers(5, 40)
+
+
+def original(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The ids before masking: the label where there is one."""
+    labels = batch["mlm_labels"]
+    return torch.where(labels == NOT_SCORED, batch["input_ids"], labels)
+
+
+def segments(row: list[int]) -> tuple[list[int], list[int]]:
+    """A and B of a row before masking."""
+    end = len(row) - row[::-1].index(SEP)  # behind the last [SEP]
+    first = row.index(SEP)
+    return row[1:first], row[first + 1 : end - 1]
+
+
+def numbers_of(dataset: PretrainDataset, epochs: int = 2) -> list[int]:
+    return list(range(epochs * len(dataset)))
+
+
+# ---- Masks --------------------------------------------------------------------------------------
+
+
+def ordinary_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    ids = original(batch)
+    return (ids != PAD) & (ids != CLS) & (ids != SEP)
+
+
+@given(documents(), lengths, seeds, st.booleans())
+def test_labels_are_the_original_ids_where_chosen_and_nothing_else_changes(
+    docs, length, seed, whole
+):
+    """Wherever a token was not chosen, the input is the text itself."""
+    corpus = corpus_of(numbered(docs))
+    dataset = PretrainDataset(corpus, place_tokenizer(), length, seed, whole)
+    every = {int(t) for chunk in corpus.chunks for t in chunk}
+    for batch in (dataset.__getitems__([n]) for n in numbers_of(dataset)[:8]):
+        tokens = original(batch)[ordinary_of(batch)]
+        assert set(tokens.tolist()) <= every  # numbered: each id is a place of the corpus
+        a, b = segments(original(batch)[0].tolist())
+        for segment in (a, b):  # and the places follow each other
+            assert segment == list(range(segment[0], segment[0] + len(segment)))
+
+
+@given(documents(), lengths, seeds)
+def test_exactly_15_percent_of_the_ordinary_tokens_are_chosen_and_at_least_one(docs, length, seed):
+    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed)
+    batch = dataset.__getitems__(numbers_of(dataset)[:16])
+    chosen = (batch["mlm_labels"] != NOT_SCORED).sum(dim=1).tolist()
+    counts = ordinary_of(batch).sum(dim=1).tolist()
+    assert chosen == [max(1, round(0.15 * n)) for n in counts]
+
+
+@given(documents(), lengths, seeds, st.booleans())
+def test_special_tokens_are_never_chosen_and_never_drawn(docs, length, seed, whole):
+    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed, whole)
+    batch = dataset.__getitems__(numbers_of(dataset)[:16])
+    chosen = batch["mlm_labels"] != NOT_SCORED
+    assert not (chosen & ~ordinary_of(batch)).any()
+    inside = batch["input_ids"][ordinary_of(batch)]
+    assert set(inside.tolist()) <= {MASK, *range(5, len(VOCABULARY))}
+
+
+def within(share: float, expected: float, n: int) -> bool:
+    """Five standard deviations: a right share fails once in 1.7 million times."""
+    return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
+
+
+def large_batch(**options) -> dict[str, torch.Tensor]:
+    """2,000 examples of 120 tokens, of which 36,000 are chosen, from 6,000 different ids."""
+    generator = np.random.default_rng(0)
+    docs = [[generator.integers(5, 6005, 15).tolist() for _ in range(40)] for _ in range(50)]
+    names = [*data.SPECIAL_TOKENS, *(f"t{i}" for i in range(5, 6005))]
+    tokenizer = data.wordpiece({token: i for i, token in enumerate(names)})
+    dataset = PretrainDataset(corpus_of(docs), tokenizer, 123, **options)
+    return dataset.__getitems__(list(range(2000)))
+
+
+def test_of_the_chosen_80_percent_are_masked_10_random_10_kept():
+    batch = large_batch()
+    chosen = batch["mlm_labels"] != NOT_SCORED
+    ids, labels = batch["input_ids"][chosen], batch["mlm_labels"][chosen]
+    n = len(ids)
+    assert n > 30_000
+    assert within((ids == MASK).double().mean().item(), 0.8, n)
+    assert within((ids == labels).double().mean().item(), 0.1 + 0.1 / 6000, n)
+    replaced = ids[(ids != MASK) & (ids != labels)]
+    assert within(len(replaced) / n, 0.1 - 0.1 / 6000, n)
+    # uniform over the vocabulary: mean of n uniform ids, and the extremes are reached
+    middle, spread = (5 + 6004) / 2, 6000 / math.sqrt(12)
+    assert abs(replaced.double().mean() - middle) < 5 * spread / math.sqrt(len(replaced))
+    assert replaced.min() < 30
+    assert replaced.max() > 5980
+
+
+def test_every_place_of_a_row_is_equally_likely_to_be_chosen():
+    """Columns 1 .. 50 are ordinary in nearly all rows; each is chosen with probability 0.15."""
+    batch = large_batch()
+    full = ordinary_of(batch)[:, 1:51]
+    chosen = (batch["mlm_labels"] != NOT_SCORED)[:, 1:51]
+    for column in range(50):
+        n = int(full[:, column].sum())
+        assert within(int(chosen[:, column].sum()) / n, 0.15, n)
+
+
+def test_half_of_the_pairs_are_random_and_a_tenth_are_short():
+    batch = large_batch()
+    assert within(batch["nsp_labels"].double().mean().item(), 0.5, 2000)
+    short = (original(batch) != PAD).sum(dim=1) < 123
+    assert within(short.double().mean().item(), 0.1 * 118 / 119, 2000)
+
+
+@given(documents(), lengths, seeds)
+def test_whole_word_masking_takes_all_pieces_of_a_word_or_none(docs, length, seed):
+    """A word never reaches across [SEP], whatever B begins with, and the limit is kept unless the
+    one word that is always taken exceeds it."""
+    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed, True)
+    batch = dataset.__getitems__(numbers_of(dataset)[:16])
+    chosen = batch["mlm_labels"] != NOT_SCORED
+    for row, row_chosen, inside in zip(
+        original(batch).tolist(), chosen.tolist(), ordinary_of(batch).tolist(), strict=True
+    ):
+        words: list[list[bool]] = []
+        for i, token in enumerate(row):
+            if not inside[i]:
+                continue
+            if VOCABULARY[token].startswith("##") and inside[i - 1]:
+                words[-1].append(row_chosen[i])
+            else:
+                words.append([row_chosen[i]])
+        assert all(len(set(word)) == 1 for word in words)
+        taken = [len(word) for word in words if word[0]]
+        assert taken
+        assert sum(taken) <= max(1, round(0.15 * sum(inside))) or len(taken) == 1
+
+
+# ---- Pairs --------------------------------------------------------------------------------------
+
+
+@given(documents(), lengths, seeds)
+def test_a_row_is_cls_a_sep_b_sep_and_then_padding(docs, length, seed):
+    """Segment ids are 0 up to the first [SEP], 1 up to the second, 0 on padding; the batch is as
+    wide as its longest row, and no row exceeds the limit."""
+    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed)
+    batch = dataset.__getitems__(numbers_of(dataset)[:16])
+    widths = []
+    for ids, types in zip(original(batch).tolist(), batch["token_type_ids"].tolist(), strict=True):
+        a, b = segments(ids)
+        assert a
+        assert b
+        assert not {PAD, CLS, SEP} & {*a, *b}
+        padding = len(ids) - len(a) - len(b) - 3
+        assert ids == [CLS, *a, SEP, *b, SEP] + [PAD] * padding
+        assert types == [0] * (len(a) + 2) + [1] * (len(b) + 1) + [0] * padding
+        widths.append(len(a) + len(b) + 3)
+    assert max(widths) == batch["input_ids"].size(1) <= length
+    assert {t.dtype for t in batch.values()} == {torch.int64}
+
+
+@given(documents(), lengths, seeds)
+def test_the_next_segment_is_the_text_that_follows_and_a_random_one_is_from_another_document(
+    docs, length, seed
+):
+    corpus = corpus_of(numbered(docs))
+    dataset = PretrainDataset(corpus, place_tokenizer(), length, seed)
+    edges = corpus.documents + 1000
+    for batch in (dataset.__getitems__([n]) for n in numbers_of(dataset)[:16]):
+        a, b = segments(original(batch)[0].tolist())
+        document = [int(np.searchsorted(edges, segment[0], side="right")) for segment in (a, b)]
+        for segment, own in zip((a, b), document, strict=True):
+            assert edges[own - 1] <= segment[0] <= segment[-1] < edges[own]  # in one document
+        if batch["nsp_labels"].item() == 0:
+            assert b[0] == a[-1] + 1
+        else:
+            assert document[0] != document[1]
+
+
+def test_segments_start_with_sentences_where_sentences_are_short():
+    """B does, and so does A unless the pair ends with the document."""
+    corpus = corpus_of(numbered([[[0] * 5 for _ in range(30)] for _ in range(20)]))
+    dataset = PretrainDataset(corpus, place_tokenizer(), 64)
+    starts = set((corpus.sentences + 1000).tolist())
+    for number in numbers_of(dataset, 4):
+        a, b = segments(original(dataset.__getitems__([number]))[0].tolist())
+        if len(a) + len(b) > 5:  # a pair shorter than a sentence is cut anywhere
+            assert b[0] in starts
+            is_last = a[0] + len(a) + len(b) in corpus.documents + 1000
+            assert a[0] in starts or is_last
+
+
+def test_the_length_of_a_segment_says_nothing_about_its_label():
+    """In documents longer than the pair, both labels have all pairs filled to their target."""
+    generator = np.random.default_rng(0)
+    docs = [[[7] * int(n) for n in generator.integers(3, 20, 60)] for _ in range(30)]
+    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), 64)
+    batch = dataset.__getitems__(numbers_of(dataset, 6))
+    length_b = batch["token_type_ids"].sum(dim=1).double()
+    total = (batch["input_ids"] != PAD).sum(dim=1).double()
+    is_random = batch["nsp_labels"].bool()
+    for measure in (length_b, total):
+        one, other = measure[is_random], measure[~is_random]
+        error = math.sqrt(one.var() / len(one) + other.var() / len(other))
+        assert abs(one.mean() - other.mean()) < 5 * error
+
+
+@given(documents(most=3, longest=12), st.integers(5, 12), seeds)
+def test_nothing_of_a_document_is_out_of_reach(docs, length, seed):
+    """Every token is seen in 200 epochs. The rarest, a document's first, is where an example begins
+    with probability 1 / 9 an epoch, and is missed by all with probability 6e-11."""
+    corpus = corpus_of(numbered(docs))
+    dataset = PretrainDataset(corpus, place_tokenizer(), length, seed)
+    batch = dataset.__getitems__(numbers_of(dataset, 200))
+    seen = set(original(batch)[ordinary_of(batch)].tolist())
+    assert seen == set(range(1000, 1000 + len(corpus)))
+
+
+def test_documents_of_one_sentence_are_left_out_and_counted():
+    corpus = corpus_of([[[5], [6]], [], [[7, 8, 9]], [[10], [11], [12]]])
+    assert corpus.skipped == {"no sentence": 1, "one sentence": 1}
+    assert len(corpus) == 5
+    assert corpus.documents.tolist() == [0, 2, 5]
+    assert corpus.sentences.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_corpus_of_one_document_is_refused():
+    with pytest.raises(ValueError, match=r"'one sentence': 1.*Two are needed.*--rows-per-document"):
+        corpus_of([[[5], [6]], [[7]]])
+
+
+def test_a_pair_needs_five_tokens():
+    with pytest.raises(ValueError, match="max_seq_length=4"):
+        PretrainDataset(corpus_of([[[5], [6]]] * 2), small_tokenizer(), 4)
+
+
+@given(documents())
+def test_unigram_entropy_is_that_of_the_tokens(docs):
+    corpus = corpus_of(docs)
+    tokens = np.concatenate(corpus.chunks)
+    counts = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    assert corpus.unigram_entropy() == pytest.approx(-sum(p * math.log(p) for p in counts))
+
+
+# ---- A pure function of (corpus, seed, number) --------------------------------------------------
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@given(documents(), lengths, seeds, st.data())
+def test_an_example_does_not_depend_on_its_batch_or_on_what_came_before(docs, length, seed, draw):
+    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed)
+    numbers = draw.draw(st.lists(st.sampled_from(numbers_of(dataset)), min_size=1, max_size=6))
+    batch = dataset.__getitems__(numbers)
+    for row, number in enumerate(numbers):
+        alone = dataset[number]
+        for name, values in batch.items():
+            width = alone[name].numel()
+            assert torch.equal(values[row].flatten()[:width], alone[name].flatten())
+
+
+def test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise():
+    corpus = corpus_of([[[7] * 9] * 30] * 4)
+    first = PretrainDataset(corpus, small_tokenizer(), 32, seed=1)
+    again = PretrainDataset(corpus, small_tokenizer(), 32, seed=1)
+    other = PretrainDataset(corpus, small_tokenizer(), 32, seed=2)
+    epoch = list(range(len(first)))
+    later = [n + len(first) for n in epoch]
+    assert equal(first.__getitems__(epoch), again.__getitems__(epoch))
+    assert not equal(first.__getitems__(epoch), first.__getitems__(later))
+    assert not equal(first.__getitems__(epoch), other.__getitems__(epoch))
+
+
+def test_random_numbers_of_neighbouring_examples_do_not_overlap():
+    """A counter-based generator counts in its lowest word: an index there would make example
+    i + 1 repeat what example i drew a little later."""
+    for one, other in itertools.combinations([(0, 0), (0, 1), (1, 0), (1, 1)], 2):
+        drawn = [set(data.generator(3, 0, *place).random(2000)) for place in (one, other)]
+        assert not drawn[0] & drawn[1]
+    assert not set(data.generator(3, 0, 0).random(2000)) & set(data.generator(3, 1, 0).random(2000))
+
+
+@given(st.integers(1, 40), st.integers(1, 7), seeds, st.integers(1, 3), st.integers(0, 9))
+def test_each_epoch_visits_every_example_once_for_any_ranks_and_start(
+    size, batch, seed, world, start
+):
+    """The processes' batches, in turn, are the one order of a single process; and starting later
+    gives the same batches as having run until then."""
+
+    def batches(count, **options):
+        sampler = data.EpochSampler(size, batch, seed, **options)
+        return list(itertools.islice(sampler, count))
+
+    steps = -(-3 * size // (batch * world)) + start
+    ranks = [batches(steps, rank=rank, world_size=world) for rank in range(world)]
+    in_turn = list(itertools.chain.from_iterable(zip(*ranks, strict=True)))
+    assert in_turn == batches(steps * world)
+    flat = list(itertools.chain.from_iterable(in_turn))
+    for epoch in range(3):
+        numbers = flat[epoch * size : (epoch + 1) * size]
+        assert sorted(numbers) == list(range(epoch * size, (epoch + 1) * size))
+    assert batches(steps - start, start=start) == batches(steps)[start:]
+
+
+def test_orders_of_epochs_differ():
+    flat = next(iter(data.EpochSampler(200, 400, seed=0)))
+    first, second = flat[:200], [n - 200 for n in flat[200:]]
+    assert first != second
+    assert first != sorted(first)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_batches_do_not_depend_on_the_number_of_workers(workers):
+    dataset = PretrainDataset(corpus_of([[[7] * 9] * 30] * 4), small_tokenizer(), 32)
+
+    def first(count, **options):
+        loader = data.get_split_dataloader(dataset, 5, **options)
+        return list(itertools.islice(loader, count))
+
+    for one, other in zip(first(9, workers=0), first(9, workers=workers), strict=True):
+        assert equal(one, other)
+    assert equal(first(9, workers=0)[4], first(1, workers=workers, start=4)[0])
+
+
+def test_a_pickled_corpus_maps_the_same_tokens(tmp_path):
+    """Workers that are not forked get the files' names, not the tokens."""
+    import pickle
+
+    corpus = data.get_corpus(
+        "sample", "validation", data.load_tokenizer(sample_vocabulary(tmp_path))
+    )
+    pickled = pickle.dumps(corpus)
+    assert len(pickled) < len(corpus)
+    assert np.array_equal(pickle.loads(pickled).tokens(0, 50), corpus.tokens(0, 50))
+
+
+# ---- Stage 1: text -> tokens --------------------------------------------------------------------
+
+texts = st.lists(
+    st.sampled_from(
+        [
+            "a",
+            "bc",
+            "Mr.",
+            "x.",
+            "y!",
+            '"z?"',
+            "end.)",
+            "。",
+            " ",
+            "\n",
+            "\n\n",
+            "\t",
+            "J.",
+            "K" * 1200,
+            "1.5",
+            "...",
+            "word",
+        ]
+    ),
+    max_size=30,
+).map("".join)
+
+
+@given(texts | st.text(max_size=300))
+def test_splitting_loses_nothing_but_white_space(text):
+    assert re.sub(r"\s", "", "".join(data.split_sentences(text))) == re.sub(r"\s", "", text)
+    assert all(0 < len(s) <= 1000 and s == s.strip() for s in data.split_sentences(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("One. Two! Three?", ["One.", "Two!", "Three?"]),
+        ("A line\nthat goes on. B", ["A line\nthat goes on.", "B"]),
+        ("No stop\n\nNext", ["No stop", "Next"]),
+        ('"Who?" he said. (Yes.) No', ['"Who?"', "he said.", "(Yes.)", "No"]),
+        ("Mr. X met J. K. Y. and mrs. Z. It", ["Mr. X met J. K. Y. and mrs. Z. It"]),
+        ("It cost 1.5 dollars... Really", ["It cost 1.5 dollars...", "Really"]),
+        ("你好。再见！", ["你好。", "再见！"]),
+        ("  \n\n  ", []),
+    ],
+)
+def test_sentences_end_where_a_reader_would_end_them(text, sentences):
+    assert data.split_sentences(text) == sentences
+
+
+def test_a_text_without_an_end_is_cut_at_white_space():
+    pieces = data.split_sentences("word " * 1000)
+    assert len(pieces) > 4
+    assert all(piece.split() == ["word"] * len(piece.split()) for piece in pieces)
+
+
+def rows_of(texts: list) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"text": texts})
+
+
+@given(st.lists(st.text(alphabet=LETTERS + " .!\n中é[MASK]", max_size=60), max_size=5))
+def test_stage_1_keeps_every_token_of_a_document_with_two_sentences(documents):
+    numbers = list(range(len(documents)))
+    out = data.tokenize_documents({"text": documents}, numbers, small_tokenizer(), "text")
+    for text, tokens, starts, count in zip(
+        documents, out["tokens"], out["starts"], out["sentences"], strict=True
+    ):
+        parts = [
+            s for s in data.split_sentences(text) if data.encode_plain(small_tokenizer(), [s])[0]
+        ]
+        assert count == len(parts)
+        whole = data.encode_plain(small_tokenizer(), [text])[0] if count > 1 else []
+        assert tokens.tolist() == whole
+        assert len(starts) == (count if count > 1 else 0)
+        assert sorted({*starts.tolist()}) == starts.tolist()
+
+
+def test_the_tokenizer_given_to_stage_1_still_knows_its_special_tokens():
+    tokenizer = small_tokenizer()
+    data.encode_plain(tokenizer, ["a [MASK]"])
+    assert tokenizer.encode("[MASK]").ids == [CLS, MASK, SEP]
+
+
+def test_rows_are_regrouped_into_documents():
+    """A corpus of a sentence per row has no pairs until rows are joined."""
+    rows = rows_of(["a b.", "c d.", "e f.", "g.", "a.", "b.", "c."])
+    with pytest.raises(ValueError, match="'one sentence': 7"):
+        TokenizedCorpus(data.tokenize_dataset(rows, small_tokenizer()))
+    grouped = data.tokenize_dataset(rows, small_tokenizer(), rows_per_document=3)
+    assert grouped["sentences"] == [3, 3, 1]
+    corpus = TokenizedCorpus(grouped)
+    assert [VOCABULARY[t] for t in corpus.tokens(0, 4)] == ["a", "b", ".", "c"]
+
+
+def test_a_poisoned_row_surfaces_with_its_number():
+    rows = {"text": ["a. b.", None, 7]}
+    with pytest.raises(ValueError, match="row 12: text is int, not text"):
+        data.tokenize_documents(rows, [10, 11, 12], small_tokenizer(), "text")
+
+
+def test_empty_rows_are_counted():
+    corpus = TokenizedCorpus(
+        data.tokenize_dataset(rows_of(["aa. b", "", None, "cc. d"]), small_tokenizer())
+    )
+    assert corpus.skipped == {"no sentence": 2, "one sentence": 0}
+
+
+def test_a_missing_column_is_refused_with_those_that_are_there():
+    with pytest.raises(ValueError, match=r"no column 'body': --text-column is of \['text'\]"):
+        data.tokenize_dataset(rows_of(["a."]), small_tokenizer(), text_column="body")
+
+
+def sample_vocabulary(tmp_path) -> str:
+    path = tmp_path / "vocab.txt"
+    words = sorted(
+        set(re.findall(r"[a-z]+|\S", (data.SAMPLE / "corpus/validation.jsonl").read_text().lower()))
+    )
+    path.write_text("\n".join(dict.fromkeys([*data.SPECIAL_TOKENS, *words])) + "\n")
+    return str(path)
+
+
+def test_a_second_start_reads_the_cache_and_another_tokenizer_does_not(tmp_path, monkeypatch):
+    """The key is the corpus, the tokenizer, and the version of stage 1."""
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": f"a{i} bb. c d."}) + "\n" for i in range(20)))
+    calls = []
+    real = data.tokenize_documents
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(data, "tokenize_documents", counted)
+
+    def start(tokenizer):
+        rows = data.tokenize_dataset(data.get_dataset(str(path)), tokenizer)
+        calls_made, calls[:] = len(calls), []
+        return calls_made, np.concatenate(rows["tokens"])
+
+    made, tokens = start(small_tokenizer())
+    assert made > 0
+    again, same = start(small_tokenizer())
+    assert again == 0
+    assert np.array_equal(tokens, same)
+    other = data.wordpiece({token: i for i, token in enumerate([*VOCABULARY, "new"])})
+    assert start(other)[0] > 0
+    monkeypatch.setattr(data, "STAGE_1", -1)
+    assert start(small_tokenizer())[0] > 0
+
+
+# ---- Corpora and tokenizers from files ----------------------------------------------------------
+
+
+def test_every_kind_of_file_gives_one_document_per_row(tmp_path):
+    texts = ["First. One.\n\nTwo.", "Second."]
+    (tmp_path / "jsonl").mkdir()
+    (tmp_path / "jsonl/train.jsonl").write_text(
+        "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    )
+    (tmp_path / "parquet").mkdir()
+    rows_of(texts).to_parquet(tmp_path / "parquet/train.parquet")
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / f"text/{i}.txt").write_text(text)
+    for kind in ("jsonl", "parquet", "text"):
+        assert list(data.get_dataset(str(tmp_path / kind))["text"]) == texts, kind
+    for file in ("jsonl/train.jsonl", "parquet/train.parquet"):
+        assert list(data.get_dataset(str(tmp_path / file))["text"]) == texts, file
+    assert list(data.get_dataset(str(tmp_path / "text/1.txt"))["text"]) == ["Second."]
+    assert [
+        row["text"] for row in data.get_dataset(str(tmp_path / "jsonl"), streaming=True)
+    ] == texts
+
+
+def test_a_path_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="no/such/folder does not exist"):
+        data.get_dataset("no/such/folder")
+
+
+def test_a_corpus_without_validation_holds_out_its_last_documents(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{c} aa. bb."}) + "\n" for c in LETTERS))
+    corpora = [
+        data.get_corpus(str(path), split, small_tokenizer()) for split in ("train", "validation")
+    ]
+    firsts = [[VOCABULARY[c.tokens(s, s + 1)[0]] for s in c.documents[:-1]] for c in corpora]
+    assert firsts == [list(LETTERS[:24]), ["y", "z"]]
+
+
+def test_the_sample_has_both_splits():
+    assert {"train", "validation"} <= set(data.get_dataset("sample", split=None))
+
+
+def test_tokenizers_load_from_each_kind_of_place_with_the_same_ids(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+    small_tokenizer().save(str(tmp_path / "other.json"))
+    expected = small_tokenizer().encode("Abc d.").ids
+    for place in (tmp_path, tmp_path / "vocab.txt", tmp_path / "other.json"):
+        assert data.load_tokenizer(place).encode("Abc d.").ids == expected
+
+
+def test_a_vocabulary_without_a_special_token_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask"))
+    with pytest.raises(ValueError, match=r"lacks \[MASK\]"):
+        data.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer at .*nowhere"):
+        data.load_tokenizer(tmp_path / "nowhere.txt")
+
+
+@given(
+    st.lists(st.text(alphabet=LETTERS[:5] + "é中. ", min_size=1), min_size=1, max_size=10), seeds
+)
+def test_a_trained_tokenizer_is_deterministic_and_knows_every_character(texts, seed):
+    """Even in another order of the texts; and [PAD] is 0."""
+    tokenizer = data.train_tokenizer(texts, 60)
+    order = np.random.default_rng(seed).permutation(len(texts))
+    assert data.train_tokenizer([texts[i] for i in order], 60).to_str() == tokenizer.to_str()
+    assert [tokenizer.token_to_id(token) for token in data.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert sorted(tokenizer.get_vocab().values()) == list(range(tokenizer.get_vocab_size()))
+    assert all(UNK not in ids for ids in data.encode_plain(tokenizer, texts))
+
+
+def test_a_vocabulary_smaller_than_the_alphabet_is_refused():
+    with pytest.raises(ValueError, match="vocab_size=6 is less than"):
+        data.train_tokenizer(["abc"], 6)
+
+
+# ---- SST-2 --------------------------------------------------------------------------------------
+
+
+def batches_of(sizes: list[int], batch_size: int, seed: int | None) -> data.SST2Batches:
+    """Sentence i is sizes[i] times the token i + 1, with label i % 2."""
+    rows = [[i + 1] * size for i, size in enumerate(sizes)]
+    return data.SST2Batches(rows, [i % 2 for i in range(len(sizes))], batch_size, seed=seed)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=300), st.integers(1, 4), seeds | st.none())
+def test_an_epoch_of_buckets_has_every_sentence_once(sizes, batch_size, seed):
+    """With its own label, in full batches but one, each as wide as its longest sentence."""
+    batches = batches_of(sizes, batch_size, seed)
+    for batches.epoch in (0, 1):
+        found = list(batches)
+        assert len(found) == len(batches) == math.ceil(len(sizes) / batch_size)
+        assert sorted(len(b["labels"]) for b in found)[1:] == [batch_size] * (len(found) - 1)
+        numbers = []
+        for batch in found:
+            own = (batch["input_ids"][:, 0] - 1).tolist()
+            assert batch["labels"].tolist() == [i % 2 for i in own]
+            assert batch["input_ids"].size(1) == max(sizes[i] for i in own)
+            assert (batch["input_ids"] != PAD).sum(dim=1).tolist() == [sizes[i] for i in own]
+            numbers += own
+        assert sorted(numbers) == list(range(len(sizes)))
+
+
+def test_bucket_orders_differ_by_epoch_and_seed_and_batches_are_of_similar_length():
+    sizes = np.random.default_rng(0).integers(1, 60, 5000)
+
+    def order(seed, epoch=0):
+        batches = batches_of(sizes, 32, seed)
+        batches.epoch = epoch
+        return [(batch["input_ids"][:, 0] - 1).tolist() for batch in batches]
+
+    first = order(1)
+    assert first == order(1)
+    assert first != order(1, epoch=1)
+    assert first != order(2)
+    padded = sum(max(sizes[batch]) * len(batch) for batch in first)
+    assert sizes.sum() / padded > 0.93
+    in_order = list(itertools.chain.from_iterable(order(None)))
+    assert (np.diff(sizes[in_order]) >= 0).all()
+    means = [np.mean(sizes[batch]) for batch in first]  # short and long batches are mixed
+    assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.4
+
+
+def test_sentences_are_cls_sentence_sep_cut_to_the_longest_allowed(tmp_path):
+    """A [MASK] in a review is text."""
+    path = tmp_path / "train.jsonl"
+    rows = [("a bc.", 1), ("[MASK] " * 30, 0)]
+    path.write_text("".join(json.dumps({"sentence": t, "label": y}) + "\n" for t, y in rows))
+    texts, labels = data.get_reviews(str(path), "train")
+    assert labels == [1, 0]
+    short, long = data.encode_sentences(small_tokenizer(), texts, 9)
+    encode = small_tokenizer().token_to_id
+    assert short == [CLS, encode("a"), encode("b"), encode("##c"), encode("."), SEP]
+    assert (len(long), long[0], long[-1]) == (9, CLS, SEP)
+    assert MASK not in long
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_labels_other_than_0_and_1_are_refused(tmp_path, label):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"text": "a", "label": label}) + "\n")
+    with pytest.raises(ValueError, match=rf"labels \{{{label}\}}.*SetFit/sst2: --test-dataset"):
+        data.get_reviews(str(path), "train")
+
+
+def test_sst2_needs_its_columns(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"review": "a", "label": 1}) + "\n")
+    with pytest.raises(
+        ValueError, match=r"no columns sentence \(or text\) and label in \['review', 'label'\]"
+    ):
+        data.get_reviews(str(path), "train")

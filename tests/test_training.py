@@ -1,0 +1,300 @@
+"""How a model is trained: schedule, optimizer, loss, evaluation, and what must be learnable."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from strategies import FIXED, LETTERS, PADDING, corpus_of, small_tokenizer
+
+import data
+import train_pretrain
+from bert import BertConfig, BertPretrainModel
+from train_pretrain import (
+    PretrainOptions,
+    add_gradients,
+    evaluate,
+    learning_rate,
+    make_optimizer,
+    pretrain,
+    probe,
+    read_lines,
+    to_device,
+    update,
+)
+
+SMALL = dataclasses.replace(FIXED, vocab_size=len(small_tokenizer().get_vocab()), max_seq_length=40)
+
+
+def some_batches(number: int, size: int = 3, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Batches of a small corpus; rows differ in length, and so in their number of masked tokens."""
+    docs = [
+        [[5 + (i * j + i) % 26 for i in range(3 + j)] for j in range(2, 6 + d)] for d in range(5)
+    ]
+    dataset = data.PretrainDataset(corpus_of(docs), small_tokenizer(), 40, seed)
+    return [dataset.__getitems__(range(i * size, (i + 1) * size)) for i in range(number)]
+
+
+# ---- Learning rate and optimizer ----------------------------------------------------------------
+
+
+def test_the_learning_rate_rises_to_the_peak_and_falls_towards_zero():
+    """By value: no first step of 0, the peak at the end of warmup, a last step above 0."""
+    rates = [learning_rate(step, peak=1.0, warmup=4, steps=12) for step in range(12)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[4:] == [(12 - step) / 8 for step in range(4, 12)]
+
+
+def test_without_warmup_the_first_step_has_the_peak():
+    assert learning_rate(0, peak=0.5, warmup=0, steps=10) == 0.5
+
+
+def test_weight_decay_spares_biases_and_norms_and_nothing_else():
+    model = BertPretrainModel(FIXED, PADDING)
+    decayed, spared = make_optimizer(model).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert len(names) == len(decayed["params"]) + len(spared["params"])
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0.0)
+    assert all(p.dim() == 2 for p in decayed["params"])
+    for parameter in spared["params"]:
+        assert names[id(parameter)].endswith("bias") or "norm.weight" in names[id(parameter)]
+
+
+def test_a_step_without_gradient_shrinks_exactly_what_decays():
+    """Decoupled decay: the weights lose lr x 0.01 of themselves, whatever Adam's state."""
+    model = BertPretrainModel(FIXED, PADDING)
+    before = copy.deepcopy(model.state_dict())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    update(model, make_optimizer(model), rate=0.5)
+    for name, after in model.state_dict().items():
+        decays = before[name].dim() == 2
+        expected = before[name] * (1 - 0.5 * 0.01) if decays else before[name]
+        torch.testing.assert_close(after, expected, rtol=1e-6, atol=0)
+
+
+def test_an_update_clips_the_gradient_to_norm_one_and_clears_it():
+    model = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    model.weight.grad = torch.tensor([[30.0, 40.0]])
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    update(model, sgd, rate=1.0)
+    torch.testing.assert_close(model.weight.data, torch.tensor([[-0.6, -0.8]]))
+    assert model.weight.grad is None
+
+
+# ---- The loss -----------------------------------------------------------------------------------
+
+
+def gradients(model, batches):
+    model.zero_grad()
+    losses = add_gradients(model, [to_device(batch, torch.device("cpu")) for batch in batches])
+    return [p.grad.clone() for p in model.parameters()], [loss.item() for loss in losses]
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """In float64 to 1e-12; a mean of the micro-batches' means, as a control, is off."""
+    model = BertPretrainModel(SMALL, PADDING).double()
+    batches = some_batches(3)
+    width = max(batch["input_ids"].size(1) for batch in batches)
+    fill = {"mlm_labels": data.NOT_SCORED}
+
+    def wide(name, tensor):
+        pad = (0, width - tensor.size(1)) if tensor.dim() == 2 else (0, 0)
+        return torch.nn.functional.pad(tensor, pad, value=fill.get(name, 0))
+
+    whole = {name: torch.cat([wide(name, batch[name]) for batch in batches]) for name in batches[0]}
+    accumulated, losses = gradients(model, batches)
+    expected, expected_losses = gradients(model, [whole])
+    assert losses == pytest.approx(expected_losses, rel=1e-12)
+    naive = [sum(g) / 3 for g in zip(*(gradients(model, [b])[0] for b in batches), strict=True)]
+    for one, other in zip(accumulated, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    errors = [(a - b).abs().max() for a, b in zip(naive, expected, strict=True)]
+    assert max(errors) > 1e-4
+
+
+def test_an_all_isnext_batch_has_an_nsp_gradient():
+    """A label of 0 is a label, not padding."""
+    model = BertPretrainModel(SMALL, PADDING)
+    (batch,) = some_batches(1)
+    batch["nsp_labels"] = torch.zeros_like(batch["nsp_labels"])
+    gradients(model, [batch])
+    assert model.nsp.weight.grad.abs().max() > 0
+
+
+def test_positions_are_where_the_labels_are():
+    (batch,) = some_batches(1)
+    moved = to_device(batch, torch.device("cpu"))
+    labels = batch["mlm_labels"].flatten()
+    assert torch.equal(moved["mlm_targets"], labels[labels != data.NOT_SCORED])
+    assert torch.equal(labels[moved["positions"]], moved["mlm_targets"])
+
+
+# ---- Evaluation ---------------------------------------------------------------------------------
+
+
+class Parrot(torch.nn.Module):
+    """Predicts one token, with certainty, and IsNext for all but the first pair of a batch."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__()
+        self.token = token
+
+    def forward(self, input_ids, token_type_ids, positions):
+        mlm_logits = torch.zeros(len(positions), SMALL.vocab_size)
+        mlm_logits[:, self.token] = 5.0
+        nsp_logits = torch.tensor([[0.0, 2.0]] + [[2.0, 0.0]] * (len(input_ids) - 1))
+        return mlm_logits, nsp_logits
+
+
+def test_metrics_are_means_over_all_masked_tokens_and_all_pairs():
+    """Not over batches, whose sizes differ."""
+    batches = [to_device(b, torch.device("cpu")) for b in (*some_batches(2), *some_batches(1, 1))]
+    targets = torch.cat([b["mlm_targets"] for b in batches])
+    token = int(targets.mode().values)
+    metrics = evaluate(Parrot(token), batches)
+    right = (targets == token).double().mean().item()
+    loss = math.log(math.exp(5) + SMALL.vocab_size - 1) - 5 * right
+    assert 0 < right < 1
+    assert metrics["mlm_accuracy"] == pytest.approx(right)
+    assert metrics["mlm_loss"] == pytest.approx(loss)
+    assert metrics["perplexity"] == pytest.approx(math.exp(loss))
+    assert metrics["commonest_prediction"] == 1.0
+    hits = sum(int(b["nsp_labels"][0]) + int((b["nsp_labels"][1:] == 0).sum()) for b in batches)
+    assert metrics["nsp_accuracy"] == hits / 7
+
+
+def test_evaluation_changes_nothing_and_repeats():
+    model = BertPretrainModel(dataclasses.replace(SMALL, dropout=0.5), PADDING).train()
+    before = copy.deepcopy(model.state_dict())
+    batches = [to_device(batch, torch.device("cpu")) for batch in some_batches(2)]
+    assert evaluate(model, batches) == evaluate(model, batches)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_the_probe_shows_input_targets_and_predictions_of_the_first_pair():
+    batch = to_device(some_batches(1)[0], torch.device("cpu"))
+    model = Parrot(5)
+    model.padding_idx = PADDING
+    lines = probe(model, batch, small_tokenizer()).splitlines()
+    names = [line.split(": ")[0] for line in lines]
+    assert names == ["Input Tokens", "Target Tokens", "Predicted Tokens"]
+    shown, targets, predicted = (line.split(": ")[1].split("|") for line in lines)
+    row = batch["input_ids"][0]
+    tokens = [small_tokenizer().id_to_token(i) for i in row[row != PADDING].tolist()]
+    assert shown == tokens
+    labels = some_batches(1)[0]["mlm_labels"][0]
+    expected = [small_tokenizer().id_to_token(i) for i in labels[labels >= 0].tolist()]
+    assert targets == expected
+    assert predicted == ["a"] * len(expected)
+
+
+# ---- What must be learnable ---------------------------------------------------------------------
+
+
+def one_sample(device: torch.device) -> dict[str, torch.Tensor]:
+    """A pair of 64 tokens with 10 masked ones, all different: stuck at ln 10, if stuck."""
+    input_ids = torch.arange(100, 164)[None]
+    input_ids[0, 0], input_ids[0, 30], input_ids[0, 63] = 2, 3, 3
+    labels = torch.full((1, 64), data.NOT_SCORED)
+    places = torch.arange(3, 63, 6)
+    labels[0, places] = torch.arange(1000, 1010)
+    input_ids[0, places] = 4
+    token_type_ids = (torch.arange(64) > 30).long()[None]
+    batch = {"input_ids": input_ids, "token_type_ids": token_type_ids, "mlm_labels": labels}
+    return to_device({**batch, "nsp_labels": torch.tensor([0])}, device)
+
+
+def overfit(size: str, rate: float, steps: int, device: torch.device) -> tuple[float, torch.Tensor]:
+    """The MLM loss in nats and the predictions after training on one sample, without dropout."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 2000, "max_seq_length": 64}
+    config = BertConfig.named(size, **sizes, dropout=0.0, attention_dropout=0.0)
+    model = BertPretrainModel(config, PADDING).to(device).train()
+    optimizer, batch = make_optimizer(model), one_sample(device)
+    for _ in range(steps):
+        add_gradients(model, [batch])
+        update(model, optimizer, rate)
+    with torch.no_grad():
+        mlm_logits, _ = train_pretrain.forward(model.eval(), batch)
+    return evaluate(model, [batch])["mlm_loss"], mlm_logits.argmax(dim=-1)
+
+
+SIZES = [("mini", 5e-4, "cpu"), pytest.param("base", 1e-4, "cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize(("size", "rate", "device"), SIZES, indirect=["device"])
+def test_one_sample_is_overfitted(size, rate, device):
+    """A model that cannot learn one sample by heart has a bug. Every prediction is the target."""
+    loss, predicted = overfit(size, rate, 200, device)
+    assert loss < 0.01
+    assert torch.equal(predicted, one_sample(device)["mlm_targets"])
+
+
+@pytest.mark.parametrize(("size", "rate", "device"), SIZES, indirect=["device"])
+def test_a_large_learning_rate_sticks_at_ln_n_with_the_same_token_everywhere(size, rate, device):
+    """1e-2 learns which 10 tokens are wanted, but never where: the loss stays at ln 10. With 1e-4
+    the same model learns the same sample."""
+    loss, predicted = overfit(size, 1e-2, 200, device)
+    assert loss == pytest.approx(math.log(10), abs=0.15)
+    assert predicted.bincount().max() >= 9
+    assert overfit(size, 1e-4, 250, device)[0] < 0.05
+
+
+def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
+    """Where words follow each other as letters do in the alphabet, a masked one can be told from
+    its neighbours. The first loss is ln V; model, tokenizer, options and metrics stay behind."""
+    corpus, out = tmp_path / "corpus.jsonl", tmp_path / "run"
+    around = " ".join(LETTERS * 2)
+    texts = [". ".join(around[2 * (i + j) % 52 :][:20] for j in range(9)) for i in range(200)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pretrain(
+        PretrainOptions(
+            out=str(out),
+            dataset=str(corpus),
+            vocab_size=60,
+            steps=150,
+            eval_every=75,
+            max_seq_length=32,
+            learning_rate=3e-3,
+            workers=0,
+        )
+    )
+    validation, train = read_lines(out, "validation"), read_lines(out, "train")
+    assert validation["step"] == [0, 75, 150]
+    assert validation["mlm_loss"][0] == pytest.approx(validation["ln_vocab_size"][0], rel=0.05)
+    assert validation["mlm_loss"][-1] < validation["unigram_entropy"][0] - 1.0
+    assert validation["perplexity"][-1] == pytest.approx(math.exp(validation["mlm_loss"][-1]))
+    assert train["step"] == [*range(0, 150, 10), 149]
+    assert train["learning_rate"][0] == pytest.approx(3e-3 / 15)
+    assert json.loads((out / "config.json").read_text())["learning_rate"] == 3e-3
+    tokenizer = data.load_tokenizer(out / "model")
+    model = BertPretrainModel.from_pretrained(out / "model")
+    assert model.config.vocab_size == tokenizer.get_vocab_size() <= 60
+
+
+def test_the_same_options_give_the_same_run(tmp_path):
+    """Bit for bit, with another number of workers too."""
+    models = []
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        pretrain(
+            PretrainOptions(
+                out=str(out),
+                steps=6,
+                eval_every=3,
+                max_seq_length=32,
+                batch_size=4,
+                workers=workers,
+                accumulate=2,
+            )
+        )
+        models.append(BertPretrainModel.from_pretrained(out / "model").state_dict())
+    lines = [read_lines(tmp_path / str(w), "validation")["mlm_loss"] for w in (0, 2)]
+    assert lines[0] == lines[1]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
