@@ -1,14 +1,14 @@
-# make run | make test | make lint: each makes .venv by itself; python3 with venv is all it needs.
+# make run | make test | make bench | make lint: each makes .venv by itself; python3 with venv is all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/sample
 # The whole of `make run` in a few seconds, as CI does it: make run STEPS=20 EPOCHS=1 SEEDS=1
-STEPS ?= 3000
+STEPS ?= 2500
 EPOCHS ?= 10
 SEEDS ?= 3
 
-.PHONY: run test lint clean
+.PHONY: run test bench lint clean
 
 run: $(VENV)/ready
 	rm -rf $(RUN)
@@ -21,6 +21,9 @@ run: $(VENV)/ready
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/bench.py
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
