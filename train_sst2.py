@@ -42,7 +42,7 @@ class SST2Options:
     vocab_size: int = option(2000, "of a tokenizer learned from the dataset", 1)
     weights: str | None = option(None, "directory of a pretrained model; none: from scratch")
     size: str = option("tiny", "published size, without --weights", choices=list(SIZES))
-    max_seq_length: int = option(128, "tokens; longer sentences are cut", 3)
+    max_seq_length: int | None = option(None, "of a sentence; all that --weights has, or 128", 3)
     batch_size: int = option(32, "sentences in a batch", 1)
     epochs: int = option(3, "passes over the training split", 1)
     learning_rate: tuple[float, ...] = option((5e-5,), "peak; with several, a run for each", 0)
@@ -68,10 +68,11 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
     if options.weights:
         model = SST2BertModel.from_pretrained(options.weights)
     else:
-        sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": options.max_seq_length}
+        sizes = {"vocab_size": tokenizer.get_vocab_size()}
+        sizes["max_seq_length"] = options.max_seq_length or 128
         config = BertConfig.named(options.size, **sizes)
         model = SST2BertModel(config, tokenizer.get_vocab()[data.PAD])
-    if options.max_seq_length > model.config.max_seq_length:
+    if (options.max_seq_length or 0) > model.config.max_seq_length:
         raise ValueError(f"--max-seq-length {options.max_seq_length}: the weights have "
                          f"{model.config.max_seq_length} positions")
     return model
@@ -147,10 +148,11 @@ def train(options: SST2Options) -> None:
     out, device = start_run(options)
     tokenizer = make_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
+    longest = options.max_seq_length or make_model(options, tokenizer).config.max_seq_length
 
     def load(path: str, split: str, seed: int | None = None) -> data.SST2Batches:
         texts, labels = data.get_reviews(path, split, options.dataset_name)
-        rows = data.encode_sentences(tokenizer, texts, options.max_seq_length)
+        rows = data.encode_sentences(tokenizer, texts, longest)
         return data.SST2Batches(rows, labels, options.batch_size, padding_idx, seed)
 
     training = load(options.dataset, "train", options.seed)
