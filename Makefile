@@ -1,4 +1,4 @@
-# make run | make test | make bench | make lint: each makes .venv by itself; python3 with venv is all it needs.
+# make run | make test | make bench | make lint | make mutants: each makes .venv by itself; python3 with venv is all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ STEPS ?= 2500
 EPOCHS ?= 10
 SEEDS ?= 3
 
-.PHONY: run test bench lint clean
+.PHONY: run test bench lint mutants clean
 
 run: $(VENV)/ready
 	rm -rf $(RUN)
@@ -28,6 +28,11 @@ bench: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+mutants: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt mutmut
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
 
 $(VENV)/ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -186,9 +186,7 @@ def test_a_row_is_cls_a_sep_b_sep_and_then_padding(docs, length, seed):
 
 
 @given(documents(), lengths, seeds)
-def test_the_next_segment_is_the_text_that_follows_and_a_random_one_is_from_another_document(
-    docs, length, seed
-):
+def test_a_next_segment_follows_and_a_random_one_is_from_another_document(docs, length, seed):
     corpus = corpus_of(numbered(docs))
     dataset = PretrainDataset(corpus, place_tokenizer(), length, seed)
     edges = corpus.documents + 1000
@@ -455,6 +453,16 @@ def test_rows_are_regrouped_into_documents():
     assert grouped["sentences"] == [3, 3, 1]
     corpus = TokenizedCorpus(grouped)
     assert [VOCABULARY[t] for t in corpus.tokens(0, 4)] == ["a", "b", ".", "c"]
+
+
+def test_blank_lines_do_not_end_a_document():
+    """Paragraphs of one sentence make documents of many, so half of the pairs are IsNext, not none:
+    5 standard deviations of 1,000 pairs."""
+    paragraphs = "\n\n".join(f"{c}{c} is one paragraph" for c in LETTERS)
+    corpus = TokenizedCorpus(data.tokenize_dataset(rows_of([paragraphs] * 4), small_tokenizer()))
+    assert len(corpus.documents) - 1 == 4
+    batch = PretrainDataset(corpus, small_tokenizer(), 32).__getitems__(list(range(1000)))
+    assert within(batch["nsp_labels"].double().mean().item(), 0.5, 1000)
 
 
 def test_a_poisoned_row_surfaces_with_its_number():

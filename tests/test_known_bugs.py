@@ -1,0 +1,226 @@
+"""Bugs that public BERT implementations really have had, planted here one by one.
+
+Each row changes one piece of the real source, and the named test must then fail. A row whose piece
+is no longer in the source fails, too: a bug that cannot be planted proves nothing.
+"""
+
+import inspect
+import textwrap
+import warnings
+
+import pytest
+import test_bert
+import test_data
+import test_reference
+import test_sst2
+import test_training
+import torch
+from hypothesis import Phase, settings
+
+import bert
+import data
+import train_pretrain
+import train_sst2
+
+
+USERS = (test_bert, test_data, test_reference, test_sst2, test_training, train_sst2)
+
+
+def plant(monkeypatch, owner, name: str, old: str, new: str) -> None:
+    """Replaces `old` by `new` in the source of a function or method."""
+    function = inspect.getattr_static(owner, name)
+    function = getattr(function, "__func__", function)  # of a classmethod
+    real = inspect.unwrap(function)  # without torch.no_grad
+    source = textwrap.dedent(inspect.getsource(real))
+    assert source.count(old) == 1, f"{old!r} is not in {name} exactly once"
+    planted: dict = {}
+    exec(source.replace(old, new), real.__globals__, planted)
+    monkeypatch.setattr(owner, name, planted[name])
+    for user in USERS:  # modules that have imported it by name
+        if getattr(user, name, None) is function:
+            monkeypatch.setattr(user, name, planted[name])
+
+
+class CaughtError(Exception):
+    """The test noticed the bug."""
+
+
+def run(test, arguments: dict) -> None:
+    """Runs a test as it is, but a property without the search for its simplest counterexample."""
+    if hasattr(test, "hypothesis"):
+        quick = settings(settings.default, phases=[Phase.explicit, Phase.generate], database=None,
+                         max_examples=60, print_blob=False)  # fmt: skip
+        vars(test)["_hypothesis_internal_use_settings"] = quick
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            test(**arguments)
+        except BaseException as error:
+            raise CaughtError(f"{type(error).__name__}: {error}") from None
+
+
+CPU = torch.device("cpu")
+LAYER = (bert.EncoderLayer, "forward")
+PRETRAIN = (bert.BertPretrainModel, "forward")
+ATTENTION = (bert.MultiHeadAttention, "forward")
+BATCH = (data.PretrainDataset, "__getitems__")
+FEED_FORWARD = "self.feed_forward_norm(x + self.dropout(self.contract(F.gelu(self.expand(x)))))"
+ORDINARY = "(columns > 0) & (columns < sep_2) & (columns != sep_1)"
+ENCODE = "encode_plain(tokenizer, split_sentences(text))"
+
+BUGS = {
+    "1 LayerNorm before the residual": (
+        *LAYER, FEED_FORWARD,
+        "x + self.feed_forward_norm(self.dropout(self.contract(F.gelu(self.expand(x)))))",
+        test_bert.test_every_layer_hands_on_vectors_of_mean_0_and_variance_1, {},
+    ),
+    "2 pre-LayerNorm": (
+        *LAYER, FEED_FORWARD, "x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))",
+        test_reference.test_hidden_states_and_pooled_output_equal_the_oracles, {},
+    ),
+    "2 sinusoidal positions": (
+        bert.Embeddings, "forward", "self.position.weight[:length]",
+        "torch.sin(torch.arange(length))[:, None]",
+        test_reference.test_hidden_states_and_pooled_output_equal_the_oracles, {},
+    ),
+    "3 the pooler feeds the masked language model": (
+        *PRETRAIN, "nsp_logits = self.nsp(self.bert.pool(hidden_states))",
+        "nsp_logits = self.nsp(self.bert.pool(hidden_states))\n"
+        "    hidden_states = torch.tanh(self.bert.pooler(hidden_states))",
+        test_bert.test_the_pooler_feeds_next_sentence_prediction_alone, {},
+    ),
+    "4 embeddings of N(0, 1)": (
+        bert.PretrainedModel, "init_weights", "std=self.config.initializer_range", "std=1.0",
+        test_bert.test_the_first_loss_is_ln_v_plus_ln_2, {"size": "tiny", "device": CPU},
+    ),
+    "5 an ignore_index of 0 for next sentence labels": (
+        train_pretrain, "add_gradients", 'batch["nsp_labels"], reduction',
+        'batch["nsp_labels"], ignore_index=0, reduction',
+        test_training.test_an_all_isnext_batch_has_an_nsp_gradient, {},
+    ),
+    "6 the same masks every epoch": (
+        data, "generator", "index, epoch, purpose", "index, 0, purpose",
+        test_data.test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise, {},
+    ),
+    "7 a blank line ends a document": (
+        data, "tokenize_documents", ENCODE, ENCODE.replace("(text)", "(text.split('\\n\\n')[0])"),
+        test_data.test_blank_lines_do_not_end_a_document, {},
+    ),
+    "8 a random segment of the same document": (
+        data.PretrainDataset, "segments", "np.where(other >= skip, own - skip, 0)", "0",
+        test_data.test_a_next_segment_follows_and_a_random_one_is_from_another_document,
+        {},
+    ),
+    "9 special tokens as random replacements": (
+        data.PretrainDataset, "__init__", " - set(self.ids.values())", "",
+        test_data.test_special_tokens_are_never_chosen_and_never_drawn, {},
+    ),
+    "10 special tokens can be chosen": (
+        *BATCH, ORDINARY, "columns <= sep_2",
+        test_data.test_special_tokens_are_never_chosen_and_never_drawn, {},
+    ),
+    "11 independent draws: 81, 10, 9": (
+        data, "mask_tokens", "action < 0.8,", "action < 0.81,",
+        test_data.test_of_the_chosen_80_percent_are_masked_10_random_10_kept, {},
+    ),
+    "12 each token chosen with probability 0.15": (
+        data, "mask_tokens", "columns < wanted", "np.take_along_axis(keys, order, 1) < 0.15",
+        test_data.test_exactly_15_percent_of_the_ordinary_tokens_are_chosen_and_at_least_one, {},
+    ),
+    "13 a whole word across [SEP]": (
+        data, "mask_tokens", "continues[input_ids] & ordinary & np.roll(ordinary, 1, axis=1)",
+        "(continues[input_ids] | ~ordinary) & (columns > 0)",
+        test_data.test_whole_word_masking_takes_all_pieces_of_a_word_or_none, {},
+    ),
+    "14 the last [SEP] is cut off": (
+        *BATCH, "array.astype(np.int64)",
+        "array.astype(np.int64)[..., : -1 if array.ndim > 1 else None]",
+        test_data.test_a_row_is_cls_a_sep_b_sep_and_then_padding, {},
+    ),
+    "15 no attention mask": (
+        *ATTENTION, "(q, k, v, mask, dropout)\n    else", "(q, k, v, None, dropout)\n    else",
+        test_bert.test_padding_never_changes_the_outputs_of_real_tokens, {},
+    ),
+    "15 the attention mask hides queries": (
+        *ATTENTION, "(q, k, v, mask, dropout)\n    else",
+        "(q, k, v, mask.transpose(-1, -2), dropout)\n    else",
+        test_bert.test_padding_never_changes_the_outputs_of_real_tokens, {},
+    ),
+    "16 dropout in evaluation": (
+        train_pretrain, "evaluate", "model.eval()", "model.train()",
+        test_training.test_evaluation_changes_nothing_and_repeats, {},
+    ),
+    "17 weight decay on everything": (
+        train_pretrain, "make_optimizer", '"weight_decay": 0.0}', '"weight_decay": 0.01}',
+        test_training.test_weight_decay_spares_biases_and_norms_and_nothing_else, {},
+    ),
+    "17 coupled decay": (
+        train_pretrain, "make_optimizer", "torch.optim.AdamW(groups", "torch.optim.Adam(groups",
+        test_training.test_a_step_without_gradient_shrinks_exactly_what_decays, {},
+    ),
+    "18 the first step has learning rate 0": (
+        train_pretrain, "learning_rate", "(step + 1)", "step",
+        test_training.test_the_learning_rate_rises_to_the_peak_and_falls_towards_zero, {},
+    ),
+    "18 no decay of the learning rate": (
+        train_pretrain, "learning_rate", "(steps - step) / (steps - warmup)", "1",
+        test_training.test_the_learning_rate_rises_to_the_peak_and_falls_towards_zero, {},
+    ),
+    "19 the model is pickled": (
+        bert.PretrainedModel, "save_pretrained",
+        'save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})',
+        'torch.save(self, directory / "model.safetensors")',
+        test_bert.test_what_is_saved_is_what_is_loaded, {"cls": bert.Bert},
+    ),
+    "20 another prefix, and nothing is loaded": (
+        bert.PretrainedModel, "from_pretrained", 'published_name(name).removeprefix("bert.")',
+        "published_name(name)",
+        test_bert.test_the_encoder_survives_from_pretraining_to_fine_tuning, {},
+    ),
+    "21 another tokenizer for fine-tuning": (
+        train_pretrain, "matching_tokenizer", "!= tokenizer_hash(own)", "is None",
+        test_sst2.test_another_tokenizer_than_that_of_the_weights_is_refused, {},
+    ),
+    "22 a bad row is swallowed": (
+        data, "tokenize_documents", 'raise ValueError(f"row', 'text = str(f"row',
+        test_data.test_a_poisoned_row_surfaces_with_its_number, {},
+    ),
+    "23 perplexity of both losses": (
+        train_pretrain, "evaluate", "math.exp(mlm_loss / masked)",
+        "math.exp(mlm_loss / masked + nsp_loss / pairs)",
+        test_training.test_metrics_are_means_over_all_masked_tokens_and_all_pairs, {},
+    ),
+    "24 a mean of micro-batches' means": (
+        train_pretrain, "add_gradients", 'reduction="sum") / masked',
+        'reduction="mean") / len(batches)',
+        test_training.test_accumulated_gradients_are_those_of_the_whole_batch, {},
+    ),
+    "25 a restart repeats the data": (
+        data.EpochSampler, "__init__", "start * world_size + rank", "rank",
+        test_data.test_each_epoch_visits_every_example_once_for_any_ranks_and_start, {},
+    ),
+    "26 the lowest accuracy is the best": (
+        train_sst2, "best_epoch", "argmax", "argmin",
+        test_sst2.test_the_epoch_with_the_highest_accuracy_is_kept, {},
+    ),
+    "27 the same order every epoch": (
+        data.SST2Batches, "__iter__", "self.epoch)", "0)",
+        test_data.test_bucket_orders_differ_by_epoch_and_seed_and_batches_are_of_similar_length, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug, monkeypatch, tmp_path):
+    """The test passes on the real source and fails on the planted one."""
+    owner, name, old, new, test, arguments = BUGS[bug]
+    needs_folder = "tmp_path" in inspect.signature(test).parameters
+
+    def run_in(folder: str) -> None:
+        (tmp_path / folder).mkdir()
+        run(test, {**arguments, "tmp_path": tmp_path / folder} if needs_folder else arguments)
+
+    run_in("real")
+    plant(monkeypatch, owner, name, old, new)
+    with pytest.raises(CaughtError):
+        run_in("planted")
