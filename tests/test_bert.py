@@ -1,6 +1,7 @@
 """What the model computes, as relations between its outputs."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -8,9 +9,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import FIXED, PADDING, batches, configs, seeds, small_tokenizer
+from strategies import FIXED, PADDING, VOCABULARY, batches, configs, seeds, small_tokenizer
 
-from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel, attention, fill_masks
+import data
+from bert import (
+    Bert,
+    BertConfig,
+    BertPretrainModel,
+    SST2BertModel,
+    attention,
+    fill_masks,
+    tokenizer_hash,
+)
 
 # Sums of a few dozen terms near 1 in float64, in another order.
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -130,9 +140,9 @@ def test_a_row_of_padding_alone_stays_finite():
 
 
 @given(st.data(), configs(), seeds)
-def test_fused_and_explicit_attention_are_the_same_function(data, config, seed):
+def test_fused_and_explicit_attention_are_the_same_function(draw, config, seed):
     """Outputs and gradients agree."""
-    input_ids, token_type_ids = data.draw(batches(config))
+    input_ids, token_type_ids = draw.draw(batches(config))
     results = []
     for fused in (True, False):
         model = build(Bert, dataclasses.replace(config, fused_attention=fused), seed)
@@ -158,9 +168,9 @@ def test_attention_dropout_acts_on_both_paths_and_only_in_training():
 
 
 @given(st.data(), configs(), seeds, st.integers(1, 5))
-def test_padding_never_changes_the_outputs_of_real_tokens(data, config, seed, more):
+def test_padding_never_changes_the_outputs_of_real_tokens(draw, config, seed, more):
     """Neither more of it, nor what ids stand under it."""
-    input_ids, token_type_ids = data.draw(batches(config))
+    input_ids, token_type_ids = draw.draw(batches(config))
     real = input_ids != PADDING
     model = build(Bert, dataclasses.replace(config, max_seq_length=17), seed)
     expected = model(input_ids, token_type_ids)[real]
@@ -172,9 +182,9 @@ def test_padding_never_changes_the_outputs_of_real_tokens(data, config, seed, mo
 
 
 @given(st.data(), configs(), seeds)
-def test_permuting_the_batch_permutes_the_output(data, config, seed):
-    input_ids, token_type_ids = data.draw(batches(config))
-    order = torch.tensor(data.draw(st.permutations(range(len(input_ids)))))
+def test_permuting_the_batch_permutes_the_output(draw, config, seed):
+    input_ids, token_type_ids = draw.draw(batches(config))
+    order = torch.tensor(draw.draw(st.permutations(range(len(input_ids)))))
     model = build(BertPretrainModel, config, seed)
     outputs = model(input_ids, token_type_ids)
     of_permuted = model(input_ids[order], token_type_ids[order])
@@ -214,12 +224,12 @@ def test_the_default_segment_is_a_and_the_default_mask_hides_padding():
 
 
 @given(st.data(), configs(), seeds)
-def test_every_layer_hands_on_vectors_of_mean_0_and_variance_1(data, config, seed):
+def test_every_layer_hands_on_vectors_of_mean_0_and_variance_1(draw, config, seed):
     """LayerNorm comes after the residual sum, so it has the last word in every layer. Checked to
     1e-6 where the norm's eps is far below the variance that it divides by."""
     torch.manual_seed(seed)
     model = Bert(config, PADDING).double().eval()
-    hidden_states = model(*data.draw(batches(config)))
+    hidden_states = model(*draw.draw(batches(config)))
     zeros = torch.zeros(hidden_states.shape[:2], dtype=torch.float64)
     torch.testing.assert_close(hidden_states.mean(-1), zeros, rtol=0, atol=1e-6)
     torch.testing.assert_close(hidden_states.var(-1, unbiased=False), zeros + 1, rtol=0, atol=1e-3)
@@ -251,10 +261,10 @@ def test_the_first_loss_is_ln_v_plus_ln_2(size, device):
 
 
 @given(st.data(), configs(), seeds)
-def test_logits_at_positions_are_those_of_the_full_logits(data, config, seed):
-    input_ids, token_type_ids = data.draw(batches(config))
+def test_logits_at_positions_are_those_of_the_full_logits(draw, config, seed):
+    input_ids, token_type_ids = draw.draw(batches(config))
     places = st.integers(0, input_ids.numel() - 1)
-    positions = torch.tensor(data.draw(st.lists(places, max_size=4)), dtype=torch.long)
+    positions = torch.tensor(draw.draw(st.lists(places, max_size=4)), dtype=torch.long)
     model = build(BertPretrainModel, config, seed)
     everywhere, nsp_logits = model(input_ids, token_type_ids)
     there, same_nsp_logits = model(input_ids, token_type_ids, positions=positions)
@@ -336,14 +346,26 @@ def test_the_encoder_survives_from_pretraining_to_fine_tuning(tmp_path):
 
 
 def test_an_encoder_with_a_missing_tensor_is_refused(tmp_path):
-    model = Bert(FIXED, PADDING)
-    model.save_pretrained(tmp_path, small_tokenizer())
+    """All that are missing are named; the pooler, which not every checkpoint has, only in a warning
+    that points to the caller."""
     from safetensors.torch import load_file, save_file
 
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
     tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("pooler.dense.weight", "pooler.dense.bias"):
+        del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"not in .*: pooler\.weight, pooler\.bias$") as record:
+        Bert.from_pretrained(tmp_path)
+    assert record[0].filename == __file__
+    del tensors["embeddings.LayerNorm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks a part of the encoder: embeddings\.norm\.weight$"):
+        Bert.from_pretrained(tmp_path)
     del tensors["encoder.layer.1.output.dense.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lacks a part of the encoder: layers\.1\.contract\.bias"):
+    both = r"the encoder: embeddings\.norm\.weight, layers\.1\.contract\.bias$"
+    with pytest.raises(ValueError, match=both):
         Bert.from_pretrained(tmp_path)
 
 
@@ -356,6 +378,103 @@ def test_weights_of_another_shape_than_the_config_are_refused(tmp_path):
 def test_a_directory_without_a_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no config.json"):
         Bert.from_pretrained(tmp_path)
+
+
+def test_the_files_of_a_model_are_the_published_ones(tmp_path):
+    """Plain JSON, safetensors and a vocabulary, in a folder that is made: nothing pickled. What is
+    written is all that another program needs, under the names that it looks for."""
+    from safetensors import safe_open
+
+    folder, tokenizer = tmp_path / "new" / "model", small_tokenizer()
+    BertPretrainModel(FIXED, 3).save_pretrained(folder, tokenizer)
+    names = [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    config = {
+        "max_position_embeddings": 17, "vocab_size": 31, "hidden_size": 12, "attention_d_k": 10,
+        "attention_d_v": 14, "num_attention_heads": 2, "intermediate_size": 22,
+        "num_hidden_layers": 3, "type_vocab_size": 2, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
+        "fused_attention": True, "model_type": "bert", "architectures": ["BertForPreTraining"],
+        "hidden_act": "gelu", "pad_token_id": 3, "tokenizer_hash": tokenizer_hash(tokenizer),
+    }  # fmt: skip
+    assert (folder / "config.json").read_text() == json.dumps(config, indent=2)
+    about = {"tokenizer_class": "BertTokenizer", "model_max_length": 17}
+    assert (folder / "tokenizer_config.json").read_text() == json.dumps(about, indent=2)
+    assert data.load_tokenizer(folder / "tokenizer.json").get_vocab() == tokenizer.get_vocab()
+    assert (folder / "vocab.txt").read_text().split() == VOCABULARY
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        published = {
+            "bert.embeddings.word_embeddings.weight",
+            "bert.encoder.layer.2.attention.self.query.bias",
+            "bert.encoder.layer.0.attention.output.LayerNorm.weight",
+            "bert.encoder.layer.1.intermediate.dense.weight",
+            "bert.pooler.dense.bias", "cls.predictions.bias", "cls.seq_relationship.weight",
+        }  # fmt: skip
+        assert published < set(file.keys())
+        assert len(file.keys()) == 5 + 3 * 16 + 2 + 5 + 2
+
+
+def test_the_hash_of_a_tokenizer_changes_with_any_token_or_id():
+    tokens = {token: i for i, token in enumerate(VOCABULARY)}
+    swapped = {**tokens, "a": tokens["b"], "b": tokens["a"]}
+    renamed = {("new" if token == "z" else token): i for token, i in tokens.items()}
+    hashes = [tokenizer_hash(data.wordpiece(v)) for v in (tokens, swapped, renamed)]
+    assert hashes[0] == tokenizer_hash(small_tokenizer())
+    assert len(set(hashes)) == 3
+    assert {len(h) for h in hashes} == {16}
+
+
+@pytest.mark.parametrize(("written", "read"), [(3, 3), (None, 0), ("absent", 0)])
+def test_a_published_config_needs_no_field_of_ours(tmp_path, written, read):
+    """d_k and d_v are then the width, and padding is token 0 unless the file says otherwise."""
+    config = dataclasses.replace(FIXED, attention_d_k=12, attention_d_v=12)
+    Bert(config, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    published = json.loads((tmp_path / "config.json").read_text())
+    for name in ("attention_d_k", "attention_d_v", "fused_attention", "tokenizer_hash"):
+        del published[name]
+    published["pad_token_id"] = written
+    if written == "absent":
+        del published["pad_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    model = Bert.from_pretrained(tmp_path)
+    assert model.config == config
+    assert model.padding_idx == read
+
+
+@pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
+def test_a_model_hides_the_padding_that_it_was_given(cls):
+    """Also inside a model with heads; and an explicit mask reaches the encoder."""
+    torch.manual_seed(0)
+    model = cls(FIXED, 5).eval()
+    assert model.padding_idx == 5
+    input_ids = torch.tensor([[3, 4, 5]])
+
+    def first(**inputs):
+        outputs = model(input_ids, **inputs)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    every = torch.ones(1, 3, dtype=torch.bool)
+    hidden = torch.tensor([[True, True, False]])
+    for default, shown, masked in zip(
+        first(), first(attention_mask=every), first(attention_mask=hidden), strict=True
+    ):
+        assert not torch.allclose(default, shown)
+        assert torch.equal(default, masked)
+
+
+def test_a_new_classifier_starts_as_the_other_matrices_do():
+    """2 x 1024 numbers of N(0, 0.02), to five deviations, and no bias."""
+    model = SST2BertModel(BertConfig.named("large", encoder_layers=1, vocab_size=9), PADDING)
+    weight = model.classifier.weight
+    assert weight.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * weight.numel()))
+    assert (model.classifier.bias == 0).all()
 
 
 def test_masks_are_filled_with_the_likeliest_tokens():
