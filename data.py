@@ -20,7 +20,6 @@ import datasets
 import numpy as np
 import torch
 from datasets import Features, List, Value
-from torch import nn
 from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -200,7 +199,8 @@ def get_corpus(path: str, split: str, tokenizer: Tokenizer, name: str | None = N
     if "validation" in splits:
         return TokenizedCorpus(tokenize_dataset(splits[split], tokenizer, **stage_1))
     rows = tokenize_dataset(splits["train"], tokenizer, **stage_1)
-    cut = max(0, len(rows) - max(2, len(rows) // 100))
+    if (cut := len(rows) - max(2, len(rows) // 100)) < 2:
+        raise ValueError(f"{path} has {len(rows)} documents, needs 4: 2 to train, 2 to validate")
     return TokenizedCorpus(rows.select(range(cut) if split == "train" else range(cut, len(rows))))
 
 
@@ -396,5 +396,5 @@ class SST2Batches:
         batches = np.split(order, range(self.batch_size, size, self.batch_size))
         for i in random.permutation(len(self)) if shuffle else range(len(self)):
             rows = [torch.tensor(self.rows[number]) for number in batches[i]]
-            yield {"input_ids": nn.utils.rnn.pad_sequence(rows, True, self.padding_idx),
+            yield {"input_ids": torch.nn.utils.rnn.pad_sequence(rows, True, self.padding_idx),
                    "labels": torch.tensor([self.labels[number] for number in batches[i]])}

@@ -296,6 +296,23 @@ def test_the_decoder_is_the_token_embedding():
     assert sum(p.shape == shape for p in model.parameters()) == 1
 
 
+def test_the_decoder_stays_tied_through_training_saving_and_loading(tmp_path):
+    """After a step that moved both uses of the matrix, and a round trip over the disk."""
+    model = build(BertPretrainModel, FIXED).float()
+    before = model.bert.embeddings.token.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.tensor([[3, 4, 5]]))[0].logsumexp(-1).sum().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path, small_tokenizer())
+    for trained in (model, BertPretrainModel.from_pretrained(tmp_path)):
+        embeddings = trained.bert.embeddings.token.weight
+        assert not torch.equal(embeddings, before)
+        found = []
+        trained.mlm_norm.register_forward_hook(lambda *a, found=found: found.append(a[2]) or None)
+        mlm_logits, _ = trained(torch.tensor([[3, 4, 5]]))
+        torch.testing.assert_close(mlm_logits, found[0] @ embeddings.T + trained.mlm_bias)
+
+
 def test_every_parameter_gets_a_gradient_from_the_pretraining_loss():
     """Except the key bias: it adds the same to all scores of a query, and softmax ignores that."""
     model = build(BertPretrainModel, dataclasses.replace(FIXED, max_seq_length=6))

@@ -114,7 +114,11 @@ def folder(tmp_path_factory) -> Path:
     [
         ("train_pretrain.py", "--dataset no/such/file", "no/such/file does not exist"),
         ("train_pretrain.py", "--dataset body.jsonl", "no --text-column text in ['body']"),
-        ("train_pretrain.py", "--dataset one.jsonl --vocab-size 60", "Two are needed"),
+        (
+            "train_pretrain.py",
+            "--dataset one.jsonl --vocab-size 60",
+            "one.jsonl has 1 documents, needs 4",
+        ),
         ("train_pretrain.py", "--dataset lines.jsonl --vocab-size 60", "see --rows-per-document"),
         ("train_pretrain.py", "--dataset broken.jsonl", "cannot read broken.jsonl"),
         ("train_pretrain.py", "--dataset corpus.jsonl --vocab-size 9", "vocab_size=9 is less than"),

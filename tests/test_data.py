@@ -42,6 +42,12 @@ def segments(row: list[int]) -> tuple[list[int], list[int]]:
     return row[1:first], row[first + 1 : end - 1]
 
 
+def entropy(tokens: np.ndarray) -> float:
+    """Nats."""
+    shares = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    return -sum(p * math.log(p) for p in shares)
+
+
 def numbers_of(dataset: PretrainDataset, epochs: int = 2) -> list[int]:
     return list(range(epochs * len(dataset)))
 
@@ -261,9 +267,7 @@ def test_a_pair_needs_five_tokens():
 @given(documents())
 def test_unigram_entropy_is_that_of_the_tokens(docs):
     corpus = corpus_of(docs)
-    tokens = np.concatenate(corpus.chunks)
-    counts = np.unique(tokens, return_counts=True)[1] / len(tokens)
-    assert corpus.unigram_entropy() == pytest.approx(-sum(p * math.log(p) for p in counts))
+    assert corpus.unigram_entropy() == pytest.approx(entropy(np.concatenate(corpus.chunks)))
 
 
 # ---- A pure function of (corpus, seed, number) --------------------------------------------------
@@ -346,6 +350,26 @@ def test_batches_do_not_depend_on_the_number_of_workers(workers):
     for one, other in zip(first(9, workers=0), first(9, workers=workers), strict=True):
         assert equal(one, other)
     assert equal(first(9, workers=0)[4], first(1, workers=workers, start=4)[0])
+
+
+def test_the_loader_gives_the_batches_of_its_process_from_its_start_on():
+    dataset = PretrainDataset(corpus_of([[[7] * 9] * 30] * 4), small_tokenizer(), 32, seed=3)
+    loader = data.get_split_dataloader(dataset, 4, start=2, rank=1, world_size=3, workers=0)
+    sampler = data.EpochSampler(len(dataset), 4, 3, start=2, rank=1, world_size=3)
+    for batch, numbers in zip(itertools.islice(loader, 5), sampler, strict=False):
+        assert equal(batch, dataset.__getitems__(numbers))
+    alone = data.get_split_dataloader(dataset, 4, workers=0)
+    first = next(iter(data.EpochSampler(len(dataset), 4, 3)))
+    assert equal(next(iter(alone)), dataset.__getitems__(first))
+
+
+def test_no_more_batches_wait_in_memory_than_documented():
+    """Four for each worker; and pages are pinned only where there is a GPU to copy to."""
+    dataset = PretrainDataset(corpus_of([[[7] * 9] * 30] * 4), small_tokenizer(), 32)
+    loader = data.get_split_dataloader(dataset, 4)
+    assert (loader.num_workers, loader.prefetch_factor) == (2, 4)
+    assert loader.pin_memory == torch.cuda.is_available()
+    assert data.get_split_dataloader(dataset, 4, workers=0).prefetch_factor is None
 
 
 def test_a_pickled_corpus_maps_the_same_tokens(tmp_path):
@@ -436,6 +460,38 @@ def test_stage_1_keeps_every_token_of_a_document_with_two_sentences(documents):
         assert tokens.tolist() == whole
         assert len(starts) == (count if count > 1 else 0)
         assert sorted({*starts.tolist()}) == starts.tolist()
+
+
+def test_a_corpus_in_many_pieces_is_one_array_of_tokens():
+    """Stage 1 writes 16 documents at a time; places count through all of them."""
+    texts = [f"{'ab' * (i % 5 + 1)} {c}. then {c}{c}. end" for i, c in enumerate(LETTERS * 2)]
+    corpus = TokenizedCorpus(data.tokenize_dataset(rows_of(texts), small_tokenizer()))
+    assert len(corpus.chunks) == 4
+    ids = [data.encode_plain(small_tokenizer(), [text])[0] for text in texts]
+    assert len(corpus) == sum(map(len, ids))
+    assert corpus.documents.tolist() == [0, *np.cumsum([len(i) for i in ids])]
+    starts = []
+    for start, end, expected, text in zip(
+        corpus.documents, corpus.documents[1:], ids, texts, strict=False
+    ):
+        assert corpus.tokens(start, end).tolist() == expected
+        assert corpus.tokens(start + 1, end - 1).tolist() == expected[1:-1]
+        parts = data.encode_plain(small_tokenizer(), data.split_sentences(text))
+        starts += [start + sum(map(len, parts[:i])) for i in range(len(parts))]
+    assert corpus.sentences.tolist() == [*starts, len(corpus)]
+    assert {chunk.dtype for chunk in corpus.chunks} == {np.dtype("uint16")}
+    assert corpus.unigram_entropy() == pytest.approx(entropy(np.concatenate(corpus.chunks)))
+
+
+def test_ids_beyond_two_bytes_are_kept():
+    """A vocabulary of more than 65,536 tokens takes four bytes a token."""
+    names = [*data.SPECIAL_TOKENS, *(f"x{i}" for i in range(70_000)), "."]
+    tokenizer = data.wordpiece({token: i for i, token in enumerate(names)})
+    rows = rows_of(["x69999 . x65600 .", "x1. x2."])
+    corpus = TokenizedCorpus(data.tokenize_dataset(rows, tokenizer))
+    assert corpus.tokens(0, 3).tolist() == [70_004, 70_005, 65_605]
+    assert corpus.chunks[0].dtype == np.uint32
+    assert corpus.unigram_entropy() == pytest.approx(entropy(corpus.chunks[0]))
 
 
 def test_the_tokenizer_given_to_stage_1_still_knows_its_special_tokens():

@@ -210,6 +210,7 @@ BUGS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug, monkeypatch, tmp_path):
     """The test passes on the real source and fails on the planted one."""

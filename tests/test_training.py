@@ -228,6 +228,7 @@ def overfit(size: str, rate: float, steps: int, device: torch.device) -> tuple[f
 SIZES = [("mini", 5e-4, "cpu"), pytest.param("base", 1e-4, "cuda", marks=pytest.mark.gpu)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "rate", "device"), SIZES, indirect=["device"])
 def test_one_sample_is_overfitted(size, rate, device):
     """A model that cannot learn one sample by heart has a bug. Every prediction is the target."""
@@ -236,6 +237,7 @@ def test_one_sample_is_overfitted(size, rate, device):
     assert torch.equal(predicted, one_sample(device)["mlm_targets"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "rate", "device"), SIZES, indirect=["device"])
 def test_a_large_learning_rate_sticks_at_ln_n_with_the_same_token_everywhere(size, rate, device):
     """1e-2 learns which 10 tokens are wanted, but never where: the loss stays at ln 10. With 1e-4
@@ -246,6 +248,7 @@ def test_a_large_learning_rate_sticks_at_ln_n_with_the_same_token_everywhere(siz
     assert overfit(size, 1e-4, 250, device)[0] < 0.05
 
 
+@pytest.mark.slow
 def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
     """Where words follow each other as letters do in the alphabet, a masked one can be told from
     its neighbours. The first loss is ln V; model, tokenizer, options and metrics stay behind."""
