@@ -363,8 +363,7 @@ def test_the_encoder_survives_from_pretraining_to_fine_tuning(tmp_path):
 
 
 def test_an_encoder_with_a_missing_tensor_is_refused(tmp_path):
-    """All that are missing are named; the pooler, which not every checkpoint has, only in a warning
-    that points to the caller."""
+    """All that are missing are named; the pooler, which not every checkpoint has, in a warning."""
     from safetensors.torch import load_file, save_file
 
     Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
@@ -372,9 +371,8 @@ def test_an_encoder_with_a_missing_tensor_is_refused(tmp_path):
     for name in ("pooler.dense.weight", "pooler.dense.bias"):
         del tensors[name]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.warns(UserWarning, match=r"not in .*: pooler\.weight, pooler\.bias$") as record:
+    with pytest.warns(UserWarning, match=r"not in .*: pooler\.weight, pooler\.bias$"):
         Bert.from_pretrained(tmp_path)
-    assert record[0].filename == __file__
     del tensors["embeddings.LayerNorm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lacks a part of the encoder: embeddings\.norm\.weight$"):
