@@ -16,11 +16,10 @@ import json
 import math
 import sys
 import time
-import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -68,9 +67,9 @@ class PretrainOptions:
 def parse_options(cls: type, arguments: Sequence[str] | None = None) -> Any:
     """The options of a command line; any mistake ends it with one line and exit status 2."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    kinds = typing.get_type_hints(cls)
+    kinds = get_type_hints(cls)
     for f in fields(cls):
-        kind = next(iter(typing.get_args(kinds[f.name])), kinds[f.name])  # of a tuple, of X | None
+        kind = next(iter(get_args(kinds[f.name])), kinds[f.name])  # of a tuple, of X | None
         shown = f" (default: {f.default})" if f.default not in (None, False, ()) else ""
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + shown
         if kind is bool:
@@ -89,7 +88,7 @@ def parse_options(cls: type, arguments: Sequence[str] | None = None) -> Any:
     return cls(**chosen)
 
 
-def fail(message: str) -> typing.NoReturn:
+def fail(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
