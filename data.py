@@ -31,7 +31,7 @@ NOT_SCORED = -100  # the label of a token that was not chosen, cross_entropy's i
 SAMPLE = Path(__file__).with_name("sample")
 STAGE_1 = 1  # in the cache's key: to be raised when stage 1 changes
 
-def wordpiece(vocabulary: dict[str, int]) -> Tokenizer:
+def wordpiece(vocabulary: dict[str, int] | None) -> Tokenizer:
     """Uncased WordPiece over a vocabulary, adding [CLS] and [SEP]. [Code] tokenization.py."""
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, lowercase=True).to_str())
 
@@ -60,15 +60,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """WordPiece learned from texts, special tokens first; the same texts give the same ids. The
     library numbers characters in a hash table's order, and its ties fall by number: so it gets them
     sorted, alone and as ## pieces, as fixed tokens."""
-    texts, blank = list(texts), wordpiece({token: i for i, token in enumerate(SPECIAL_TOKENS)})
+    texts, blank = list(texts), wordpiece(None)
     letters = sorted(set("".join(blank.normalizer.normalize_str(text) for text in texts)) - {" "})
     fixed = [*SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
     if vocab_size < len(fixed):
         raise ValueError(f"vocab_size={vocab_size} is less than the text's {len(fixed)} characters")
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed,
-                                        limit_alphabet=len(fixed), show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=fixed, show_progress=False)
     blank.train_from_iterator(texts, trainer)
-    return wordpiece(blank.get_vocab(with_added_tokens=False))
+    return wordpiece(blank.get_vocab())
 
 
 def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -148,7 +148,7 @@ def tokenize_dataset(dataset: datasets.Dataset, tokenizer: Tokenizer, text_colum
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
     return dataset.map(
         tokenize_documents, fn_kwargs={"tokenizer": tokenizer, "column": text_column},
-        batched=True, batch_size=few, writer_batch_size=few, with_indices=True, num_proc=processes,
+        batched=True, batch_size=few, with_indices=True, num_proc=processes,
         features=Features(tokens=tokens, starts=List(Value("uint32")), sentences=Value("int64")),
         remove_columns=[text_column], desc="tokenizing",
         new_fingerprint=datasets.fingerprint.Hasher.hash(key))

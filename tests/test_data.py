@@ -359,8 +359,9 @@ def test_the_loader_gives_the_batches_of_its_process_from_its_start_on():
     for batch, numbers in zip(itertools.islice(loader, 5), sampler, strict=False):
         assert equal(batch, dataset.__getitems__(numbers))
     alone = data.get_split_dataloader(dataset, 4, workers=0)
-    first = next(iter(data.EpochSampler(len(dataset), 4, 3)))
-    assert equal(next(iter(alone)), dataset.__getitems__(first))
+    sampler = data.EpochSampler(len(dataset), 4, 3, start=0, rank=0, world_size=1)
+    for batch, numbers in zip(itertools.islice(alone, 3), sampler, strict=False):
+        assert equal(batch, dataset.__getitems__(numbers))
 
 
 def test_no_more_batches_wait_in_memory_than_documented():
@@ -436,6 +437,7 @@ def test_sentences_end_where_a_reader_would_end_them(text, sentences):
 
 
 def test_a_text_without_an_end_is_cut_at_white_space():
+    assert data.split_sentences("K" * 1001) == ["K" * 1000, "K"]
     pieces = data.split_sentences("word " * 1000)
     assert len(pieces) > 4
     assert all(piece.split() == ["word"] * len(piece.split()) for piece in pieces)
@@ -464,7 +466,8 @@ def test_stage_1_keeps_every_token_of_a_document_with_two_sentences(documents):
 
 def test_a_corpus_in_many_pieces_is_one_array_of_tokens():
     """Stage 1 writes 16 documents at a time; places count through all of them."""
-    texts = [f"{'ab' * (i % 5 + 1)} {c}. then {c}{c}. end" for i, c in enumerate(LETTERS * 2)]
+    letters = sorted(LETTERS * 2)[:50]  # the highest id differs from piece to piece
+    texts = [f"{'ab' * (i % 5 + 1)} {c}\n\n{c} a\n\nabc" for i, c in enumerate(letters)]
     corpus = TokenizedCorpus(data.tokenize_dataset(rows_of(texts), small_tokenizer()))
     assert len(corpus.chunks) == 4
     ids = [data.encode_plain(small_tokenizer(), [text])[0] for text in texts]
@@ -490,8 +493,50 @@ def test_ids_beyond_two_bytes_are_kept():
     rows = rows_of(["x69999 . x65600 .", "x1. x2."])
     corpus = TokenizedCorpus(data.tokenize_dataset(rows, tokenizer))
     assert corpus.tokens(0, 3).tolist() == [70_004, 70_005, 65_605]
+    most = data.wordpiece({token: i for i, token in enumerate([*names[: 2**16 - 1], "."])})
+    chunks = TokenizedCorpus(data.tokenize_dataset(rows, most)).chunks
+    assert chunks[0].dtype == np.uint16
+    assert chunks[0].max() == 2**16 - 1
     assert corpus.chunks[0].dtype == np.uint32
     assert corpus.unigram_entropy() == pytest.approx(entropy(corpus.chunks[0]))
+
+
+def test_large_corpora_are_tokenized_in_larger_pieces(monkeypatch):
+    """A thousandth of the documents at a time, but 16 at least, so that memory stays bounded."""
+    sizes = []
+    real = data.tokenize_documents
+
+    def counted(rows, *args, **kwargs):
+        sizes.append(len(rows["text"]))
+        return real(rows, *args, **kwargs)
+
+    monkeypatch.setattr(data, "tokenize_documents", counted)
+    corpus = TokenizedCorpus(
+        data.tokenize_dataset(rows_of(["a b\n\nc", "c\n\nd e"] * 10_000), small_tokenizer())
+    )
+    assert sizes == [20] * 1000
+    assert len(corpus) == 60_000
+    sizes.clear()
+    data.tokenize_dataset(rows_of(["new\n\none"] * 40), small_tokenizer())
+    assert sizes == [16, 16, 8]
+
+
+def test_stage_1_in_two_processes_gives_the_same_tokens(tmp_path, monkeypatch):
+    path = tmp_path / "corpus.jsonl"
+    rows = [json.dumps({"text": f"{c} first\n\n{c} then"}) + "\n" for c in LETTERS]
+    path.write_text("".join(rows))
+    alone = data.tokenize_dataset(data.get_dataset(str(path)), small_tokenizer())
+    monkeypatch.setattr(data, "STAGE_1", -2)  # or the cache would answer
+    two = data.tokenize_dataset(data.get_dataset(str(path)), small_tokenizer(), processes=2)
+    assert (len(alone.cache_files), len(two.cache_files)) == (1, 2)
+    assert two["tokens"][:] == alone["tokens"][:]
+
+
+def test_thousands_of_texts_are_encoded_one_by_one():
+    """In order, each once, whatever the size of the pieces that the library gets."""
+    texts = [" ".join(LETTERS[: 1 + i % 7]) for i in range(2500)]
+    expected = [list(range(5, 6 + i % 7)) for i in range(2500)]
+    assert data.encode_plain(small_tokenizer(), texts) == expected
 
 
 def test_the_tokenizer_given_to_stage_1_still_knows_its_special_tokens():
@@ -509,6 +554,8 @@ def test_rows_are_regrouped_into_documents():
     assert grouped["sentences"] == [3, 3, 1]
     corpus = TokenizedCorpus(grouped)
     assert [VOCABULARY[t] for t in corpus.tokens(0, 4)] == ["a", "b", ".", "c"]
+    pairs = data.tokenize_dataset(rows, small_tokenizer(), rows_per_document=2)
+    assert pairs["sentences"] == [2, 2, 2, 1]
 
 
 def test_blank_lines_do_not_end_a_document():
@@ -616,6 +663,86 @@ def test_a_corpus_without_validation_holds_out_its_last_documents(tmp_path):
     assert firsts == [list(LETTERS[:24]), ["y", "z"]]
 
 
+def test_the_hub_is_asked_for_what_is_not_a_path(monkeypatch):
+    """With its configuration, split and streaming as given; `owner/name` and `name` are ids."""
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **named: asked.append((args, named))
+    )
+    data.get_dataset("owner/some-name.v2", "plain", "test", streaming=True)
+    data.get_dataset("name")
+    assert asked == [
+        (("owner/some-name.v2", "plain"), {"split": "test", "streaming": True}),
+        (("name", None), {"split": "train", "streaming": False}),
+    ]
+    for path in ("/name", "owner/name/more", "owner/", "some name"):
+        with pytest.raises(ValueError, match="does not exist"):
+            data.get_dataset(path)
+
+
+def test_the_cause_of_a_file_that_cannot_be_read_is_told(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"cannot read .*train\.jsonl: .*JSON"):
+        data.get_dataset(str(path))
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"cannot read .*train\.jsonl: .*Unknown split"):
+        data.get_dataset(str(path), split="validation")
+
+
+def test_a_corpus_of_four_documents_is_enough_and_of_three_is_not(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    for number in (4, 3):
+        rows = [json.dumps({"body": f"{c} is one\n\nand two"}) for c in LETTERS[:number]]
+        path.write_text("\n".join(rows))
+        if number == 3:
+            with pytest.raises(ValueError, match=r"corpus\.jsonl has 3 documents, needs 4"):
+                data.get_corpus(str(path), "train", small_tokenizer(), text_column="body")
+        else:
+            for split in ("train", "validation"):
+                corpus = data.get_corpus(str(path), split, small_tokenizer(), text_column="body")
+                assert len(corpus.documents) - 1 == 2
+
+
+def test_a_hundredth_of_the_documents_is_held_out(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": "aa\n\nbb"}) + "\n" for _ in range(500)))
+    sizes = [
+        len(data.get_corpus(str(path), split, small_tokenizer()).documents) - 1
+        for split in ("train", "validation")
+    ]
+    assert sizes == [495, 5]
+
+
+def test_a_corpus_with_validation_is_split_as_it_is(tmp_path):
+    """And its configuration and column are those that were asked for."""
+    for split, texts in {"train": "abcdef", "validation": "xyz"}.items():
+        rows = [json.dumps({"body": f"{c}\n\n{c}"}) + "\n" for c in texts]
+        (tmp_path / f"{split}.jsonl").write_text("".join(rows))
+    for split, texts in {"train": "abcdef", "validation": "xyz"}.items():
+        corpus = data.get_corpus(str(tmp_path), split, small_tokenizer(), text_column="body")
+        tokens = corpus.tokens(0, 1).tolist() + corpus.tokens(len(corpus) - 1, len(corpus)).tolist()
+        assert [VOCABULARY[t] for t in tokens] == [texts[0], texts[-1]]
+        assert len(corpus) == 2 * len(texts)
+
+
+def test_a_corpus_is_asked_for_with_its_configuration(monkeypatch):
+    names = []
+
+    def asked(path, name=None, split="train"):
+        names.append(name)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(data, "get_dataset", asked)
+    for call in (
+        lambda: data.get_corpus("owner/name", "train", small_tokenizer(), "plain"),
+        lambda: data.get_reviews("owner/name", "train", "plain"),
+    ):
+        with pytest.raises(ValueError, match="enough"):
+            call()
+    assert names == ["plain", "plain"]
+
+
 def test_the_sample_has_both_splits():
     assert {"train", "validation"} <= set(data.get_dataset("sample", split=None))
 
@@ -628,9 +755,44 @@ def test_tokenizers_load_from_each_kind_of_place_with_the_same_ids(tmp_path):
         assert data.load_tokenizer(place).encode("Abc d.").ids == expected
 
 
+def test_a_folder_with_both_files_gives_its_tokenizer_json(tmp_path):
+    """It says more than vocab.txt: the casing, for one."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]) + "\n")
+    small_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    assert data.load_tokenizer(tmp_path).get_vocab_size() == len(VOCABULARY)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_vocabulary_has_a_token_for_each_line(tmp_path, end):
+    """Also where a token is a space that ends no line, and with or without a last newline."""
+    tokens = [*VOCABULARY, "\u00a0", "é"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + end, encoding="utf-8")
+    expected = {token: i for i, token in enumerate(tokens)}
+    assert data.load_tokenizer(tmp_path / "vocab.txt").get_vocab() == expected
+
+
+def test_a_tokenizer_that_is_no_file_is_asked_for_at_the_hub(monkeypatch, tmp_path):
+    """What it would pad or cut is not wanted here."""
+    asked, padded = [], small_tokenizer()
+    padded.enable_padding(length=9)
+    padded.enable_truncation(3)
+
+    class Hub:
+        @staticmethod
+        def from_pretrained(name):
+            asked.append(name)
+            return padded
+
+    monkeypatch.setattr(data, "Tokenizer", Hub)
+    tokenizer = data.load_tokenizer("owner/name")
+    assert asked == ["owner/name"]
+    assert len(tokenizer.encode("a b c d")) == 6
+
+
 def test_a_vocabulary_without_a_special_token_is_refused(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask"))
-    with pytest.raises(ValueError, match=r"lacks \[MASK\]"):
+    kept = [token for token in VOCABULARY if token not in ("[MASK]", "[PAD]")]
+    (tmp_path / "vocab.txt").write_text("\n".join(kept))
+    with pytest.raises(ValueError, match=r"lacks \[MASK\], \[PAD\]$"):
         data.load_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="no tokenizer at .*nowhere"):
         data.load_tokenizer(tmp_path / "nowhere.txt")
@@ -647,6 +809,21 @@ def test_a_trained_tokenizer_is_deterministic_and_knows_every_character(texts, s
     assert [tokenizer.token_to_id(token) for token in data.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     assert sorted(tokenizer.get_vocab().values()) == list(range(tokenizer.get_vocab_size()))
     assert all(UNK not in ids for ids in data.encode_plain(tokenizer, texts))
+    letters = {c for text in texts for c in text.replace("é", "e")} - {" "}
+    fixed = len(data.SPECIAL_TOKENS) + 2 * len(letters)
+    assert {t for t in tokenizer.get_vocab() if len(t) == 1} == letters
+    assert fixed <= tokenizer.get_vocab_size() <= 60
+    assert data.train_tokenizer(texts, fixed).get_vocab_size() == fixed
+
+
+def test_a_trained_tokenizer_has_the_size_asked_for_and_is_trained_in_silence(capfd):
+    """Of 26 x 26 words, 100 tokens, and every one is of use."""
+    texts = [f"{a}{b}{a} {b}{a}{a}" for a in LETTERS for b in LETTERS]
+    tokenizer = data.train_tokenizer(iter(texts), 100)
+    assert tokenizer.get_vocab_size() == 100
+    assert capfd.readouterr() == ("", "")
+    used = {i for ids in data.encode_plain(tokenizer, texts) for i in ids}
+    assert len(used) > 60
 
 
 def test_a_vocabulary_smaller_than_the_alphabet_is_refused():
