@@ -227,7 +227,7 @@ def mask_tokens(input_ids: np.ndarray, ordinary: np.ndarray, u: np.ndarray, mask
         joined = continues[input_ids] & ordinary & np.roll(ordinary, 1, axis=1)  # not to a [SEP]
         word = np.maximum.accumulate(np.where(joined, 0, columns), axis=1)
     keys = np.take_along_axis(np.where(ordinary, u[0], 2.0), word, axis=1)
-    order = np.argsort(keys, axis=1, kind="stable")  # words in random order, special tokens last
+    order = np.argsort(keys, axis=1)  # words in random order, special tokens last
     chosen = np.zeros_like(ordinary)
     np.put_along_axis(chosen, order, columns < wanted, axis=1)
     if continues is not None:  # the word that the limit cuts is left out, the first one never

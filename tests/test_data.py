@@ -1,5 +1,6 @@
 """What the data pipeline makes, as an algebra of places in the corpus."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -299,6 +300,25 @@ def test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise():
     assert equal(first.__getitems__(epoch), again.__getitems__(epoch))
     assert not equal(first.__getitems__(epoch), first.__getitems__(later))
     assert not equal(first.__getitems__(epoch), other.__getitems__(epoch))
+
+
+def digest(batches) -> str:
+    arrays = [values.numpy() for batch in batches for values in batch.values()]
+    return hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()[:16]
+
+
+def test_what_a_seed_means_never_changes():
+    """The same seed gives the same examples and orders in every version, so that results stay
+    comparable. Should numpy ever change its generators, that is worth an entry in the changelog."""
+    docs = [[[5 + (i * j) % 30 for i in range(3 + j)] for j in range(4 + d)] for d in range(6)]
+    found = []
+    for whole in (False, True):
+        dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), 24, 7, whole)
+        found.append(digest(dataset.__getitems__([k, k + 100]) for k in range(20)))
+    orders = itertools.islice(data.EpochSampler(9, 4, 7), 9)
+    found.append(digest({"numbers": torch.tensor(numbers)} for numbers in orders))
+    found.append(digest(batches_of([1 + i % 9 for i in range(400)], 3, 7)))
+    assert found == ["5122657e5b9e559a", "b9706488ac1cd06c", "cff1525f1a196109", "a1e52559a37d0b5a"]
 
 
 def test_random_numbers_of_neighbouring_examples_do_not_overlap():
@@ -874,8 +894,25 @@ def test_bucket_orders_differ_by_epoch_and_seed_and_batches_are_of_similar_lengt
     assert sizes.sum() / padded > 0.93
     in_order = list(itertools.chain.from_iterable(order(None)))
     assert (np.diff(sizes[in_order]) >= 0).all()
+    assert in_order == sorted(range(5000), key=lambda i: (sizes[i], i))
     means = [np.mean(sizes[batch]) for batch in first]  # short and long batches are mixed
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.4
+
+
+def test_sentences_meet_other_sentences_in_every_epoch():
+    """Even if all lengths differ: only within a pool of 64 batches are they sorted."""
+    batches = batches_of(list(range(1, 601)), 4, 1)
+    together = []
+    for batches.epoch in (0, 1):
+        together.append({frozenset(b["input_ids"][:, 0].tolist()) for b in batches})
+    assert len(together[0] & together[1]) < 15
+    spread = [max(b) - min(b) for b in together[0]]
+    assert 4 < np.mean(spread) < 12  # 600 / 256 x 3 = 7, were the pools even
+
+
+def test_sentences_are_padded_with_the_token_that_was_given():
+    (batch,) = data.SST2Batches([[5], [6, 7]], [0, 1], 2, padding_idx=9)
+    assert batch["input_ids"].tolist() == [[5, 9], [6, 7]]
 
 
 def test_sentences_are_cls_sentence_sep_cut_to_the_longest_allowed(tmp_path):
