@@ -1,7 +1,6 @@
 """BERT in one file: configuration, encoder, heads, and the published weight format.
 
 - attention written out line by line, and a fused path that the tests hold equal to it
-- post-LayerNorm, exact GELU, N(0, 0.02) initialization, tied decoder, as published
 - the vocabulary projection, the costliest layer, only where a token is to be predicted
 - one table that maps our tensor names to those of every published BERT
 
@@ -14,6 +13,7 @@ B batch, T sequence, H = d_model, A heads, D one head's size, V vocabulary, N sc
 import hashlib
 import json
 import math
+import re
 import sys
 import warnings
 from dataclasses import asdict, dataclass
@@ -46,13 +46,13 @@ class BertConfig:
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02  # standard deviation
-    fused_attention: bool = True  # False: attention() below, to read and to look at; equal results
+    fused_attention: bool = True  # False: attention() below; equal for every token that is real
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if type(value) is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-            if name.startswith("attention_d_") and value % self.head_num:
+            if name.startswith("attention_d_") and value % max(1, self.head_num):
                 raise ValueError(f"{name}={value} is not divisible by head_num={self.head_num}")
             if name.endswith("dropout") and not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
@@ -198,7 +198,6 @@ class PretrainedModel(nn.Module):
     """What the three models below share: initialization, loading and saving."""
 
     architecture: str  # the class that opens our files in transformers
-
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
         super().__init__()
         self.config, self.padding_idx = config, padding_idx
@@ -227,8 +226,9 @@ class PretrainedModel(nn.Module):
 
         ours = {published_name(name).removeprefix("bert."): name for name in model.state_dict()}
         file = load_file(Path(directory) / "model.safetensors")
-        tensors = {name.removeprefix("bert."): tensor for name, tensor in file.items()}
-        found = {ours[name]: tensor for name, tensor in tensors.items() if name in ours}
+        modern = (re.sub("gamma$", "weight", re.sub("beta$", "bias", name)) for name in file)
+        tensors = zip((name.removeprefix("bert.") for name in modern), file.values(), strict=True)
+        found = {ours[name]: tensor for name, tensor in tensors if name in ours}
         try:
             missing = model.load_state_dict(found, strict=False).missing_keys
         except RuntimeError as error:
@@ -237,7 +237,7 @@ class PretrainedModel(nn.Module):
             raise ValueError(f"{directory} lacks a part of the encoder: {', '.join(lost)}")
         if missing:
             warnings.warn(f"initialized, not in {directory}: {', '.join(missing)}", stacklevel=2)
-        return model
+        return model.eval()
 
     def save_pretrained(self, directory: str | Path, tokenizer: Any) -> None:
         """Writes config, weights and tokenizer in the published format, for us and others."""
@@ -249,6 +249,7 @@ class PretrainedModel(nn.Module):
         config |= {"model_type": "bert", "architectures": [self.architecture], "hidden_act": "gelu"}
         config |= {"pad_token_id": self.padding_idx, "tokenizer_hash": tokenizer_hash(tokenizer)}
         about = {"tokenizer_class": "BertTokenizer", "model_max_length": self.config.max_seq_length}
+        about["do_lower_case"] = getattr(tokenizer.normalizer, "lowercase", True)
         (directory / "config.json").write_text(json.dumps(config, indent=2))
         (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
         tokenizer.save(str(directory / "tokenizer.json"))
@@ -349,7 +350,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit('usage: python bert.py DIR "the [MASK] sat on the mat"')
     from tokenizers import Tokenizer
-
     try:
         pretrained = BertPretrainModel.from_pretrained(sys.argv[1])
         its_tokenizer = Tokenizer.from_file(f"{sys.argv[1]}/tokenizer.json")

@@ -11,7 +11,7 @@ B batch, T sequence, V vocabulary. A place in the corpus is the number of tokens
 import os
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 NOT_SCORED = -100  # the label of a token that was not chosen, cross_entropy's ignore_index
 SAMPLE = Path(__file__).with_name("sample")
+KINDS = {".txt", ".json", ".jsonl", ".parquet"}
 STAGE_1 = 1  # in the cache's key: to be raised when stage 1 changes
-
 def wordpiece(vocabulary: dict[str, int] | None) -> Tokenizer:
     """Uncased WordPiece over a vocabulary, adding [CLS] and [SEP]. [Code] tokenization.py."""
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, lowercase=True).to_str())
@@ -60,14 +60,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """WordPiece learned from texts, special tokens first; the same texts give the same ids. The
     library numbers characters in a hash table's order, and its ties fall by number: so it gets them
     sorted, alone and as ## pieces, as fixed tokens."""
-    texts, blank = list(texts), wordpiece(None)
-    letters = sorted(set("".join(blank.normalizer.normalize_str(text) for text in texts)) - {" "})
+    texts, blank = list(filter(None, texts)), wordpiece(None)
+    letters = sorted({*chain.from_iterable(map(blank.normalizer.normalize_str, texts))} - {" "})
     fixed = [*SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
     if vocab_size < len(fixed):
-        raise ValueError(f"vocab_size={vocab_size} is less than the text's {len(fixed)} characters")
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=fixed, show_progress=False)
-    blank.train_from_iterator(texts, trainer)
+        raise ValueError(f"--vocab-size {vocab_size}: the text's characters alone are {len(fixed)}")
+    blank.train_from_iterator(texts, trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=fixed, show_progress=False))
     return wordpiece(blank.get_vocab())
 
 
@@ -84,10 +83,11 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 def get_dataset(path: str, name: str | None = None, split: str | None = "train",
                 streaming: bool = False) -> Any:
     """One row = one document, or a sentence of SST-2. A hub id, or a directory or file of parquet,
-    jsonl or text, of which every .txt is one document. With split=None, a dict of all splits."""
+    jsonl or text; a .txt is one document. Names with train, validation or test make those splits,
+    as `datasets` has it; without such names, all is train. With split=None, a dict of all."""
     options: dict[str, Any] = {}
     where = SAMPLE / "corpus" if path == "sample" else Path(path)
-    if any(file.suffix == ".txt" for file in (where, *where.glob("**/*.txt"))):
+    if {file.suffix for file in (where, *where.glob("**/*.*"))} & KINDS == {".txt"}:
         options["sample_by"] = "document"
     if where.is_file():
         where, options["data_files"] = where.resolve().parent, {"train": where.name}
@@ -157,15 +157,13 @@ def tokenize_dataset(dataset: datasets.Dataset, tokenizer: Tokenizer, text_colum
 class TokenizedCorpus:
     """The documents with a next sentence as one array of `len(corpus)` tokens, mapped from disk; in
     memory, 8 bytes for each sentence and document. `skipped` counts what was left out."""
-
     def __init__(self, rows: datasets.Dataset) -> None:
         tokens, starts = (rows.data.column(name).chunks for name in ("tokens", "starts"))
-        self.rows, found = rows, np.asarray(rows["sentences"], np.int64)
+        self.rows, found = rows, np.asarray(rows["sentences"][:], np.int64)
         none, one, more = np.bincount(np.minimum(found, 2), minlength=3).tolist()
         self.skipped = {"no sentence": none, "one sentence": one}
         if more < 2:
-            raise ValueError(f"{more} documents with a next sentence, left out {self.skipped}. Two "
-                             "are needed. Where a row is a sentence, see --rows-per-document")
+            raise ValueError(f"{more} documents have a next sentence, 2 are needed; {self.skipped}")
         self.chunks = [chunk.flatten().to_numpy() for chunk in tokens]  # views of the files
         self.chunk_starts = np.cumsum([0, *map(len, self.chunks)])
         lengths = np.concatenate([chunk.value_lengths() for chunk in tokens]).astype(np.int64)
@@ -187,7 +185,7 @@ class TokenizedCorpus:
 
     def unigram_entropy(self) -> float:
         """Nats: the MLM loss of a model that knows how often each token occurs, and no more."""
-        counts = np.sum([np.bincount(chunk, minlength=2**18) for chunk in self.chunks], axis=0)
+        counts = reduce(np.add, (np.bincount(chunk, minlength=2**18) for chunk in self.chunks))
         shares = counts[counts > 0] / len(self)
         return float(-(shares * np.log(shares)).sum())
 
@@ -198,9 +196,13 @@ def get_corpus(path: str, split: str, tokenizer: Tokenizer, name: str | None = N
     splits = get_dataset(path, name, split=None)
     if "validation" in splits:
         return TokenizedCorpus(tokenize_dataset(splits[split], tokenizer, **stage_1))
+    if "train" not in splits:
+        raise ValueError(f"{path} has no split train, only {', '.join(splits)}")
     rows = tokenize_dataset(splits["train"], tokenizer, **stage_1)
-    if (cut := len(rows) - max(2, len(rows) // 100)) < 2:
-        raise ValueError(f"{path} has {len(rows)} documents, needs 4: 2 to train, 2 to validate")
+    usable = np.flatnonzero(np.asarray(rows["sentences"][:]) > 1)
+    if len(usable) < 4:
+        raise ValueError(f"{path}: {len(usable)} of 4 documents needed; see --rows-per-document")
+    cut = usable[-max(2, len(usable) // 100)]
     return TokenizedCorpus(rows.select(range(cut) if split == "train" else range(cut, len(rows))))
 
 
@@ -244,7 +246,6 @@ class PretrainDataset(Dataset):
     """`[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2, [Code] create_pretraining_data.
     Example k is number k % len(dataset) of epoch k // len(dataset), a pure function of (corpus,
     seed, k); an epoch has as many examples as the corpus has times T - 3 tokens."""
-
     def __init__(self, corpus: TokenizedCorpus, tokenizer: Tokenizer, max_seq_length: int,
                  seed: int = 0, whole_word_masking: bool = False) -> None:
         if max_seq_length < 5:
@@ -259,9 +260,6 @@ class PretrainDataset(Dataset):
 
     def __len__(self) -> int:
         return max(1, len(self.corpus) // self.room)
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        return {name: column[0] for name, column in self.__getitems__([number]).items()}
 
     def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
         """int64: `input_ids`, `token_type_ids`, `mlm_labels` (-100 = not scored), (B, longest row),
@@ -292,8 +290,9 @@ class PretrainDataset(Dataset):
         A starts with the sentence at the index's place, or where just enough of the document is
         left. A and B together fill T - 3 tokens (one time in ten fewer, for fine-tuning meets short
         texts too: [BERT] A.2) or are the document. B starts with any sentence in between; if there
-        is none, anywhere, so no text is out of reach. A random B is as long as the true one, so its
-        length tells nothing. Differs: [Code]'s may come from the same document.
+        is none, anywhere, so no text is out of reach. A random B ends its document if the true one
+        does, and the pair is as long as the true one: its form must not betray its label.
+        Differs: [Code]'s may be of the same document, and it cuts what is too long at either end.
         """
         starts, documents, room = self.corpus.sentences, self.corpus.documents, self.room
         after = partial(np.searchsorted, side="right")  # (array, place): its first item behind
@@ -310,15 +309,18 @@ class PretrainDataset(Dataset):
         end = np.minimum(a + target, last)
         anywhere = a + 1 + (u[3] * (end - a - 1)).astype(np.int64)
         b = np.where(choices > 0, starts[low + (u[3] * choices).astype(np.int64)], anywhere)
-
-        skip, own = np.searchsorted(starts, first), np.searchsorted(starts, last)
-        other = (u[4] * (len(starts) - 1 - (own - skip))).astype(np.int64)
-        other = starts[other + np.where(other >= skip, own - skip, 0)]  # a sentence of another one
+        own, skip, own_end = first, np.searchsorted(starts, first), np.searchsorted(starts, last)
+        other = (u[4] * (len(starts) - 1 - (own_end - skip))).astype(np.int64)
+        other = starts[other + np.where(other >= skip, own_end - skip, 0)]  # another's sentence
+        at_end, is_random = end == last, u[5] < 0.5
         first, last = (documents[after(documents, other) + i] for i in (-1, 0))
+        low = after(starts, np.maximum(last - (end - a), first))  # where B would be at that end
+        choices = np.searchsorted(starts, last) - low
         latest = starts[after(starts, np.maximum(last - (end - b), first)) - 1]
-        other = np.minimum(other, latest)
-        is_random = u[5] < 0.5
-        random_end = np.minimum(other + end - b, last)
+        other, at_end = np.minimum(other, latest), at_end & (choices > 0)
+        other = np.where(at_end, starts[low + (u[3] * choices).astype(np.int64)], other)
+        random_end = np.where(at_end, last, np.minimum(other + end - b, last))
+        a = np.where(is_random, np.maximum(a - (end - b) + (random_end - other), own), a)
         b_start, b_end = np.where(is_random, (other, random_end), (b, end))
         return np.stack([a, b, b_start, b_end], axis=1).reshape(-1, 2, 2), is_random
 
@@ -362,8 +364,7 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
     if column is None or "label" not in rows.column_names:
         raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
     if wrong := set(rows["label"]) - {0, 1}:
-        raise ValueError(f"{path}, {split}: labels {wrong}, but only 0 and 1 mean something. "
-                         "SST-2's test split has them in SetFit/sst2: --test-dataset")
+        raise ValueError(f"{path}, {split}: labels {wrong}, not 0 and 1; SetFit/sst2 has a test")
     return list(rows[column]), list(rows["label"])
 
 
@@ -377,7 +378,6 @@ class SST2Batches:
     """All sentences once: int64 `input_ids` (B, longest of these) and `labels` (B,). Lengths that
     are similar go together: a random order is cut into pools of 64 batches, each is sorted, and the
     batches are shuffled, by (seed, `epoch`). With seed None, all are sorted and stay so."""
-
     def __init__(self, rows: list[list[int]], labels: list[int], batch_size: int,
                  padding_idx: int = 0, seed: int | None = None) -> None:
         self.rows, self.labels, self.batch_size = rows, labels, batch_size

@@ -134,8 +134,8 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW with decay 0.01. [BERT] A.2, [Code] optimization.py, also for eps. Biases and norms
-    do not decay: 0 is no better place for a shift or a scale."""
+    """AdamW with decay 0.01. [BERT] A.2, [Code] optimization.py, also for eps. Biases and norms do
+    not decay: 0 is no better place for them. Differs: [Code] has no bias correction of moments."""
     named = list(model.named_parameters())
     spared = [p for name, p in named if name.endswith("bias") or "norm" in name]
     decayed = [p for name, p in named if not (name.endswith("bias") or "norm" in name)]
@@ -227,7 +227,7 @@ def evaluate(model: BertPretrainModel, batches: Iterable[Batch]) -> dict[str, fl
     model.train()
     mlm_loss, mlm_correct, masked, nsp_loss, nsp_correct, pairs = sums
     return {
-        "mlm_loss": mlm_loss / masked, "perplexity": math.exp(mlm_loss / masked),
+        "mlm_loss": mlm_loss / masked, "perplexity": float(np.exp(mlm_loss / masked)),
         "mlm_accuracy": mlm_correct / masked,
         "nsp_loss": nsp_loss / pairs, "nsp_accuracy": nsp_correct / pairs,
         "commonest_prediction": torch.cat(predicted).bincount().max().item() / masked,
@@ -268,8 +268,8 @@ def prepare(options: PretrainOptions) -> tuple[BertPretrainModel, Tokenizer, dic
     if options.weights:
         model = BertPretrainModel.from_pretrained(options.weights)
     else:
-        sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": options.max_seq_length}
-        config = BertConfig.named(options.size, **sizes)
+        config = BertConfig.named(options.size, vocab_size=max(tokenizer.get_vocab().values()) + 1,
+                                  max_seq_length=options.max_seq_length)
         model = BertPretrainModel(config, tokenizer.get_vocab()[data.PAD])
     if options.max_seq_length > model.config.max_seq_length:
         raise ValueError(f"--max-seq-length exceeds the weights' {model.config.max_seq_length}")

@@ -14,6 +14,7 @@ import copy
 import itertools
 import sys
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
     if options.weights:
         model = SST2BertModel.from_pretrained(options.weights)
     else:
-        sizes = {"vocab_size": tokenizer.get_vocab_size()}
+        sizes = {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
         sizes["max_seq_length"] = options.max_seq_length or 128
         config = BertConfig.named(options.size, **sizes)
         model = SST2BertModel(config, tokenizer.get_vocab()[data.PAD])
@@ -148,15 +149,19 @@ def train(options: SST2Options) -> None:
     out, device = start_run(options)
     tokenizer = make_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
-    longest = options.max_seq_length or make_model(options, tokenizer).config.max_seq_length
+    model = make_model(options, tokenizer)
+    longest = options.max_seq_length or model.config.max_seq_length
 
-    def load(path: str, split: str, seed: int | None = None) -> data.SST2Batches:
-        texts, labels = data.get_reviews(path, split, options.dataset_name)
+    def load(path: str, split: str, name: str | None = None,
+             seed: int | None = None) -> data.SST2Batches:
+        texts, labels = data.get_reviews(path, split, name)
         rows = data.encode_sentences(tokenizer, texts, longest)
         return data.SST2Batches(rows, labels, options.batch_size, padding_idx, seed)
 
-    training = load(options.dataset, "train", options.seed)
-    validation = load(options.dataset, "validation")
+    training = load(options.dataset, "train", options.dataset_name, options.seed)
+    validation = load(options.dataset, "validation", options.dataset_name)
+    where = options.test_dataset or ("sample" if options.dataset == "sample" else None)
+    test = load(where, "test") if where else None  # now, not when all is done
     kept: list[Any] = [None, -1.0]
     for rate in options.learning_rate:
         accuracies = []
@@ -171,12 +176,12 @@ def train(options: SST2Options) -> None:
         print(f"learning rate {rate:g}: validation accuracy {np.mean(accuracies):.4f} "
               f"± {deviation:.4f}, seeds {options.seeds}")
     model, accuracy = kept
-    if test := options.test_dataset or ("sample" if options.dataset == "sample" else None):
-        metrics = evaluate(model, load(test, "test"), device)
-        write_line(out, split="test", **metrics)
-        print(f"test accuracy {metrics['accuracy']:.4f}, of the run with {accuracy:.4f}")
     model.save_pretrained(out / "model", tokenizer)
     draw_curves(out)
+    if test:
+        metrics = evaluate(model, test, device)
+        write_line(out, split="test", **metrics)
+        print(f"test accuracy {metrics['accuracy']:.4f}, of the run with {accuracy:.4f}")
     print(f"{out}/model holds the best weights and their tokenizer")
 
 
@@ -186,7 +191,10 @@ def predict(options: SST2Options) -> None:
     if not options.weights:
         raise ValueError("--predict needs --weights: the model/ of a run on SST-2")
     tokenizer = make_tokenizer(options)
-    model = SST2BertModel.from_pretrained(options.weights).eval()
+    with warnings.catch_warnings(record=True) as missing:
+        model = SST2BertModel.from_pretrained(options.weights)
+    if missing:
+        raise ValueError(f"--predict needs the model/ of a run on SST-2: {missing[0].message}")
     for text in itertools.chain.from_iterable(
             (line.rstrip("\n") for line in sys.stdin) if text == "-" else [text]
             for text in options.predict):

@@ -52,6 +52,7 @@ def test_published_sizes_have_the_published_number_of_parameters(size, count):
     [
         ({"attention_d_k": 11}, "attention_d_k=11 is not divisible by head_num=2"),
         ({"attention_d_v": 13}, "attention_d_v=13 is not divisible by head_num=2"),
+        ({"head_num": 0}, "head_num must be at least 1, got 0"),
         ({"encoder_layers": 0}, "encoder_layers must be at least 1, got 0"),
         ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
@@ -419,7 +420,7 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
         "hidden_act": "gelu", "pad_token_id": 3, "tokenizer_hash": tokenizer_hash(tokenizer),
     }  # fmt: skip
     assert (folder / "config.json").read_text() == json.dumps(config, indent=2)
-    about = {"tokenizer_class": "BertTokenizer", "model_max_length": 17}
+    about = {"tokenizer_class": "BertTokenizer", "model_max_length": 17, "do_lower_case": True}
     assert (folder / "tokenizer_config.json").read_text() == json.dumps(about, indent=2)
     assert data.load_tokenizer(folder / "tokenizer.json").get_vocab() == tokenizer.get_vocab()
     assert (folder / "vocab.txt").read_text().split() == VOCABULARY
@@ -434,6 +435,29 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
         }  # fmt: skip
         assert published < set(file.keys())
         assert len(file.keys()) == 5 + 3 * 16 + 2 + 5 + 2
+
+
+def test_the_names_that_tensorflow_gave_to_norms_are_understood(tmp_path):
+    """The most used checkpoint of all has gamma and beta for weight and bias."""
+    from safetensors.torch import load_file, save_file
+
+    model = build(Bert, FIXED).float()
+    model.save_pretrained(tmp_path, small_tokenizer())
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = load_file(tmp_path / "model.safetensors")
+    for ours, theirs in old.items():
+        tensors = {name.replace(ours, theirs): t for name, t in tensors.items()}
+    assert "embeddings.LayerNorm.gamma" in tensors
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = Bert.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_loaded_model_is_in_evaluation_mode(tmp_path):
+    """As in transformers: the same input twice has the same output."""
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    assert not Bert.from_pretrained(tmp_path).training
 
 
 def test_the_hash_of_a_tokenizer_changes_with_any_token_or_id():

@@ -117,11 +117,15 @@ def folder(tmp_path_factory) -> Path:
         (
             "train_pretrain.py",
             "--dataset one.jsonl --vocab-size 60",
-            "one.jsonl has 1 documents, needs 4",
+            "one.jsonl: 1 of 4 documents needed",
         ),
         ("train_pretrain.py", "--dataset lines.jsonl --vocab-size 60", "see --rows-per-document"),
         ("train_pretrain.py", "--dataset broken.jsonl", "cannot read broken.jsonl"),
-        ("train_pretrain.py", "--dataset corpus.jsonl --vocab-size 9", "vocab_size=9 is less than"),
+        (
+            "train_pretrain.py",
+            "--dataset corpus.jsonl --vocab-size 9",
+            "--vocab-size 9: the text's characters",
+        ),
         ("train_pretrain.py", "--tokenizer nomask.txt", "lacks [MASK]"),
         ("train_pretrain.py", "--tokenizer none.txt", "no tokenizer at none.txt"),
         ("train_pretrain.py", "--max-seq-length 4", "--max-seq-length must be at least 5, got 4"),
@@ -139,7 +143,7 @@ def folder(tmp_path_factory) -> Path:
         ("train_pretrain.py", "--device cuda:9", "--device cuda:9"),
         ("train_sst2.py", "--dataset nothing/at/all", "nothing/at/all does not exist"),
         ("train_sst2.py", "--dataset corpus.jsonl", "no columns sentence (or text) and label"),
-        ("train_sst2.py", "--dataset labels.jsonl", "labels {-1}, but only 0 and 1 mean something"),
+        ("train_sst2.py", "--dataset labels.jsonl", "labels {-1}, not 0 and 1; SetFit/sst2"),
         (
             "train_sst2.py",
             "--weights model --tokenizer vocab.txt --max-seq-length 17",

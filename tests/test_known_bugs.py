@@ -107,7 +107,7 @@ BUGS = {
         test_data.test_blank_lines_do_not_end_a_document, {},
     ),
     "8 a random segment of the same document": (
-        data.PretrainDataset, "segments", "np.where(other >= skip, own - skip, 0)", "0",
+        data.PretrainDataset, "segments", "np.where(other >= skip, own_end - skip, 0)", "0",
         test_data.test_a_next_segment_follows_and_a_random_one_is_from_another_document,
         {},
     ),
@@ -186,8 +186,8 @@ BUGS = {
         test_data.test_a_poisoned_row_surfaces_with_its_number, {},
     ),
     "23 perplexity of both losses": (
-        train_pretrain, "evaluate", "math.exp(mlm_loss / masked)",
-        "math.exp(mlm_loss / masked + nsp_loss / pairs)",
+        train_pretrain, "evaluate", "np.exp(mlm_loss / masked)",
+        "np.exp(mlm_loss / masked + nsp_loss / pairs)",
         test_training.test_metrics_are_means_over_all_masked_tokens_and_all_pairs, {},
     ),
     "24 a mean of micro-batches' means": (

@@ -81,6 +81,24 @@ def test_the_saved_model_predicts_with_its_own_tokenizer(run, capsys, monkeypatc
     assert all(0.5 <= float(probability) <= 1 for _, probability, _ in lines)
 
 
+def test_predictions_need_a_classifier(tmp_path):
+    """A pretrained model would guess, and say so with a probability."""
+    tokenizer = data.train_tokenizer(["abc"], 40)
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": 16}
+    BertPretrainModel(BertConfig.named("tiny", **sizes), 0).save_pretrained(tmp_path, tokenizer)
+    with pytest.raises(ValueError, match=r"a run on SST-2: initialized.*classifier\.weight"):
+        main(SST2Options(weights=str(tmp_path), predict=("a",)))
+
+
+def test_a_wrong_test_split_is_noticed_before_the_training(tmp_path):
+    """Not after it, with the weights unsaved."""
+    dataset = reviews(tmp_path, train=3, validation=3)
+    options = SST2Options(out=str(tmp_path / "run"), dataset=dataset, test_dataset="no/such/place")
+    with pytest.raises(ValueError, match="no/such/place does not exist"):
+        main(options)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
 def test_predictions_need_weights():
     with pytest.raises(ValueError, match="--predict needs --weights"):
         main(SST2Options(predict=("a",)))
