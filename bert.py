@@ -249,7 +249,7 @@ class PretrainedModel(nn.Module):
         config |= {"model_type": "bert", "architectures": [self.architecture], "hidden_act": "gelu"}
         config |= {"pad_token_id": self.padding_idx, "tokenizer_hash": tokenizer_hash(tokenizer)}
         about = {"tokenizer_class": "BertTokenizer", "model_max_length": self.config.max_seq_length}
-        about["do_lower_case"] = getattr(tokenizer.normalizer, "lowercase", True)
+        about["do_lower_case"] = getattr(tokenizer.normalizer, "lowercase", False)
         (directory / "config.json").write_text(json.dumps(config, indent=2))
         (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
         tokenizer.save(str(directory / "tokenizer.json"))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import FIXED, PADDING, VOCABULARY, batches, configs, seeds, small_tokenizer
+from tokenizers.normalizers import BertNormalizer
 
 import data
 from bert import (
@@ -435,6 +436,16 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
         }  # fmt: skip
         assert published < set(file.keys())
         assert len(file.keys()) == 5 + 3 * 16 + 2 + 5 + 2
+
+
+@pytest.mark.parametrize("lowercase", [True, False, None])
+def test_whether_text_is_lowercased_is_written_for_others_to_read(tmp_path, lowercase):
+    """None: a tokenizer that does not normalize its text at all."""
+    tokenizer = small_tokenizer()
+    tokenizer.normalizer = None if lowercase is None else BertNormalizer(lowercase=lowercase)
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, tokenizer)
+    about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert about["do_lower_case"] is bool(lowercase)
 
 
 def test_the_names_that_tensorflow_gave_to_norms_are_understood(tmp_path):

@@ -502,7 +502,7 @@ def test_stage_1_keeps_every_token_of_a_document_with_two_sentences(documents):
 def test_a_corpus_in_many_pieces_is_one_array_of_tokens():
     """Stage 1 writes 16 documents at a time; places count through all of them."""
     letters = sorted(LETTERS * 2)[:50]  # the highest id differs from piece to piece
-    texts = [f"{'ab' * (i % 5 + 1)} {c}\n\n{c} a\n\nabc" for i, c in enumerate(letters)]
+    texts = [f"{'a ' * (i % 5 + 1)} {c}\n\n{c} a\n\na" for i, c in enumerate(letters)]
     corpus = TokenizedCorpus(data.tokenize_dataset(rows_of(texts), small_tokenizer()))
     assert len(corpus.chunks) == 4
     ids = [data.encode_plain(small_tokenizer(), [text])[0] for text in texts]
@@ -767,7 +767,7 @@ def test_documents_that_cannot_be_used_do_not_count_as_held_out(tmp_path):
 def test_a_folder_without_a_train_split_is_refused(tmp_path):
     """`datasets` makes splits of names, and would drop the others without a word."""
     (tmp_path / "test.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
-    with pytest.raises(ValueError, match="no split train, only test"):
+    with pytest.raises(ValueError, match="no split train, only test$"):
         data.get_corpus(str(tmp_path), "train", small_tokenizer())
 
 
@@ -787,6 +787,16 @@ def test_a_corpus_with_validation_is_split_as_it_is(tmp_path):
         tokens = corpus.tokens(0, 1).tolist() + corpus.tokens(len(corpus) - 1, len(corpus)).tolist()
         assert [VOCABULARY[t] for t in tokens] == [texts[0], texts[-1]]
         assert len(corpus) == 2 * len(texts)
+
+
+def test_the_samples_reviews_have_three_splits_and_both_labels():
+    """400 to train, 300 to validate, 600 to test, as the generator says."""
+    for split, number in {"train": 400, "validation": 300, "test": 600}.items():
+        texts, labels = data.get_reviews("sample", split)
+        assert len(texts) == len(labels) == number
+        assert set(labels) == {0, 1}
+    assert {len(data.get_corpus("sample", s, small_tokenizer()).documents) - 1
+            for s in ("train", "validation")} == {1500, 75}  # fmt: skip
 
 
 def test_a_corpus_is_asked_for_with_its_configuration(monkeypatch):

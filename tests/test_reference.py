@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import LETTERS, PADDING, VOCABULARY, batches, configs, seeds, small_tokenizer
+from strategies import FIXED, LETTERS, PADDING, VOCABULARY, batches, configs, seeds, small_tokenizer
 from test_bert import build
+from tokenizers.normalizers import BertNormalizer
 
 import data
 from bert import Bert, BertPretrainModel, SST2BertModel, published_name
@@ -89,8 +90,6 @@ def test_logits_loss_and_every_gradient_equal_the_oracles(data, config, seed):
 
 
 def test_float32_logits_are_within_a_hundred_rounding_errors_of_the_oracles():
-    from strategies import FIXED
-
     config = dataclasses.replace(FIXED, attention_d_k=12, attention_d_v=12)
     torch.manual_seed(0)
     model = BertPretrainModel(config, PADDING).eval()
@@ -111,8 +110,6 @@ def test_float32_logits_are_within_a_hundred_rounding_errors_of_the_oracles():
 )
 def test_what_we_save_opens_in_transformers_with_the_same_result(ours, theirs, tmp_path):
     """No key is missing, none is unexpected, and the tokenizer gives the same ids."""
-    from strategies import FIXED
-
     config = dataclasses.replace(FIXED, attention_d_k=12, attention_d_v=12, vocab_size=45)
     model = build(ours, config).float()
     model.save_pretrained(tmp_path, small_tokenizer())
@@ -128,6 +125,18 @@ def test_what_we_save_opens_in_transformers_with_the_same_result(ours, theirs, t
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for output, name in zip(outputs, list(expected), strict=False):
         compare(output, expected[name], 2e-5)
+
+
+def test_a_cased_tokenizer_is_cased_in_transformers_too(tmp_path):
+    """It does not look for that in tokenizer.json."""
+    names = [*VOCABULARY, "A", "É"]
+    tokenizer = data.wordpiece({token: i for i, token in enumerate(names)})
+    tokenizer.normalizer = BertNormalizer(lowercase=False)
+    config = dataclasses.replace(FIXED, attention_d_k=12, attention_d_v=12, vocab_size=len(names))
+    Bert(config, PADDING).save_pretrained(tmp_path, tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("A b É")["input_ids"] == tokenizer.encode("A b É").ids
+    assert tokenizer.token_to_id("A") in tokenizer.encode("A b É").ids
 
 
 # ---- The tokenizer ------------------------------------------------------------------------------
