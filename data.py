@@ -291,7 +291,7 @@ class PretrainDataset(Dataset):
         left. A and B together fill T - 3 tokens (one time in ten fewer, for fine-tuning meets short
         texts too: [BERT] A.2) or are the document. B starts with any sentence in between; if there
         is none, anywhere, so no text is out of reach. A random B ends its document if the true one
-        does, and the pair is as long as the true one: its form must not betray its label.
+        does, and the pair is as long, where both documents allow: its form must not tell its label.
         Differs: [Code]'s may be of the same document, and it cuts what is too long at either end.
         """
         starts, documents, room = self.corpus.sentences, self.corpus.documents, self.room
