@@ -509,7 +509,8 @@ def test_stage_1_keeps_every_token_of_a_document_with_two_sentences(documents):
 def test_a_corpus_in_many_pieces_is_one_array_of_tokens():
     """Stage 1 writes 16 documents at a time; places count through all of them."""
     letters = sorted(LETTERS * 2)[:50]  # the highest id differs from piece to piece
-    texts = [f"{'a ' * (i % 5 + 1)} {c}\n\n{c} a\n\na" for i, c in enumerate(letters)]
+    ends = ["" if i < 40 else " ." for i in range(50)]
+    texts = [f"{'a ' * (i % 5 + 1)} {c}\n\n{c} a\n\na{ends[i]}" for i, c in enumerate(letters)]
     corpus = TokenizedCorpus(data.tokenize_dataset(rows_of(texts), small_tokenizer()))
     assert len(corpus.chunks) == 4
     ids = [data.encode_plain(small_tokenizer(), [text])[0] for text in texts]
