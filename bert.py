@@ -6,7 +6,6 @@
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Transformer] Vaswani et al. 2017, arXiv 1706.03762.
 [Code] google-research/bert, commit eedf5716.
-
 B batch, T sequence, H = d_model, A heads, D one head's size, V vocabulary, N scored positions.
 """
 
@@ -14,7 +13,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +30,6 @@ SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 51
 @dataclass(frozen=True)
 class BertConfig:
     """What fixes the model's function. `ValueError` where the sizes do not fit together."""
-
     max_seq_length: int = 512
     vocab_size: int = 30522
     d_model: int = 768
@@ -63,9 +60,9 @@ class BertConfig:
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
         layers, width = SIZES[size]
-        sizes = dict.fromkeys(("d_model", "attention_d_k", "attention_d_v"), width)
-        sizes |= {"head_num": width // 64, "d_feed_forward": 4 * width, "encoder_layers": layers}
-        return cls(**{**sizes, **changes})
+        return cls(**{"d_model": width, "attention_d_k": width, "attention_d_v": width,
+                      "head_num": width // 64, "d_feed_forward": 4 * width,
+                      "encoder_layers": layers, **changes})
 
 
 class Embeddings(nn.Module):
@@ -159,19 +156,16 @@ PUBLISHED_NAMES = {
     "embeddings.segment": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
     "layers.": "encoder.layer.",
-    "attention.query": "attention.self.query",  # W^Q
-    "attention.key": "attention.self.key",  # W^K
-    "attention.value": "attention.self.value",  # W^V
-    "attention.output": "attention.output.dense",  # W^O
+    "attention.": "attention.self.",  # .query, .key, .value: W^Q, W^K, W^V
+    "attention.self.output": "attention.output.dense",  # W^O
     "attention_norm": "attention.output.LayerNorm",
     "expand": "intermediate.dense",  # W_1
     "contract": "output.dense",  # W_2
     "feed_forward_norm": "output.LayerNorm",
-    "pooler": "pooler.dense",
     "mlm_dense": "cls.predictions.transform.dense",
     "mlm_norm": "cls.predictions.transform.LayerNorm",
     "mlm_bias": "cls.predictions.bias",
-    "nsp": "cls.seq_relationship",
+    "pooler": "pooler.dense", "nsp": "cls.seq_relationship",
 }
 PUBLISHED_FIELDS = {  # of BertConfig -> of config.json, where the names differ
     "max_seq_length": "max_position_embeddings", "d_model": "hidden_size",
@@ -179,6 +173,9 @@ PUBLISHED_FIELDS = {  # of BertConfig -> of config.json, where the names differ
     "encoder_layers": "num_hidden_layers", "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
+EVERY_BERT = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
+              "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # one file, or several shards
 
 
 def published_name(name: str) -> str:
@@ -188,15 +185,43 @@ def published_name(name: str) -> str:
     return name
 
 
+def fetch(source: str | Path) -> Path:
+    """A model's directory: the `source` itself, or a copy of what the hub has under that id."""
+    if (directory := Path(source)).is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+    try:
+        for weights in WEIGHTS:
+            files = ["config.json", "tokenizer*.json", "vocab.txt", weights]
+            directory = Path(snapshot_download(str(source), allow_patterns=files))
+            if any(directory.glob(weights)):
+                break
+    except (OSError, ValueError) as error:  # no network, or no such id
+        raise ValueError(f"{source} is no directory, and the hub does not give it: name a directory"
+                         " with config.json, model.safetensors and tokenizer.json") from error
+    return directory
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All of a model's, by published name without `bert.`. A pickle may hold tensors, no code."""
+    from safetensors.torch import load_file
+    files = [*directory.glob(WEIGHTS[0])] or [*directory.glob(WEIGHTS[1])]
+    tensors: dict[str, Tensor] = {}
+    for file in files or [directory / "model.safetensors"]:
+        tensors |= (load_file(file) if file.suffix == ".safetensors"
+                    else torch.load(file, map_location="cpu", weights_only=True))
+    for old, new in {r"^bert\.": "", "gamma$": "weight", "beta$": "bias"}.items():  # TensorFlow's
+        tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """Sixteen hexadecimal digits that change with any token or id of the vocabulary."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
 
 
 class PretrainedModel(nn.Module):
     """What the three models below share: initialization, loading and saving."""
-
     architecture: str  # the class that opens our files in transformers
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
         super().__init__()
@@ -211,30 +236,27 @@ class PretrainedModel(nn.Module):
             nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, **changes: Any) -> Self:
-        """Reads config.json and model.safetensors; `changes` replace fields of the config. The
-        encoder must be whole (`ValueError`). A missing head is initialized, and a warning names it.
-        """
-        from safetensors.torch import load_file
-        if not (path := Path(directory) / "config.json").exists():
-            raise ValueError(f"{directory} is not a model's directory: it has no config.json")
-        published = json.loads(path.read_text(encoding="utf-8"))
-        known = dict.fromkeys(("attention_d_k", "attention_d_v"), published["hidden_size"])
-        keys = {name: PUBLISHED_FIELDS.get(name, name) for name in BertConfig.__annotations__}
-        known |= {name: published[key] for name, key in keys.items() if key in published}
-        model = cls(BertConfig(**{**known, **changes}), published.get("pad_token_id") or 0)
-
-        ours = {published_name(name).removeprefix("bert."): name for name in model.state_dict()}
-        file = load_file(Path(directory) / "model.safetensors")
-        modern = (re.sub("gamma$", "weight", re.sub("beta$", "bias", name)) for name in file)
-        tensors = zip((name.removeprefix("bert.") for name in modern), file.values(), strict=True)
-        found = {ours[name]: tensor for name, tensor in tensors if name in ours}
+    def from_pretrained(cls, source: str | Path, **changes: Any) -> Self:
+        """A published BERT, by directory or hub id; `changes` replace fields of its config. What is
+        damaged, incomplete or another model is a `ValueError`; heads it lacks are a warning."""
+        directory = fetch(source)
         try:
+            published = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+            for key, value in EVERY_BERT.items():
+                if published.get(key, value) != value:
+                    raise ValueError(f"{key} is {published[key]!r}, not {value!r}")
+            known = dict.fromkeys(("attention_d_k", "attention_d_v"), published["hidden_size"])
+            keys = {name: PUBLISHED_FIELDS.get(name, name) for name in BertConfig.__annotations__}
+            known |= {name: published[key] for name, key in keys.items() if key in published}
+            model = cls(BertConfig(**{**known, **changes}), published.get("pad_token_id") or 0)
+            ours = {published_name(n).removeprefix("bert."): n for n in model.state_dict()}
+            found = {ours[n]: t for n, t in read_tensors(directory).items() if n in ours}
             missing = model.load_state_dict(found, strict=False).missing_keys
-        except RuntimeError as error:
-            raise ValueError(f"{directory}: config.json and weights disagree: {error}") from error
-        if lost := [name for name in missing if "embeddings." in name or "layers." in name]:
-            raise ValueError(f"{directory} lacks a part of the encoder: {', '.join(lost)}")
+            if lost := [name for name in missing if re.search("embeddings|layers", name)]:
+                raise ValueError(f"a part of the encoder is missing: {', '.join(lost)}")
+        except Exception as error:  # each library raises its own; their first sentence will do
+            reason = " ".join(str(error).split(". ")[0].split())
+            raise ValueError(f"no BERT can be read from {directory}: {reason}") from error
         if missing:
             warnings.warn(f"initialized, not in {directory}: {', '.join(missing)}", stacklevel=2)
         return model.eval()
@@ -243,22 +265,23 @@ class PretrainedModel(nn.Module):
         """Writes config, weights and tokenizer in the published format, for us and others."""
         from safetensors.torch import save_file
         (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
+        if {self.config.attention_d_k, self.config.attention_d_v} != {self.config.d_model}:
+            warnings.warn("d_k, d_v and d_model differ: only bert.py opens this", stacklevel=2)
         tensors = {published_name(k): v.cpu().contiguous() for k, v in self.state_dict().items()}
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        config = {PUBLISHED_FIELDS.get(k, k): v for k, v in asdict(self.config).items()}
-        config |= {"model_type": "bert", "architectures": [self.architecture], "hidden_act": "gelu"}
-        config |= {"pad_token_id": self.padding_idx, "tokenizer_hash": tokenizer_hash(tokenizer)}
-        about = {"tokenizer_class": "BertTokenizer", "model_max_length": self.config.max_seq_length}
-        about["do_lower_case"] = getattr(tokenizer.normalizer, "lowercase", False)
-        (directory / "config.json").write_text(json.dumps(config, indent=2))
-        (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
         tokenizer.save(str(directory / "tokenizer.json"))
         tokenizer.model.save(str(directory))  # vocab.txt
+        config = {PUBLISHED_FIELDS.get(k, k): v for k, v in asdict(self.config).items()}
+        config |= EVERY_BERT | {"architectures": [self.architecture]}
+        config |= {"pad_token_id": self.padding_idx, "tokenizer_hash": tokenizer_hash(tokenizer)}
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+        about = {"tokenizer_class": "BertTokenizer", "model_max_length": self.config.max_seq_length,
+                 "do_lower_case": getattr(tokenizer.normalizer, "lowercase", False)}
+        (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
 
 
 class Bert(PretrainedModel):
     """The encoder and its pooler. [BERT] §3."""
-
     architecture = "BertModel"
 
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
@@ -291,7 +314,6 @@ class BertPretrainModel(PretrainedModel):
     """The encoder with both heads of pretraining. [BERT] §3.1; the MLM transform is [Code]'s. Its
     decoder is tied: one vector is a token's meaning when read and when predicted, and V * H
     parameters, a fifth of base, are not needed twice."""
-
     architecture = "BertForPreTraining"
 
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
@@ -319,7 +341,6 @@ class BertPretrainModel(PretrainedModel):
 
 class SST2BertModel(PretrainedModel):
     """The encoder with a classifier over the pooled `[CLS]`. [BERT] §4.1, [Code]."""
-
     architecture = "BertForSequenceClassification"
 
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
@@ -331,30 +352,9 @@ class SST2BertModel(PretrainedModel):
 
     def forward(self, *inputs: Tensor, **named_inputs: Tensor) -> Tensor:
         """As `Bert`; returns logits (B, 2)."""
-        pooled = self.bert.pool(self.bert(*inputs, **named_inputs))
-        return self.classifier(self.dropout(pooled))
+        return self.classifier(self.dropout(self.bert.pool(self.bert(*inputs, **named_inputs))))
 
 
-@torch.no_grad()
-def fill_masks(model: BertPretrainModel, tokenizer: Any, text: str, k: int = 5) -> list[dict]:
-    """The k likeliest tokens, with probabilities, for each `[MASK]` of the text."""
-    input_ids = torch.tensor([tokenizer.encode(text).ids])  # (1, T), [CLS] and [SEP] included
-    positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
-    mlm_logits, _ = model.eval()(input_ids, positions=positions)
-    top = mlm_logits.softmax(dim=-1).topk(k)  # (N, k)
-    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [dict(zip(map(tokenizer.id_to_token, ids), probs, strict=True)) for ids, probs in rows]
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit('usage: python bert.py DIR "the [MASK] sat on the mat"')
-    from tokenizers import Tokenizer
-    try:
-        pretrained = BertPretrainModel.from_pretrained(sys.argv[1])
-        its_tokenizer = Tokenizer.from_file(f"{sys.argv[1]}/tokenizer.json")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    for best in fill_masks(pretrained, its_tokenizer, sys.argv[2]):
-        print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in best.items()))
+if __name__ == "__main__":  # counts a model's parameters, fills masks, draws attention
+    from support.look import main
+    main()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from bert import (
     BertPretrainModel,
     SST2BertModel,
     attention,
-    fill_masks,
     tokenizer_hash,
 )
 
@@ -377,24 +377,141 @@ def test_an_encoder_with_a_missing_tensor_is_refused(tmp_path):
         Bert.from_pretrained(tmp_path)
     del tensors["embeddings.LayerNorm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lacks a part of the encoder: embeddings\.norm\.weight$"):
+    with pytest.raises(ValueError, match=r"the encoder is missing: embeddings\.norm\.weight$"):
         Bert.from_pretrained(tmp_path)
     del tensors["encoder.layer.1.output.dense.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
-    both = r"the encoder: embeddings\.norm\.weight, layers\.1\.contract\.bias$"
+    both = r"the encoder is missing: embeddings\.norm\.weight, layers\.1\.contract\.bias$"
     with pytest.raises(ValueError, match=both):
         Bert.from_pretrained(tmp_path)
 
 
 def test_weights_of_another_shape_than_the_config_are_refused(tmp_path):
+    """Each that differs is named with both shapes, on one line."""
     Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
-    with pytest.raises(ValueError, match="config.json and weights disagree"):
+    with pytest.raises(ValueError, match="size mismatch for layers.0.expand.weight") as refused:
         Bert.from_pretrained(tmp_path, d_feed_forward=23)
+    assert "[22, 12]" in str(refused.value)
+    assert "[23, 12]" in str(refused.value)
+    assert "layers.2.contract.weight" in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_directory_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no config.json"):
+    with pytest.raises(ValueError, match=r"no BERT can be read from .*config\.json"):
         Bert.from_pretrained(tmp_path)
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no BERT can be read from .*model\.safetensors"):
+        Bert.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "roberta"),
+        ("hidden_act", "gelu_new"),
+        ("position_embedding_type", "relative_key"),
+        ("is_decoder", True),
+        ("add_cross_attention", True),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_a_model_that_is_not_bert_is_refused_by_what_differs(field, value, tmp_path):
+    """Its weights would fit, and its outputs be wrong."""
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    published = json.loads((tmp_path / "config.json").read_text()) | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    with pytest.raises(ValueError, match=f"{field} is {value!r}, not "):
+        Bert.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "zeros", "empty"])
+def test_damaged_files_are_refused_in_one_line(name, damage, tmp_path):
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    content = (tmp_path / name).read_bytes()
+    half = content[: len(content) // 2]
+    damaged = {"cut": half, "zeros": bytes(len(content)), "empty": b""}[damage]
+    (tmp_path / name).write_bytes(damaged)
+    with pytest.raises(ValueError, match="no BERT can be read from ") as refused:
+        Bert.from_pretrained(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def split_into_shards(tensors: dict, folder, stem: str, save) -> list:
+    """Three files and their index, as large models are published."""
+    first, last = stem.split(".")
+    names = [f"{first}-{i:05}-of-00003.{last}" for i in (1, 2, 3)]
+    of_tensor = {tensor: names[i % 3] for i, tensor in enumerate(sorted(tensors))}
+    for name in names:
+        save({t: tensors[t] for t in tensors if of_tensor[t] == name}, folder / name)
+    (folder / f"{stem}.index.json").write_text(json.dumps({"weight_map": of_tensor}))
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("stem", ["model.safetensors", "pytorch_model.bin"])
+def test_every_way_to_publish_weights_loads_the_same(stem, shards, tmp_path):
+    """One file or shards, safetensors or torch's own format; and no shard may be missing."""
+    from safetensors.torch import load_file, save_file
+
+    model = build(BertPretrainModel, FIXED).float()
+    model.save_pretrained(tmp_path, small_tokenizer())
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    save = save_file if stem.endswith("safetensors") else torch.save
+    if shards:
+        files = split_into_shards(tensors, tmp_path, stem, save)
+    else:
+        files = [tmp_path / stem]
+        save(tensors, files[0])
+    loaded = BertPretrainModel.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    files[-1].unlink()
+    with pytest.raises(ValueError, match=r"part of the encoder is missing|model\.safetensors"):
+        BertPretrainModel.from_pretrained(tmp_path)
+
+
+def test_safetensors_are_read_where_both_formats_are(tmp_path):
+    model = build(Bert, FIXED).float()
+    model.save_pretrained(tmp_path, small_tokenizer())
+    torch.save({"embeddings.LayerNorm.weight": torch.zeros(12)}, tmp_path / "pytorch_model.bin")
+    loaded = Bert.from_pretrained(tmp_path)
+    assert torch.equal(loaded.embeddings.norm.weight, model.embeddings.norm.weight)
+
+
+class Malicious:
+    """What unpickling would run: here it only leaves a file."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def test_a_malicious_pickle_is_refused_and_never_run(tmp_path):
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"a": Malicious(str(tmp_path / "run"))}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="Weights only load failed") as refused:
+        Bert.from_pretrained(tmp_path)
+    assert "weights_only" not in str(refused.value)  # torch's advice is how to run it
+    assert not (tmp_path / "run").exists()
+    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)  # it would have
+    assert (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_d_k": 10}, {"attention_d_v": 14}])
+def test_a_shape_that_the_format_has_no_word_for_is_announced(changes, tmp_path):
+    config = dataclasses.replace(FIXED, **{"attention_d_k": 12, "attention_d_v": 12, **changes})
+    with warnings.catch_warnings(record=True) as announced:
+        warnings.simplefilter("always")
+        Bert(config, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    assert ["only bert.py opens this" in str(w.message) for w in announced] == [True] * len(changes)
+    assert Bert.from_pretrained(tmp_path).config == config
 
 
 def test_the_files_of_a_model_are_the_published_ones(tmp_path):
@@ -417,8 +534,10 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
         "attention_d_v": 14, "num_attention_heads": 2, "intermediate_size": 22,
         "num_hidden_layers": 3, "type_vocab_size": 2, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0, "layer_norm_eps": 1e-12, "initializer_range": 0.02,
-        "fused_attention": True, "model_type": "bert", "architectures": ["BertForPreTraining"],
-        "hidden_act": "gelu", "pad_token_id": 3, "tokenizer_hash": tokenizer_hash(tokenizer),
+        "fused_attention": True, "model_type": "bert", "hidden_act": "gelu",
+        "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
+        "tie_word_embeddings": True, "architectures": ["BertForPreTraining"], "pad_token_id": 3,
+        "tokenizer_hash": tokenizer_hash(tokenizer),
     }  # fmt: skip
     assert (folder / "config.json").read_text() == json.dumps(config, indent=2)
     about = {"tokenizer_class": "BertTokenizer", "model_max_length": 17, "do_lower_case": True}
@@ -525,16 +644,3 @@ def test_a_new_classifier_starts_as_the_other_matrices_do():
     weight = model.classifier.weight
     assert weight.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * weight.numel()))
     assert (model.classifier.bias == 0).all()
-
-
-def test_masks_are_filled_with_the_likeliest_tokens():
-    config = dataclasses.replace(FIXED, vocab_size=len(small_tokenizer().get_vocab()))
-    model = build(BertPretrainModel, config)
-    best = fill_masks(model, small_tokenizer(), "a [MASK] c [MASK]", k=3)
-    assert [len(row) for row in best] == [3, 3]
-    input_ids = torch.tensor([[2, 5, 4, 7, 4, 3]])  # [CLS] a [MASK] c [MASK] [SEP]
-    probs = model(input_ids)[0].softmax(dim=-1)[0]
-    for row, place in zip(best, (2, 4), strict=True):
-        tokens = [small_tokenizer().token_to_id(token) for token in row]
-        assert tokens == probs[place].topk(3).indices.tolist()
-        assert list(row.values()) == pytest.approx(probs[place].topk(3).values.tolist())

@@ -5,6 +5,7 @@ is what a different order of summation makes of three layers.
 """
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from tokenizers.normalizers import BertNormalizer
 
 import data
 from bert import Bert, BertPretrainModel, SST2BertModel, published_name
+from support.look import attention_probs
 
 transformers = pytest.importorskip("transformers")
+KINDS = ("weight", "bias")
 
 
 def oracle(model, cls):
@@ -125,6 +128,64 @@ def test_what_we_save_opens_in_transformers_with_the_same_result(ours, theirs, t
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for output, name in zip(outputs, list(expected), strict=False):
         compare(output, expected[name], 2e-5)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize(
+    ("theirs", "ours", "new"),
+    [
+        ("BertModel", Bert, []),
+        ("BertModel", SST2BertModel, ["classifier"]),
+        ("BertForPreTraining", BertPretrainModel, []),
+        ("BertForPreTraining", Bert, []),
+        ("BertForMaskedLM", BertPretrainModel, ["pooler", "nsp"]),
+        ("BertForSequenceClassification", SST2BertModel, []),
+    ],
+)
+def test_what_transformers_saves_opens_here_with_the_same_result(
+    theirs, ours, new, shards, tmp_path
+):
+    """Any of its classes; a warning names exactly the heads that the file does not have."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=31, hidden_size=12, num_hidden_layers=3, num_attention_heads=2,
+        intermediate_size=22, max_position_embeddings=17, initializer_range=0.5,
+    )  # fmt: skip
+    saved = getattr(transformers, theirs)(config).eval()
+    saved.save_pretrained(tmp_path, max_shard_size="4KB" if shards else "1GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or not shards
+    with warnings.catch_warnings(record=True) as missing:
+        warnings.simplefilter("always")
+        model = ours.from_pretrained(tmp_path)
+    names = ", ".join(
+        f"{'bert.' * (head == 'pooler')}{head}.{kind}" for head in new for kind in KINDS
+    )
+    expected = [f"initialized, not in {tmp_path}: {names}"] if new else []
+    assert [str(warning.message) for warning in missing] == expected
+    input_ids = torch.randint(1, 31, (3, 9))
+    if "Masked" in theirs:
+        compare(model(input_ids)[0], saved(input_ids).logits, 2e-5)
+    elif "PreTraining" in theirs and ours is BertPretrainModel:
+        for output, name in zip(model(input_ids), list(saved(input_ids)), strict=False):
+            compare(output, saved(input_ids)[name], 2e-5)
+    elif "Sequence" in theirs:
+        compare(model(input_ids), saved(input_ids).logits, 2e-5)
+    else:
+        encoder = model if ours is Bert else model.bert
+        expected = getattr(saved, "bert", saved)(input_ids)
+        compare(encoder(input_ids), expected.last_hidden_state, 2e-5)
+        compare(encoder.pool(encoder(input_ids)), expected.pooler_output, 2e-5)
+
+
+@given(configs(published=True), seeds)
+def test_attention_probabilities_equal_the_oracles(config, seed):
+    """Those that the figure shows, of every layer and head."""
+    model = build(Bert, dataclasses.replace(config, fused_attention=False), seed)
+    input_ids = torch.randint(1, config.vocab_size, (1, config.max_seq_length))
+    theirs = oracle(model, transformers.BertModel)
+    theirs.set_attn_implementation("eager")
+    expected = theirs(input_ids, output_attentions=True).attentions
+    compare(attention_probs(model, input_ids), torch.cat(expected), 1e-9)
 
 
 def test_a_cased_tokenizer_is_cased_in_transformers_too(tmp_path):
