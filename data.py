@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Features, List, Value
+from huggingface_hub import snapshot_download
 from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -38,15 +39,16 @@ def wordpiece(vocabulary: dict[str, int] | None) -> Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """From vocab.txt (uncased), tokenizer.json, a directory with one of them, or a hub id."""
-    if (path := Path(path)).is_dir():
-        path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
     try:
+        if not (path := Path(path)).exists() and path.suffix not in {".txt", ".json"}:
+            path = Path(snapshot_download(str(path), allow_patterns=["tokenizer.json", "vocab.*"]))
+        if path.is_dir():
+            path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
         if path.suffix == ".txt":
             tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             tokenizer = wordpiece({token: i for i, token in enumerate(tokens)})
         else:
-            load = Tokenizer.from_file if path.suffix == ".json" else Tokenizer.from_pretrained
-            tokenizer = load(str(path))
+            tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"no tokenizer at {path}: {error}") from error
     if missing := set(SPECIAL_TOKENS) - set(tokenizer.get_vocab()):
@@ -96,8 +98,8 @@ def get_dataset(path: str, name: str | None = None, split: str | None = "train",
     try:
         return datasets.load_dataset(str(where) if where.is_dir() else path, name, split=split,
                                      streaming=streaming, **options)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"cannot read {path}: {error.__cause__ or error}") from error
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as e:
+        raise ValueError(f"cannot read {path}: {e.__cause__ or str(e) or 'it is empty'}") from e
 
 
 SENTENCE_END = re.compile(  # not after an initial or a title; closing quotes are the sentence's
@@ -144,13 +146,12 @@ def tokenize_dataset(dataset: datasets.Dataset, tokenizer: Tokenizer, text_colum
     if rows_per_document > 1:
         dataset = dataset.batch(rows_per_document)
     tokens = List(Value("uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"))
-    few = min(max(len(dataset) // 1000, 16), 1000)  # documents in memory at a time
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
     return dataset.map(
         tokenize_documents, fn_kwargs={"tokenizer": tokenizer, "column": text_column},
-        batched=True, batch_size=few, with_indices=True, num_proc=processes,
+        batched=True, batch_size=min(max(len(dataset) // 1000, 16), 1000), with_indices=True,
         features=Features(tokens=tokens, starts=List(Value("uint32")), sentences=Value("int64")),
-        remove_columns=[text_column], desc="tokenizing",
+        remove_columns=[text_column], num_proc=processes, desc="tokenizing",
         new_fingerprint=datasets.fingerprint.Hasher.hash(key))
 
 
@@ -296,7 +297,6 @@ class PretrainDataset(Dataset):
         """
         starts, documents, room = self.corpus.sentences, self.corpus.documents, self.room
         after = partial(np.searchsorted, side="right")  # (array, place): its first item behind
-
         target = np.where(u[1] < 0.1, 2 + (u[2] * (room - 1)).astype(np.int64), room)
         size, epoch = len(self.corpus), len(self)
         place = index * size // epoch + (u[0] * (size // epoch)).astype(np.int64)
@@ -339,12 +339,10 @@ class EpochSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches():
-            numbers = []
-            for place in range(batch * self.batch_size, (batch + 1) * self.batch_size):
-                epoch, i = divmod(place, self.size)
-                order = permutation(self.seed, epoch, self.size)
-                numbers.append(epoch * self.size + int(order[i]))
-            yield numbers
+            first = batch * self.batch_size
+            places = (divmod(place, self.size) for place in range(first, first + self.batch_size))
+            yield [epoch * self.size + int(permutation(self.seed, epoch, self.size)[i])
+                   for epoch, i in places]
 
 
 def get_split_dataloader(dataset: PretrainDataset, batch_size: int, start: int = 0, rank: int = 0,
@@ -363,6 +361,8 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
     column = next((name for name in ("sentence", "text") if name in rows.column_names), None)
     if column is None or "label" not in rows.column_names:
         raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
+    if None in set(rows[column]):
+        raise ValueError(f"{path}, {split}: row {rows[column][:].index(None)} has no {column}")
     if wrong := set(rows["label"]) - {0, 1}:
         raise ValueError(f"{path}, {split}: labels {wrong}, not 0 and 1; SetFit/sst2 has a test")
     return list(rows[column]), list(rows["label"])

@@ -2,40 +2,44 @@
 
     python train_pretrain.py                                      # the sample, on any machine
     python train_pretrain.py --dataset DIR --tokenizer vocab.txt --size base --out runs/base
+    torchrun --nproc_per_node=4 train_pretrain.py --accumulate 4 ...   # as one process, but faster
 
 Writes under --out: config.json (the options), metrics.jsonl (a line per log and evaluation; losses
-in nats), model/ (weights and tokenizer in the published format), curves.png.
+in nats), checkpoints/, model/ (weights and tokenizer in the published format), curves.png. Killed
+at any moment, a run goes on with --resume as if nothing had happened.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
 B batch, V vocabulary, N masked tokens.
 """
 
-import argparse
+import contextlib
+import gc
 import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
-from bert import SIZES, BertConfig, BertPretrainModel, tokenizer_hash
+from bert import SIZES, BertConfig, BertPretrainModel, fetch, tokenizer_hash
+from support import stream
+from support.run import (check_finite, cut_metrics, first_process_first, join_processes,
+                         leave_group, load_checkpoint, note_signals, option, progress_bar,
+                         run_script, save_checkpoint, set_seed, start_run, total, write_line)
 
 Batch = dict[str, Tensor]
-
-def option(default: Any, help: str, at_least: float | None = None, choices: Any = None) -> Any:
-    """A field of an options class, with what its `--flag` says and accepts."""
-    return field(default=default, metadata={"help": help, "least": at_least, "choices": choices})
+FREE = ("out", "resume", "save_every", "workers", "device")  # may change when a run is resumed
 
 
 @dataclass
@@ -43,6 +47,7 @@ class PretrainOptions:
     out: str = option("runs/pretrain", "a new folder for all that the run writes")
     dataset: str = option("sample", "corpus: sample, a file, a directory or a hub id")
     dataset_name: str | None = option(None, "the corpus's configuration, where it has several")
+    streaming: bool = option(False, "read the corpus as it comes, not tokenized once to disk")
     text_column: str = option("text", "the corpus's column of text")
     rows_per_document: int = option(1, "rows that make a document; > 1 for a sentence a row", 1)
     tokenizer: str | None = option(None, "vocab.txt, tokenizer.json, directory or hub id")
@@ -52,10 +57,12 @@ class PretrainOptions:
     max_seq_length: int = option(64, "tokens in a pair of segments, with [CLS] and two [SEP]", 5)
     whole_word_masking: bool = option(False, "mask all the pieces of a word or none")
     batch_size: int = option(32, "pairs in a micro-batch", 1)
-    accumulate: int = option(1, "micro-batches in a step", 1)
+    accumulate: int = option(1, "micro-batches in a step, dealt to the processes", 1)
     steps: int = option(4000, "updates of the weights", 1)
     warmup_steps: int | None = option(None, "steps of rising learning rate; a tenth of all", 0)
     learning_rate: float = option(1e-3, "peak; base and large need 1e-4", 0)
+    save_every: int = option(500, "steps between checkpoints", 1)
+    resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_every: int = option(250, "steps between evaluations", 1)
     eval_batches: int = option(16, "batches of an evaluation, at most", 1)
     log_every: int = option(10, "steps between lines of metrics.jsonl", 1)
@@ -64,63 +71,19 @@ class PretrainOptions:
     device: str | None = option(None, "cpu or cuda; the GPU if there is one")
 
 
-def parse_options(cls: type, arguments: Sequence[str] | None = None) -> Any:
-    """The options of a command line; any mistake ends it with one line and exit status 2."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    kinds = get_type_hints(cls)
-    for f in fields(cls):
-        kind = next(iter(get_args(kinds[f.name])), kinds[f.name])  # of a tuple, of X | None
-        shown = f" (default: {f.default})" if f.default not in (None, False, ()) else ""
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + shown
-        if kind is bool:
-            parser.add_argument(name, help=text, action="store_true")
-        else:
-            nargs = "+" if isinstance(f.default, tuple) else None
-            parser.add_argument(name, help=text, type=kind, default=f.default, nargs=nargs,
-                                choices=f.metadata["choices"])
-    parser.error = fail  # type: ignore[method-assign]  # argparse's own prints the whole usage
-    chosen = vars(parser.parse_args(arguments))
-    for f in fields(cls):
-        value, least = chosen[f.name], f.metadata["least"]
-        values = value if isinstance(value, list | tuple) else [value]
-        if least is not None and any(v is not None and not v >= least for v in values):
-            fail(f"--{f.name.replace('_', '-')} must be at least {least}, got {value}")
-    return cls(**chosen)
-
-
-def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None) -> None:
-    """A user's mistake is a ValueError: it becomes one line. Any other exception is ours."""
-    try:
-        main(parse_options(cls, arguments))
-    except ValueError as error:
-        fail(str(error))
-
-
-def start_run(options: Any) -> tuple[Path, torch.device]:
-    """The run's folder, with its config.json, and its device; seeds the initialization."""
-    out = Path(options.out)
-    if (out / "metrics.jsonl").exists():
-        raise ValueError(f"--out {out} holds another run; name a new folder")
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}, but torch sees no GPU here")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
-    torch.manual_seed(options.seed)
-    return out, torch.device(name)
-
-
 def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
-    """The tokenizer of the `weights`; `ValueError` if another one is named. Under another
-    vocabulary every id means another word, and accuracy drops by points in silence."""
-    own = data.load_tokenizer(weights)
-    if tokenizer and tokenizer_hash(data.load_tokenizer(tokenizer)) != tokenizer_hash(own):
-        raise ValueError(f"--tokenizer {tokenizer} is not the one that {weights} was trained with")
+    """The tokenizer of the `weights`; `ValueError` if it, or the one that is named, is not what
+    they were trained with: every id would mean another word, and points be lost in silence."""
+    directory = fetch(weights)
+    own = data.load_tokenizer(directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if own.get_vocab_size() > config.get("vocab_size", math.inf):
+        raise ValueError(f"{weights}: more tokens than the {config['vocab_size']} of the weights")
+    expected = config.get("tokenizer_hash", tokenizer_hash(own))  # only our own files have it
+    for source in (tokenizer or directory, directory):
+        if tokenizer_hash(data.load_tokenizer(source)) != expected:
+            raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
     return own
 
 
@@ -143,32 +106,15 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """One step with the gradients that are there, clipped to norm 1 as in [Code]; clears them."""
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
+    """One step with the gradients that are there, clipped to norm 1 as in [Code]; clears them.
+    Returns their norm before that, which is finite only if the loss was, in every process."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def progress_bar(steps: int, name: str | None = None) -> tqdm:
-    """Steps done, steps a second and the time that is left; in a log file, a line now and then."""
-    interval = 0.5 if sys.stderr.isatty() else 30.0
-    return tqdm(total=steps, unit="step", desc=name, dynamic_ncols=True, mininterval=interval)
-
-
-def write_line(out: Path, **values: Any) -> None:
-    """Adds a line to the run's metrics.jsonl."""
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
-
-
-def read_lines(out: Path, split: str) -> dict[str, list]:
-    """The columns of a run's metrics.jsonl for "train" or "validation"."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["split"] == split]
-    return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
+    return norm
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -191,20 +137,27 @@ def forward(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return mlm_logits, nsp_logits
 
 
-def add_gradients(model: BertPretrainModel, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """Adds the gradient of a step, given in micro-batches. Returns its two losses in nats.
+def add_gradients(model: BertPretrainModel, batches: list[Batch],
+                  seeds: Sequence[Sequence[int]] = ()) -> Tensor:
+    """Adds the gradient of a step, given in micro-batches; each process has some of them. Returns
+    what these add to the step's two losses, (2,), in nats. `seeds`: of each one's dropout.
     Loss = mean over all masked tokens of the step + mean over its pairs. [BERT] A.2. A mean of the
     micro-batches' means would be another loss: their numbers of masked tokens differ."""
-    masked = sum(len(batch["positions"]) for batch in batches)
-    pairs = sum(len(batch["nsp_labels"]) for batch in batches)
+    masked, pairs = total(sum(len(batch["positions"]) for batch in batches),
+                          sum(len(batch["nsp_labels"]) for batch in batches))
     losses = []
-    for batch in batches:
+    for i, batch in enumerate(batches):
+        if seeds:
+            set_seed(*seeds[i])
         mlm_logits, nsp_logits = forward(model, batch)
         mlm_loss = F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum") / masked
         nsp_loss = F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum") / pairs
         (mlm_loss + nsp_loss).backward()
         losses.append(torch.stack([mlm_loss.detach(), nsp_loss.detach()]))
-    return tuple(torch.stack(losses).sum(dim=0))
+    if dist.is_initialized():
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)  # the sum, since each loss is a part of one mean
+    return torch.stack(losses).sum(dim=0)
 
 
 @torch.no_grad()
@@ -248,23 +201,39 @@ def probe(model: BertPretrainModel, batch: Batch, tokenizer: Tokenizer) -> str:
     return "\n".join(f"{name} Tokens: {'|'.join(row)}" for name, row in tokens.items())
 
 
-def prepare(options: PretrainOptions) -> tuple[BertPretrainModel, Tokenizer, dict]:
-    """The model, its tokenizer, and the corpus of each split."""
+def load_tokenizer(options: PretrainOptions) -> Tokenizer:
+    """That of the --weights, or the one named, or one learned from the corpus."""
     if options.weights:
-        tokenizer = matching_tokenizer(options.weights, options.tokenizer)
-    elif options.tokenizer:
-        tokenizer = data.load_tokenizer(options.tokenizer)
-    else:
-        rows = data.get_dataset(options.dataset, options.dataset_name)
-        if options.text_column not in rows.column_names:
-            raise ValueError(f"no --text-column {options.text_column} in {rows.column_names}")
-        tokenizer = data.train_tokenizer(rows[options.text_column], options.vocab_size)
-    corpora = {
+        return matching_tokenizer(options.weights, options.tokenizer)
+    if options.tokenizer:
+        return data.load_tokenizer(options.tokenizer)
+    if options.streaming:
+        raise ValueError("--streaming needs a --tokenizer: none can be learned from a stream")
+    rows = data.get_dataset(options.dataset, options.dataset_name)
+    if options.text_column not in rows.column_names:
+        raise ValueError(f"no --text-column {options.text_column} in {rows.column_names}")
+    kind = rows.features[options.text_column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(f"--text-column {options.text_column} is not text but {kind}")
+    return data.train_tokenizer(rows[options.text_column], options.vocab_size)
+
+
+def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict:
+    """The corpus of each split; with --streaming, the rows to read instead of the first."""
+    if options.streaming:
+        rows, texts = stream.open_stream(options.dataset, options.dataset_name,
+                                         options.text_column, options.rows_per_document)
+        return {"train": rows, "validation": stream.tokenized(texts, 0, tokenizer)}
+    return {
         split: data.get_corpus(options.dataset, split, tokenizer, options.dataset_name,
                                text_column=options.text_column, processes=options.workers or None,
                                rows_per_document=options.rows_per_document)
         for split in ("train", "validation")
     }
+
+
+def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainModel:
+    """Of the --weights, or new, with the initial weights of torch's seed."""
     if options.weights:
         model = BertPretrainModel.from_pretrained(options.weights)
     else:
@@ -273,36 +242,82 @@ def prepare(options: PretrainOptions) -> tuple[BertPretrainModel, Tokenizer, dic
         model = BertPretrainModel(config, tokenizer.get_vocab()[data.PAD])
     if options.max_seq_length > model.config.max_seq_length:
         raise ValueError(f"--max-seq-length exceeds the weights' {model.config.max_seq_length}")
-    return model, tokenizer, corpora
+    return model
 
 
 def pretrain(options: PretrainOptions) -> None:
+    rank, world_size = join_processes(options.device)
+    share = options.accumulate // world_size  # of the micro-batches of a step
+    if share * world_size != options.accumulate:
+        raise ValueError(f"--accumulate {options.accumulate} is not a multiple of the processes, "
+                         f"{world_size}")
     out, device = start_run(options)
-    model, tokenizer, corpora = prepare(options)
-    examples = {
-        split: data.PretrainDataset(corpus, tokenizer, options.max_seq_length, options.seed,
-                                    options.whole_word_masking)
-        for split, corpus in corpora.items()
-    }
-    entropy = corpora["train"].unigram_entropy()
-    baselines = {"ln_vocab_size": math.log(model.config.vocab_size), "unigram_entropy": entropy}
-    for split, corpus in corpora.items():
-        print(f"{split}: {len(corpus.documents) - 1} documents, {len(corpus):,} tokens; "
-              f"documents left out: {corpus.skipped}")
-    print(", ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
-
-    fixed = data.get_split_dataloader(examples["validation"], options.batch_size, workers=0)
-    number = min(options.eval_batches, math.ceil(len(examples["validation"]) / options.batch_size))
-    validation = [to_device(batch, device) for batch in itertools.islice(fixed, number)]
-    training = data.get_split_dataloader(examples["train"], options.batch_size,
-                                         workers=options.workers)
-    batches, model = iter(training), model.to(device).train()
+    with first_process_first(rank):  # it tokenizes, the others find that done
+        tokenizer = load_tokenizer(options)
+        corpora = load_corpora(options, tokenizer)
+    model = make_model(options, tokenizer).to(device).train()
     optimizer = make_optimizer(model)
+    about = (options.max_seq_length, options.seed, options.whole_word_masking)
+    fixed = data.PretrainDataset(corpora["validation"], tokenizer, *about)
+    number = min(options.eval_batches, math.ceil(len(fixed) / options.batch_size))
+    loader = data.get_split_dataloader(fixed, options.batch_size, workers=0)
+    validation = [to_device(batch, device) for batch in itertools.islice(loader, number)]
+    known = corpora["validation" if options.streaming else "train"]
+    baselines = {"ln_vocab_size": math.log(model.config.vocab_size),
+                 "unigram_entropy": known.unigram_entropy()}
+    run = {name: value for name, value in asdict(options).items() if name not in FREE}
+    run |= {"tokenizer_hash": tokenizer_hash(tokenizer),
+            "sentences": zlib.crc32(known.sentences.tobytes()), **baselines}
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "metrics_bytes": 0, "run": run}
+    streams = [stream.new_state(options.workers) for _ in range(world_size)]
+    if options.resume and (found := load_checkpoint(out, run)):
+        state = found
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        streams = stream.same_readers(state.pop("streams"), streams)
+    progress = streams[rank]
+    first, tokens, started = state["step"], state["tokens"], time.perf_counter() - state["seconds"]
+    if total(first) != [first * world_size]:
+        raise ValueError(f"--resume: not all processes see the checkpoint of step {first} in {out}")
+    if rank == 0:
+        (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
+        cut_metrics(out, state["metrics_bytes"])
+        for split in ("validation",) if options.streaming else ("train", "validation"):
+            corpus = corpora[split]
+            print(f"{split}: {len(corpus.documents) - 1} documents, {len(corpus):,} tokens; "
+                  f"documents left out: {corpus.skipped}")
+        print(", ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
+
+    signals = note_signals()
+    gc.freeze()  # or workers' garbage collection would touch, and so copy, all pages they share
+    if options.streaming:
+        training = stream.get_stream_dataloader(
+            corpora["train"], options.text_column, progress, rank, world_size,
+            tokenizer=tokenizer, batch_size=options.batch_size, examples=about)
+    else:
+        examples = data.PretrainDataset(corpora["train"], tokenizer, *about)
+        training = data.get_split_dataloader(
+            examples, options.batch_size, first * share, rank, world_size, options.workers)
+    training.worker_init_fn = leave_group
+    batches = stream.take(training, progress) if options.streaming else iter(training)
     warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
-    tokens, started = 0, time.perf_counter()
-    bar = progress_bar(options.steps)
-    for step in range(options.steps + 1):
-        if step % options.eval_every == 0 or step == options.steps:
+    bar, norm = progress_bar(options.steps, initial=first, disable=rank > 0), torch.zeros(())
+    for step in range(first, options.steps + 1):
+        (stop,) = total(len(signals))
+        if step > first and (stop or step % options.save_every == 0 or step == options.steps):
+            check_finite(step - 1, norm)
+            state |= {"step": step, "tokens": tokens, "seconds": time.perf_counter() - started}
+            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            if world_size > 1:
+                dist.all_gather_object(streams, progress)
+            if rank == 0:
+                state["streams"] = streams if options.streaming else []
+                save_checkpoint(out, state | weights)
+        if stop:
+            bar.close()
+            print(f"stopped before step {step}; --resume goes on from there", file=sys.stderr)
+            sys.exit(128 + max(signals, default=0))
+        if rank == 0 and (step % options.eval_every == 0 or step == options.steps):
             metrics = evaluate(model, validation)
             seconds = round(time.perf_counter() - started, 2)
             write_line(out, split="validation", step=step, tokens=tokens, seconds=seconds,
@@ -311,49 +326,34 @@ def pretrain(options: PretrainOptions) -> None:
             bar.write(f"step {step}  {shown}\n{probe(model, validation[0], tokenizer)}")
         if step == options.steps:
             break
-        # Dropout depends on (seed, step) alone, not on what ran before.
-        torch.manual_seed(int(np.random.SeedSequence([options.seed, step]).generate_state(1)[0]))
+        micro_batches = [next(batches) for _ in range(share)]
+        real = [int((batch["input_ids"] != model.padding_idx).sum()) for batch in micro_batches]
+        tokens += sum(total(*real))
+        seeds = [(options.seed, step, rank + i * world_size) for i in range(share)]
+        ready = [to_device(batch, device) for batch in micro_batches]
+        losses = add_gradients(model, ready, seeds)
         rate = learning_rate(step, options.learning_rate, warmup, options.steps)
-        micro_batches = [next(batches) for _ in range(options.accumulate)]
-        tokens += sum(int((b["input_ids"] != model.padding_idx).sum()) for b in micro_batches)
-        losses = add_gradients(model, [to_device(batch, device) for batch in micro_batches])
-        update(model, optimizer, rate)
+        norm = update(model, optimizer, rate)
         bar.update()
         if step % options.log_every == 0 or step + 1 == options.steps:
-            mlm_loss, nsp_loss = (loss.item() for loss in losses)
-            if not math.isfinite(mlm_loss + nsp_loss):
-                raise ValueError(f"step {step}: the loss is {mlm_loss + nsp_loss}; "
-                                 "try a lower --learning-rate or more --warmup-steps")
+            check_finite(step, norm)
+            if world_size > 1:
+                dist.all_reduce(losses)
+            mlm_loss, nsp_loss = losses.tolist()
             seconds = round(time.perf_counter() - started, 2)
-            write_line(out, split="train", step=step, tokens=tokens, seconds=seconds,
-                       learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
+            if rank == 0:
+                write_line(out, split="train", step=step, tokens=tokens, seconds=seconds,
+                           learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
             shown = f"loss {mlm_loss + nsp_loss:.3f}, {tokens / seconds:,.0f} tokens/s"
             bar.set_postfix_str(shown, refresh=False)
     bar.close()
-    model.save_pretrained(out / "model", tokenizer)
-    draw_curves(out)
-
-
-def draw_curves(out: Path) -> None:
-    """curves.png: losses beside ln V and the unigram entropy; shares. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    train, validation = read_lines(out, "train"), read_lines(out, "validation")
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(train["step"], train["mlm_loss"], color="0.8", label="training")
-    left.plot(validation["step"], validation["mlm_loss"], label="validation")
-    for name, style in {"ln_vocab_size": ":", "unigram_entropy": "--"}.items():
-        left.axhline(validation[name][0], color="black", linestyle=style, label=name)
-    for name in ("mlm_accuracy", "nsp_accuracy", "commonest_prediction"):
-        right.plot(validation["step"], validation[name], label=name)
-    left.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
-    right.set(xlabel="step", ylim=(0, 1.02), title="validation")
-    left.legend()
-    right.legend()
-    figure.savefig(out / "curves.png", dpi=120)
+    if rank == 0:
+        model.save_pretrained(out / "model", tokenizer)
+        with contextlib.suppress(ImportError):  # of matplotlib
+            from results.draw import draw_pretraining
+            draw_pretraining(out)
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

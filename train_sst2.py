@@ -10,13 +10,15 @@ that epoch's weights. Writes under --out: config.json, metrics.jsonl, model/, cu
 [BERT] Devlin et al. 2018, arXiv 1810.04805, §4.1 and A.3.
 """
 
+import contextlib
 import copy
 import itertools
+import json
 import sys
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ from tokenizers import Tokenizer
 
 import data
 from bert import SIZES, BertConfig, SST2BertModel
-from train_pretrain import (learning_rate, make_optimizer, matching_tokenizer, option, progress_bar,
-                            read_lines, run_script, start_run, update, write_line)
+from support.run import option, progress_bar, run_script, set_seed, start_run, write_line
+from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
 
 LABELS = ("negative", "positive")
 
@@ -121,8 +123,7 @@ def fine_tune(model: SST2BertModel, train: data.SST2Batches, validation: data.SS
     for epoch in range(epochs):
         train.epoch = epoch
         for batch in train:
-            # Dropout depends on (seed, step) alone, not on what ran before.
-            torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+            set_seed(seed, step)
             logits = forward(model, batch["input_ids"].to(device, non_blocking=True))
             loss = F.cross_entropy(logits, batch["labels"].to(device, non_blocking=True))
             loss.backward()
@@ -147,6 +148,7 @@ def fine_tune(model: SST2BertModel, train: data.SST2Batches, validation: data.SS
 
 def train(options: SST2Options) -> None:
     out, device = start_run(options)
+    (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
     tokenizer = make_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
     model = make_model(options, tokenizer)
@@ -177,7 +179,9 @@ def train(options: SST2Options) -> None:
               f"± {deviation:.4f}, seeds {options.seeds}")
     model, accuracy = kept
     model.save_pretrained(out / "model", tokenizer)
-    draw_curves(out)
+    with contextlib.suppress(ImportError):  # of matplotlib
+        from results.draw import draw_sst2
+        draw_sst2(out)
     if test:
         metrics = evaluate(model, test, device)
         write_line(out, split="test", **metrics)
@@ -201,31 +205,6 @@ def predict(options: SST2Options) -> None:
         ids = data.encode_sentences(tokenizer, [text], model.config.max_seq_length)
         probs = model(torch.tensor(ids)).softmax(dim=-1)[0]
         print(f"{LABELS[probs.argmax()]}  {probs.max():.3f}  {text}")
-
-
-def draw_curves(out: Path) -> None:
-    """curves.png: loss and accuracy by step, a colour for each learning rate. Needs matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    train, validation = read_lines(out, "train"), read_lines(out, "validation")
-    for number, rate in enumerate(sorted(set(validation["learning_rate"]))):
-        for axes, lines, name in ((left, train, "loss"), (left, validation, "loss"),
-                                  (right, validation, "accuracy")):
-            of_step: dict[int, list[float]] = {}  # the values of all seeds
-            for i, step in enumerate(lines.get("step", [])):
-                if lines["learning_rate"][i] == rate:
-                    of_step.setdefault(step, []).append(lines[name][i])
-            means = [np.mean(values) for values in of_step.values()]
-            axes.plot(list(of_step), means, color=f"C{number}", label=f"learning rate {rate:g}",
-                      alpha=0.4 if lines is train else 1.0)
-    left.set(xlabel="step", ylabel="loss, nats", title="training (pale) and validation")
-    right.set(xlabel="step", ylabel="accuracy", title="validation")
-    right.legend()
-    figure.savefig(out / "curves.png", dpi=120)
 
 
 def main(options: SST2Options) -> None:

@@ -11,7 +11,8 @@ import pytest
 from strategies import LETTERS, VOCABULARY, small_tokenizer
 
 from bert import BertConfig, BertPretrainModel
-from train_pretrain import PretrainOptions, option, parse_options, pretrain, run_script
+from support.run import option, parse_options, run_script
+from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options, main
 
 ROOT = Path(__file__).parents[1]
@@ -97,13 +98,26 @@ def folder(tmp_path_factory) -> Path:
         "one": [{"text": texts[0]}],
         "lines": [{"text": text.split(".")[0]} for text in texts],
         "labels": [{"sentence": "a", "label": -1}],
+        "two": [{"sentence": "a", "label": 2}],
+        "words": [{"sentence": "a", "label": "positive"}],
+        "wordless": [{"sentence": "a", "label": 1}, {"sentence": None, "label": 1}],
+        "empty": [],
+        "numbers": [{"text": i} for i in range(1, 9)],
+        "nulls": [{"text": None}] * 9,
     }.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "latin.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1") * 9)
+    (folder / "latin.txt").write_bytes("café aa. bb.".encode("latin-1"))
+    (folder / "nothing").mkdir()
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "nomask.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask") + "\n")
     config = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
     BertPretrainModel(config, 0).save_pretrained(folder / "model", small_tokenizer())
+    few = BertConfig.named("tiny", vocab_size=20, max_seq_length=64)
+    BertPretrainModel(few, 0).save_pretrained(folder / "few", small_tokenizer())
+    (folder / "bare").mkdir()
+    shutil.copy(folder / "model/tokenizer.json", folder / "bare")
     (folder / "taken").mkdir()
     (folder / "taken/metrics.jsonl").write_text("a run\n")
     return folder
@@ -120,6 +134,57 @@ def folder(tmp_path_factory) -> Path:
             "one.jsonl: 1 of 4 documents needed",
         ),
         ("train_pretrain.py", "--dataset lines.jsonl --vocab-size 60", "see --rows-per-document"),
+        ("train_pretrain.py", "--dataset nothing", "cannot read nothing: "),
+        ("train_pretrain.py", "--dataset empty.jsonl", "cannot read empty.jsonl: it is empty"),
+        (
+            "train_pretrain.py",
+            "--dataset numbers.jsonl",
+            "--text-column text is not text but Value",
+        ),
+        (
+            "train_pretrain.py",
+            "--dataset numbers.jsonl --tokenizer vocab.txt --workers 0",
+            "row 0: text is int, not text",
+        ),
+        ("train_pretrain.py", "--dataset nulls.jsonl", "nulls.jsonl: 0 of 4 documents needed"),
+        (
+            "train_pretrain.py",
+            "--dataset latin.jsonl",
+            "--dataset latin.jsonl has a text that is not",
+        ),
+        ("train_pretrain.py", "--dataset latin.txt", "cannot read latin.txt: 'utf-8' codec can't"),
+        (
+            "train_pretrain.py",
+            "--dataset corpus.jsonl --weights few",
+            "few: more tokens than the 20 of the weights",
+        ),
+        (
+            "train_pretrain.py",
+            "--dataset corpus.jsonl --weights bare",
+            "no BERT can be read from bare",
+        ),
+        ("train_pretrain.py", "--device foo", "--device foo is not cpu, cuda or cuda:0"),
+        (
+            "train_pretrain.py",
+            "--dataset corpus.jsonl --vocab-size 60 --learning-rate 1e30 --steps 2 --out nan",
+            "the gradient is nan. The last checkpoint is good; try a lower --learning-rate",
+        ),
+        ("train_pretrain.py", "--learning-rate nan", "--learning-rate must be at least 0, got nan"),
+        (
+            "train_pretrain.py",
+            "--dataset corpus.jsonl --streaming",
+            "--streaming needs a --tokenizer",
+        ),
+        (
+            "train_pretrain.py",
+            "--dataset body.jsonl --streaming --tokenizer vocab.txt",
+            "no --text-column text in the first row of body.jsonl: ['body']",
+        ),
+        (
+            "train_pretrain.py",
+            "--dataset one.jsonl --streaming --tokenizer vocab.txt",
+            "0 documents have a next sentence, 2 are needed",
+        ),
         ("train_pretrain.py", "--dataset broken.jsonl", "cannot read broken.jsonl"),
         (
             "train_pretrain.py",
@@ -134,7 +199,7 @@ def folder(tmp_path_factory) -> Path:
             "--dataset corpus.jsonl --weights model --max-seq-length 17",
             "--max-seq-length exceeds the weights' 16",
         ),
-        ("train_pretrain.py", "--weights corpus.jsonl", "no tokenizer at corpus.jsonl"),
+        ("train_pretrain.py", "--weights corpus.jsonl", "corpus.jsonl is no directory"),
         ("train_pretrain.py", "--size huge", "argument --size: invalid choice: 'huge'"),
         ("train_pretrain.py", "--batch-size 0", "--batch-size must be at least 1, got 0"),
         ("train_pretrain.py", "--workers -1", "--workers must be at least 0, got -1"),
@@ -144,6 +209,13 @@ def folder(tmp_path_factory) -> Path:
         ("train_sst2.py", "--dataset nothing/at/all", "nothing/at/all does not exist"),
         ("train_sst2.py", "--dataset corpus.jsonl", "no columns sentence (or text) and label"),
         ("train_sst2.py", "--dataset labels.jsonl", "labels {-1}, not 0 and 1; SetFit/sst2"),
+        ("train_sst2.py", "--dataset two.jsonl", "labels {2}, not 0 and 1; SetFit/sst2"),
+        ("train_sst2.py", "--dataset words.jsonl", "labels {'positive'}, not 0 and 1"),
+        (
+            "train_sst2.py",
+            "--dataset wordless.jsonl",
+            "wordless.jsonl, train: row 1 has no sentence",
+        ),
         (
             "train_sst2.py",
             "--weights model --tokenizer vocab.txt --max-seq-length 17",
@@ -171,7 +243,7 @@ def test_a_mistake_ends_in_one_clear_line_and_status_2(
     [
         ("train_pretrain.py", "--dataset no/such/file", "no/such/file does not exist"),
         ("train_sst2.py", "--predict hello", "--predict needs --weights"),
-        ("bert.py", "corpus.jsonl text", "corpus.jsonl is not a model's directory"),
+        ("bert.py", "corpus.jsonl text", "corpus.jsonl is no directory, and the hub does not"),
     ],
 )
 def test_a_person_sees_no_traceback(folder, script, line, message):
@@ -179,6 +251,21 @@ def test_a_person_sees_no_traceback(folder, script, line, message):
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: {message}")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_line_of_50_megabytes_empty_rows_and_nulls_are_no_mistake(tmp_path, capsys):
+    """They are read, and what has no next sentence is counted."""
+    rows = [{"text": ("z" * 98 + ". ") * 500_000}, {"text": None}, {"text": ""}, {"text": "ab"}]
+    rows += [{"text": f"{c} aa bb. cc dd. ee ff."} for c in LETTERS]
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    options = {"dataset": str(file), "tokenizer": str(tmp_path / "vocab.txt"), "workers": 0}
+    pretrain(PretrainOptions(out=str(tmp_path / "run"), steps=1, **options))
+    out = capsys.readouterr().out
+    assert "train: 25 documents, 1,000,384 tokens" in out
+    assert "documents left out: {'no sentence': 2, 'one sentence': 1}" in out
 
 
 # ---- Copying a file, and running one ------------------------------------------------------------
@@ -212,13 +299,6 @@ def test_bert_needs_nothing_but_torch_to_be_imported():
     others = ("tokenizers", "safetensors", "datasets", "data")
     code = f"import sys, bert; print(any(m in sys.modules for m in {others}))"
     assert python("-c", code).stdout == "False\n"
-
-
-def test_bert_fills_masks_from_the_command_line(folder):
-    ended = python("bert.py", str(folder / "model"), "a [MASK] b [MASK]")
-    assert ended.returncode == 0
-    assert [line.split()[0] for line in ended.stdout.splitlines()] == ["[MASK]", "[MASK]"]
-    assert all(len(line.split()) == 11 for line in ended.stdout.splitlines())
 
 
 def test_importing_a_script_starts_nothing():

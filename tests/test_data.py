@@ -852,22 +852,12 @@ def test_a_vocabulary_has_a_token_for_each_line(tmp_path, end):
     assert data.load_tokenizer(tmp_path / "vocab.txt").get_vocab() == expected
 
 
-def test_a_tokenizer_that_is_no_file_is_asked_for_at_the_hub(monkeypatch, tmp_path):
-    """What it would pad or cut is not wanted here."""
-    asked, padded = [], small_tokenizer()
+def test_what_a_published_tokenizer_would_pad_or_cut_is_left_whole(tmp_path):
+    padded = small_tokenizer()
     padded.enable_padding(length=9)
     padded.enable_truncation(3)
-
-    class Hub:
-        @staticmethod
-        def from_pretrained(name):
-            asked.append(name)
-            return padded
-
-    monkeypatch.setattr(data, "Tokenizer", Hub)
-    tokenizer = data.load_tokenizer("owner/name")
-    assert asked == ["owner/name"]
-    assert len(tokenizer.encode("a b c d")) == 6
+    padded.save(str(tmp_path / "tokenizer.json"))
+    assert len(data.load_tokenizer(tmp_path).encode("a b c d")) == 6
 
 
 def test_a_vocabulary_without_a_special_token_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from strategies import LETTERS
 import data
 import train_sst2
 from bert import BertConfig, BertPretrainModel, SST2BertModel
-from train_pretrain import read_lines
+from results.draw import read_lines
 from train_sst2 import SST2Options, best_epoch, evaluate, main
 
 
@@ -129,12 +129,16 @@ def test_another_tokenizer_than_that_of_the_weights_is_refused(tmp_path):
     tokenizers[1].save(str(tmp_path / "other.json"))
     tokenizers[0].save(str(tmp_path / "same.json"))
     options = {"weights": str(tmp_path), "tokenizer": str(tmp_path / "other.json")}
-    with pytest.raises(ValueError, match="is not the one that .* was trained with"):
+    with pytest.raises(ValueError, match="is not the one .* was trained with"):
         train_sst2.make_tokenizer(SST2Options(**options))
     options["tokenizer"] = str(tmp_path / "same.json")
     assert (
         train_sst2.make_tokenizer(SST2Options(**options)).get_vocab() == tokenizers[0].get_vocab()
     )
+    tokenizers[1].save(str(tmp_path / "tokenizer.json"))  # exchanged in the folder itself
+    for named in (None, str(tmp_path / "other.json"), str(tmp_path / "same.json")):
+        with pytest.raises(ValueError, match="is not the one .* was trained with"):
+            train_sst2.make_tokenizer(SST2Options(weights=str(tmp_path), tokenizer=named))
 
 
 def test_sentences_longer_than_the_weights_allow_are_refused(tmp_path):

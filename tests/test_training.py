@@ -11,6 +11,7 @@ from strategies import FIXED, LETTERS, PADDING, corpus_of, small_tokenizer
 
 import data
 import train_pretrain
+from results.draw import read_lines
 from bert import BertConfig, BertPretrainModel
 from train_pretrain import (
     PretrainOptions,
@@ -20,7 +21,6 @@ from train_pretrain import (
     make_optimizer,
     pretrain,
     probe,
-    read_lines,
     to_device,
     update,
 )

@@ -1,0 +1,232 @@
+"""What keeps a run: its command line, its folder, its processes, its checkpoints.
+
+Nothing here knows of BERT. Both training scripts import it.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import field, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# ---- The command line ---------------------------------------------------------------------------
+
+
+def option(default: Any, help: str, at_least: float | None = None, choices: Any = None) -> Any:
+    """A field of an options class, with what its `--flag` says and accepts."""
+    return field(default=default, metadata={"help": help, "least": at_least, "choices": choices})
+
+
+def parse_options(cls: type, arguments: Sequence[str] | None = None) -> Any:
+    """The options of a command line; any mistake ends it with one line and exit status 2."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    kinds = get_type_hints(cls)
+    for f in fields(cls):
+        kind = next(iter(get_args(kinds[f.name])), kinds[f.name])  # of a tuple, of X | None
+        shown = f" (default: {f.default})" if f.default not in (None, False, ()) else ""
+        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + shown
+        if kind is bool:
+            parser.add_argument(name, help=text, action="store_true")
+        else:
+            nargs = "+" if isinstance(f.default, tuple) else None
+            parser.add_argument(
+                name,
+                help=text,
+                type=kind,
+                default=f.default,
+                nargs=nargs,
+                choices=f.metadata["choices"],
+            )
+    parser.error = fail  # type: ignore[method-assign]  # argparse's own prints the whole usage
+    chosen = vars(parser.parse_args(arguments))
+    for f in fields(cls):
+        value, least = chosen[f.name], f.metadata["least"]
+        values = value if isinstance(value, list | tuple) else [value]
+        if least is not None and any(v is not None and not v >= least for v in values):
+            fail(f"--{f.name.replace('_', '-')} must be at least {least}, got {value}")
+    return cls(**chosen)
+
+
+def fail(message: str) -> NoReturn:
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, if there is a bar
+    sys.exit(2)
+
+
+def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None) -> None:
+    """A user's mistake is a ValueError, a machine's an OSError: one line. The rest is ours."""
+    options = parse_options(cls, arguments)
+    try:
+        main(options)
+    except UnicodeDecodeError as error:
+        fail(f"--dataset {options.dataset} has a text that is not UTF-8: {error}")
+    except (
+        RuntimeError,
+        ConnectionError,
+        EOFError,
+    ) as error:  # the last two: cut off from a worker
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        cause = str(error).strip(" .") or "end of its messages"
+        fail(
+            f"a DataLoader worker died ({cause}). Out of memory? Try fewer --workers, and --resume"
+        )
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def start_run(options: Any) -> tuple[Path, torch.device]:
+    """The run's folder and its device; seeds the initialization."""
+    out = Path(options.out)
+    if (out / "metrics.jsonl").exists() and not getattr(options, "resume", False):
+        raise ValueError(f"--out {out} holds another run; name a new folder, or --resume")
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}, but torch sees no GPU here")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is not cpu, cuda or cuda:0") from error
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    return out, device
+
+
+def set_seed(*numbers: int) -> None:
+    """What is drawn next, as dropout, depends on the numbers alone, not on what ran before."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def progress_bar(steps: int, name: str | None = None, **more: Any) -> tqdm:
+    """Steps done, steps a second and the time that is left; in a log file, a line now and then."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=steps, unit="step", desc=name, dynamic_ncols=True, mininterval=interval, **more
+    )
+
+
+def write_line(out: Path, **values: Any) -> None:
+    """Adds a line to the run's metrics.jsonl."""
+    with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def check_finite(step: int, norm: torch.Tensor) -> None:
+    """Waits for a GPU, so only where something is written down."""
+    if not norm.isfinite():
+        raise ValueError(
+            f"step {step}: the gradient is {norm}. The last checkpoint is good; try a "
+            "lower --learning-rate or more --warmup-steps"
+        )
+
+
+def cut_metrics(out: Path, size: int) -> None:
+    """Cuts off what a run wrote to metrics.jsonl after its last checkpoint."""
+    with (out / "metrics.jsonl").open("a") as file:
+        file.truncate(min(size, file.tell()))
+
+
+# ---- Processes and signals ----------------------------------------------------------------------
+
+
+def join_processes(device: str | None = None) -> tuple[int, int]:
+    """This process's rank and their number, as torchrun has it; without torchrun, 0 and 1."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        if torch.cuda.is_available() and device != "cpu":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(timeout=timedelta(days=1))  # one tokenizes while the others wait
+    return rank, world_size
+
+
+@contextlib.contextmanager
+def first_process_first(rank: int) -> Iterator[None]:
+    """The others wait until the first one is done with the same."""
+    if dist.is_initialized() and rank > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank == 0:
+        dist.barrier()
+
+
+def total(*numbers: int) -> list[int]:
+    """Their sums over all processes; on the CPU, so that no GPU is waited for."""
+    if not dist.is_initialized():
+        return list(numbers)
+    dist.all_reduce(sums := torch.tensor(numbers))
+    return sums.tolist()
+
+
+def note_signals() -> list[int]:
+    """Where Ctrl-C and SIGTERM are noted, for the loop to end between two steps. Of each several
+    may come: torchrun passes on what its processes have got themselves."""
+    noted: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: noted.append(number))
+    return noted
+
+
+def leave_group(worker: int) -> None:
+    """For a data worker: Ctrl-C goes to a whole group of processes, and the worker has to go on
+    until the loop ends."""
+    os.setpgrp()
+
+
+# ---- Checkpoints --------------------------------------------------------------------------------
+
+
+def save_checkpoint(out: Path, state: dict) -> None:
+    """Whole or not at all: written beside its place, forced to disk, renamed. Two are kept."""
+    (folder := out / "checkpoints").mkdir(exist_ok=True)
+    with (out / "metrics.jsonl").open("a") as file:  # what is added later, a resumed run cuts off
+        os.fsync(file.fileno())
+        state["metrics_bytes"] = file.tell()
+    path = folder / f"step-{state['step']:09}.pt"
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's own, for a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} not saved, the one before it stays: {error}") from error
+    unfinished.replace(path)
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)  # the new name, too
+    os.close(directory)
+    for old in sorted(folder.glob("step-*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(out: Path, run: dict) -> dict | None:
+    """The newest that is whole; None before the first. `run`: what must be as it was."""
+    paths = sorted((out / "checkpoints").glob("step-*.pt"), reverse=True)
+    for path in paths:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if broken := archive.testzip():  # torch checks no checksums
+                    raise OSError(f"{broken} has another checksum")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds
+            warnings.warn(f"{path} is damaged ({type(error).__name__})", stacklevel=2)
+            continue
+        then = state["run"]
+        if changed := [f"{k} {then.get(k)}, not {v}" for k, v in run.items() if then.get(k) != v]:
+            raise ValueError(f"--resume: the run in {out} has {'; '.join(changed)}")
+        return state
+    if paths:
+        raise ValueError(f"--resume: all checkpoints in {out} are damaged")
+    return None

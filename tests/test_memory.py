@@ -1,0 +1,96 @@
+"""A run of days must not grow: what the data pipeline holds is bounded."""
+
+import gc
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from strategies import LETTERS, corpus_of, small_tokenizer
+from torch.utils.data import DataLoader
+
+import data
+from support import stream
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux"),
+]
+# Pages that forked workers share are copied when first written to, if only a reference is counted:
+# that ends, and the warm-up is for it.
+BATCHES, WARM_UP, EVERY = 8000, 5000, 100
+LIMIT = 16  # KiB in a hundred batches
+
+
+def proportional_set_size(loader: DataLoader, iterator) -> float:
+    """KiB of this process and the loader's workers; a page that n share counts 1/n in each."""
+    workers = [worker.pid for worker in getattr(iterator, "_workers", [])]
+    texts = (Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (os.getpid(), *workers))
+    return sum(int(text.split("\nPss:")[1].split()[0]) for text in texts)
+
+
+def slope(loader: DataLoader) -> float:
+    """KiB by which a hundred batches make all processes grow: the median over pairs of
+    measurements (Theil-Sen), which a single jump does not move."""
+    gc.freeze()  # as the training script does, before the workers are forked
+    iterator, sizes = iter(loader), []
+    for number in range(BATCHES + 1):
+        next(iterator)
+        if number >= WARM_UP and number % EVERY == 0:
+            sizes.append(proportional_set_size(loader, iterator))
+    gc.unfreeze()
+    pairs = [(sizes[j] - sizes[i]) / (j - i) for j in range(len(sizes)) for i in range(j)]
+    return float(np.median(pairs))
+
+
+def map_style(leak: int = 0) -> DataLoader:
+    documents = [[[5 + (i * j + k) % 26 for k in range(12)] for j in range(20)] for i in range(200)]
+    dataset = data.PretrainDataset(corpus_of(documents), small_tokenizer(), 64)
+    return data.get_split_dataloader(leaking(dataset, leak), 16, workers=2)
+
+
+def leaking(dataset, size: int):
+    """Keeps `size` bytes of each batch: what the test must notice."""
+    make, kept = dataset.__getitems__, []
+
+    class Leaking(type(dataset)):
+        def __getitems__(self, numbers):
+            kept.append(bytearray(os.urandom(size)))
+            return make(numbers)
+
+    if size:
+        dataset.__class__ = Leaking
+    return dataset
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(2):
+        texts = (" ".join(LETTERS[i % 20 :][:5]) + "ab. " for i in range(400))
+        rows = [json.dumps({"text": text * 40}) for text in texts]
+        (folder / f"train-{shard}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def streamed(folder: Path) -> DataLoader:
+    rows, _ = stream.open_stream(str(folder), None, "text")
+    how = {"tokenizer": small_tokenizer(), "batch_size": 16, "examples": (64,)}
+    return stream.get_stream_dataloader(rows, "text", stream.new_state(2), 0, 1, **how)
+
+
+def test_the_loader_does_not_grow():
+    """A leak of 2,000 bytes a batch, as a control, is seen."""
+    clean, leaks = slope(map_style()), slope(map_style(leak=2000))
+    print(f"KiB in 100 batches: {clean:.1f}, with a leak {leaks:.1f}")
+    assert clean < LIMIT
+    assert leaks > 100  # of 195
+
+
+def test_the_streaming_loader_does_not_grow(shards, monkeypatch):
+    """Over many blocks and epochs."""
+    monkeypatch.setattr(stream, "BLOCK", 100_000)
+    grown = slope(streamed(shards))
+    print(f"KiB in 100 batches: streaming {grown:.1f}")
+    assert grown < LIMIT
