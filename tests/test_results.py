@@ -1,0 +1,124 @@
+"""What is shown of a model: its size, its guesses, its attention, its curves."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from strategies import FIXED, PADDING, VOCABULARY, small_tokenizer
+from test_bert import build
+
+from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel
+from support.look import attention_probs, draw_attention, fill_masks, look, parameter_counts
+
+ROOT = Path(__file__).parents[1]
+SMALL = dataclasses.replace(FIXED, vocab_size=len(VOCABULARY), attention_d_k=12, attention_d_v=12)
+
+
+@pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
+def test_the_parts_of_a_model_add_up_to_all_its_parameters(cls):
+    model = cls(FIXED, PADDING)
+    counts = parameter_counts(model)
+    assert counts.total() == sum(p.numel() for p in model.parameters())
+    assert counts["embeddings.token"] == 31 * 12  # the decoder is not counted again
+    assert counts["layers.expand"] == 3 * (12 * 22 + 22)
+    assert counts["layers.attention"] == 3 * (2 * (12 * 10 + 10) + 12 * 14 + 14 + 14 * 12 + 12)
+
+
+def test_base_has_the_parts_that_the_paper_says():
+    """30,522 tokens, 12 layers of 768 units and 3,072 in the feed-forward. [BERT] §3"""
+    with torch.device("meta"):
+        counts = parameter_counts(Bert(BertConfig.named("base"), PADDING))
+    assert counts["embeddings.token"] == 30522 * 768
+    assert counts["layers.attention"] == 12 * 4 * (768 * 768 + 768)
+    assert counts["layers.expand"] + counts["layers.contract"] == 12 * (2 * 768 * 3072 + 3840)
+    assert counts.total() == 109_482_240
+
+
+def test_masks_are_filled_with_the_likeliest_tokens():
+    model = build(BertPretrainModel, SMALL)
+    best = fill_masks(model, small_tokenizer(), "a [MASK] c [MASK]", k=3)
+    assert [len(row) for row in best] == [3, 3]
+    input_ids = torch.tensor([[2, 5, 4, 7, 4, 3]])  # [CLS] a [MASK] c [MASK] [SEP]
+    probs = model(input_ids)[0].softmax(dim=-1)[0]
+    for row, place in zip(best, (2, 4), strict=True):
+        tokens = [small_tokenizer().token_to_id(token) for token in row]
+        assert tokens == probs[place].topk(3).indices.tolist()
+        assert list(row.values()) == pytest.approx(probs[place].topk(3).values.tolist())
+
+
+def test_attention_is_shown_as_it_is_in_every_layer_and_head():
+    """Rows are distributions, and they are what the output was made of: with a uniform query, they
+    are uniform."""
+    model = build(Bert, dataclasses.replace(SMALL, fused_attention=False))
+    probs = attention_probs(model, torch.tensor([[2, 5, 4, 7, 3]]))
+    assert probs.shape == (3, 2, 5, 5)
+    torch.testing.assert_close(probs.sum(dim=-1), torch.ones(3, 2, 5, dtype=probs.dtype))
+    assert probs.std(dim=-1).min() > 1e-6
+    torch.nn.init.zeros_(model.layers[1].attention.query.weight)
+    torch.nn.init.zeros_(model.layers[1].attention.query.bias)
+    probs = attention_probs(model, torch.tensor([[2, 5, 4, 7, 3]]))
+    torch.testing.assert_close(probs[1], torch.full_like(probs[1], 0.2))
+    assert probs[0].std(dim=-1).min() > 1e-6
+
+
+def test_the_attention_figure_has_a_panel_for_each_head_with_its_tokens():
+    pytest.importorskip("matplotlib")
+    probs = torch.rand(3, 2, 4, 4).softmax(dim=-1)
+    tokens = ["[CLS]", "a", "##b", "[SEP]"]
+    *panels, _ = draw_attention(probs, tokens).axes  # the last one is the colour bar
+    assert len(panels) == 3 * 2
+    for i, panel in enumerate(panels):
+        assert panel.get_title() == f"layer {i // 2 + 1}, head {i % 2 + 1}"
+        below = [label.get_text() for label in panel.get_xticklabels()]
+        left = [label.get_text() for label in panel.get_yticklabels()]
+        assert below == (tokens if i >= 4 else [])  # at the edges of the grid
+        assert left == (tokens if i % 2 == 0 else [])
+        (image,) = panel.get_images()  # a row of it is a query
+        assert torch.equal(torch.from_numpy(image.get_array().data), probs[i // 2, i % 2])
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    BertPretrainModel(SMALL, PADDING).save_pretrained(folder, small_tokenizer())
+    return folder
+
+
+def bert(*arguments: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "bert.py", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command_prints_counts_that_add_up_and_five_guesses_for_each_mask(pretrained):
+    ended = bert(str(pretrained), "a [MASK] b [MASK]")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    *parts, total, first, second = ended.stdout.splitlines()
+    counts = [int(line.split()[0].replace(",", "")) for line in parts]
+    model = BertPretrainModel.from_pretrained(pretrained)
+    assert total.split() == [f"{sum(counts):,}", "in", "all"]
+    assert sum(counts) == sum(p.numel() for p in model.parameters())
+    expected = fill_masks(model, small_tokenizer(), "a [MASK] b [MASK]")
+    for line, best in zip((first, second), expected, strict=True):
+        assert line.split()[0] == "[MASK]"
+        assert line.split()[1::2] == list(best)
+        assert line.split()[2::2] == [f"{prob:.3f}" for prob in best.values()]
+
+
+def test_the_command_draws_attention(pretrained, tmp_path):
+    pytest.importorskip("matplotlib")
+    ended = bert(str(pretrained), "a b c.", "--attention", str(tmp_path / "a.png"))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_encoder_without_a_head_fills_no_mask(tmp_path, capsys):
+    """A new, random head would guess nonsense. Its parts are counted all the same."""
+    Bert(SMALL, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    look(str(tmp_path), "a b", None)
+    model = Bert(SMALL, PADDING)
+    assert f"{sum(p.numel() for p in model.parameters()):,}  in all" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no head to fill a .MASK. with"):
+        look(str(tmp_path), "a [MASK]", None)
