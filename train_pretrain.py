@@ -12,16 +12,14 @@ at any moment, a run goes on with --resume as if nothing had happened.
 B batch, V vocabulary, N masked tokens.
 """
 
-import contextlib
 import gc
 import itertools
 import json
 import math
-import sys
-import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,16 +28,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import data
 from bert import SIZES, BertConfig, BertPretrainModel, fetch, tokenizer_hash
+from results.draw import draw_pretraining
 from support import stream
-from support.run import (check_finite, cut_metrics, first_process_first, join_processes,
-                         leave_group, load_checkpoint, note_signals, option, progress_bar,
-                         run_script, save_checkpoint, set_seed, start_run, total, write_line)
+from support.run import (Run, check_finite, first_process_first, join_processes, leave_group,
+                         option, run_script, set_seed, start_run, total)
 
 Batch = dict[str, Tensor]
-FREE = ("out", "resume", "save_every", "workers", "device")  # may change when a run is resumed
+MAY_CHANGE = {"out", "resume", "save_every", "workers", "device", "compile",
+              "checkpoint_activations"}  # in a run that is resumed
 
 
 @dataclass
@@ -68,6 +68,8 @@ class PretrainOptions:
     log_every: int = option(10, "steps between lines of metrics.jsonl", 1)
     workers: int = option(2, "processes that prepare data", 0)
     seed: int = option(0, "of everything random", 0)
+    compile: bool = option(False, "torch.compile: minutes at the start, then faster on a GPU")
+    checkpoint_activations: bool = option(False, "compute layers twice instead of keeping them")
     device: str | None = option(None, "cpu or cuda; the GPU if there is one")
 
 
@@ -119,11 +121,13 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> T
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with `positions` and `mlm_targets`, (N,), of its masked tokens. They are found
-    before the copy: on a GPU, the step would have to wait for their number."""
+    before the copy: on a GPU, the step would have to wait for their number. Pinned memory is
+    copied while the GPU goes on."""
     labels = batch["mlm_labels"].flatten()
     positions = (labels != data.NOT_SCORED).nonzero().flatten()
     batch = {**batch, "positions": positions, "mlm_targets": labels[positions]}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
+    return {name: pin(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def forward(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -137,8 +141,15 @@ def forward(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return mlm_logits, nsp_logits
 
 
+def sum_losses(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """In nats: the sum over the batch's masked tokens, and that over its pairs."""
+    mlm_logits, nsp_logits = forward(model, batch)
+    return (F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum"),
+            F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum"))
+
+
 def add_gradients(model: BertPretrainModel, batches: list[Batch],
-                  seeds: Sequence[Sequence[int]] = ()) -> Tensor:
+                  seeds: Sequence[Sequence[int]] = (), losses_of: Callable | None = None) -> Tensor:
     """Adds the gradient of a step, given in micro-batches; each process has some of them. Returns
     what these add to the step's two losses, (2,), in nats. `seeds`: of each one's dropout.
     Loss = mean over all masked tokens of the step + mean over its pairs. [BERT] A.2. A mean of the
@@ -149,11 +160,10 @@ def add_gradients(model: BertPretrainModel, batches: list[Batch],
     for i, batch in enumerate(batches):
         if seeds:
             set_seed(*seeds[i])
-        mlm_logits, nsp_logits = forward(model, batch)
-        mlm_loss = F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum") / masked
-        nsp_loss = F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum") / pairs
-        (mlm_loss + nsp_loss).backward()
-        losses.append(torch.stack([mlm_loss.detach(), nsp_loss.detach()]))
+        mlm_sum, nsp_sum = (losses_of or sum_losses)(model, batch)
+        loss = torch.stack([mlm_sum / masked, nsp_sum / pairs])
+        loss.sum().backward()
+        losses.append(loss.detach())
     if dist.is_initialized():
         for parameter in model.parameters():
             dist.all_reduce(parameter.grad)  # the sum, since each loss is a part of one mean
@@ -209,13 +219,8 @@ def load_tokenizer(options: PretrainOptions) -> Tokenizer:
         return data.load_tokenizer(options.tokenizer)
     if options.streaming:
         raise ValueError("--streaming needs a --tokenizer: none can be learned from a stream")
-    rows = data.get_dataset(options.dataset, options.dataset_name)
-    if options.text_column not in rows.column_names:
-        raise ValueError(f"no --text-column {options.text_column} in {rows.column_names}")
-    kind = rows.features[options.text_column]
-    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
-        raise ValueError(f"--text-column {options.text_column} is not text but {kind}")
-    return data.train_tokenizer(rows[options.text_column], options.vocab_size)
+    texts = stream.read_texts(options.dataset, options.dataset_name, options.text_column)
+    return data.train_tokenizer(texts, options.vocab_size)
 
 
 def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict:
@@ -242,118 +247,113 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
         model = BertPretrainModel(config, tokenizer.get_vocab()[data.PAD])
     if options.max_seq_length > model.config.max_seq_length:
         raise ValueError(f"--max-seq-length exceeds the weights' {model.config.max_seq_length}")
+    if options.checkpoint_activations:  # of a layer, only what goes in is kept for the backward
+        for layer in model.bert.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
+
+
+def example_options(options: PretrainOptions) -> tuple[int, int, bool]:
+    return options.max_seq_length, options.seed, options.whole_word_masking
+
+
+def make_validation(options: PretrainOptions, corpus: data.TokenizedCorpus, tokenizer: Tokenizer,
+                    device: torch.device) -> list[Batch]:
+    """The batches of every evaluation."""
+    dataset = data.PretrainDataset(corpus, tokenizer, *example_options(options))
+    number = min(options.eval_batches, math.ceil(len(dataset) / options.batch_size))
+    loader = data.get_split_dataloader(dataset, options.batch_size, workers=0)
+    return [to_device(batch, device) for batch in itertools.islice(loader, number)]
+
+
+def make_batches(options: PretrainOptions, corpus: Any, tokenizer: Tokenizer, run: Run,
+                 progress: dict) -> Iterator[Batch]:
+    """This process's, from the run's step on; of a stream, from where its `progress` is."""
+    gc.freeze()  # or workers' garbage collection would touch, and so copy, all pages they share
+    if options.streaming:
+        loader = stream.get_stream_dataloader(
+            corpus, options.text_column, progress, run.rank, run.world_size, tokenizer=tokenizer,
+            batch_size=options.batch_size, examples=example_options(options))
+    else:
+        dataset = data.PretrainDataset(corpus, tokenizer, *example_options(options))
+        start = run.step * options.accumulate // run.world_size
+        loader = data.get_split_dataloader(
+            dataset, options.batch_size, start, run.rank, run.world_size, options.workers)
+    loader.worker_init_fn = leave_group
+    return stream.take(loader, progress) if options.streaming else iter(loader)
+
+
+def train(options: PretrainOptions, run: Run, model: BertPretrainModel,
+          optimizer: torch.optim.Optimizer, batches: Iterator[Batch], progress: dict,
+          report: Callable[[int], None]) -> None:
+    """All steps from the run's on. `progress`: of a stream, to be kept with each checkpoint."""
+    device, share = model.nsp.weight.device, options.accumulate // run.world_size
+    losses_of = torch.compile(sum_losses, fullgraph=True) if options.compile else None
+    warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
+    first, norm = run.step, torch.zeros(())
+    for step in range(first, options.steps + 1):
+        last, stop = step == options.steps, run.asked_to_stop()
+        if step > first and (last or stop or step % options.save_every == 0):
+            check_finite(step - 1, norm)
+            run.save(step, progress, model=model, optimizer=optimizer)
+        if stop:
+            run.stop(step)
+        if run.rank == 0 and (last or step % options.eval_every == 0):
+            report(step)
+        if last:
+            break
+        micro_batches = [next(batches) for _ in range(share)]
+        real = (int((b["input_ids"] != model.padding_idx).sum()) for b in micro_batches)
+        run.tokens += sum(total(*real))
+        seeds = [(options.seed, step, run.rank + i * run.world_size) for i in range(share)]
+        ready = [to_device(batch, device) for batch in micro_batches]
+        losses = add_gradients(model, ready, seeds, losses_of)
+        rate = learning_rate(step, options.learning_rate, warmup, options.steps)
+        norm = update(model, optimizer, rate)
+        run.bar.update()
+        if step % options.log_every == 0 or step + 1 == options.steps:  # else no wait for a GPU
+            check_finite(step, norm)
+            mlm_loss, nsp_loss = run.add_up(losses)
+            run.write("train", step, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
+            run.show(f"loss {mlm_loss + nsp_loss:.3f}")
 
 
 def pretrain(options: PretrainOptions) -> None:
     rank, world_size = join_processes(options.device)
-    share = options.accumulate // world_size  # of the micro-batches of a step
-    if share * world_size != options.accumulate:
-        raise ValueError(f"--accumulate {options.accumulate} is not a multiple of the processes, "
-                         f"{world_size}")
+    if options.accumulate % world_size:
+        raise ValueError(f"--accumulate {options.accumulate} is no multiple of {world_size} ranks")
     out, device = start_run(options)
     with first_process_first(rank):  # it tokenizes, the others find that done
         tokenizer = load_tokenizer(options)
         corpora = load_corpora(options, tokenizer)
     model = make_model(options, tokenizer).to(device).train()
     optimizer = make_optimizer(model)
-    about = (options.max_seq_length, options.seed, options.whole_word_masking)
-    fixed = data.PretrainDataset(corpora["validation"], tokenizer, *about)
-    number = min(options.eval_batches, math.ceil(len(fixed) / options.batch_size))
-    loader = data.get_split_dataloader(fixed, options.batch_size, workers=0)
-    validation = [to_device(batch, device) for batch in itertools.islice(loader, number)]
+    validation = make_validation(options, corpora["validation"], tokenizer, device)
     known = corpora["validation" if options.streaming else "train"]
     baselines = {"ln_vocab_size": math.log(model.config.vocab_size),
                  "unigram_entropy": known.unigram_entropy()}
-    run = {name: value for name, value in asdict(options).items() if name not in FREE}
-    run |= {"tokenizer_hash": tokenizer_hash(tokenizer),
-            "sentences": zlib.crc32(known.sentences.tobytes()), **baselines}
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "metrics_bytes": 0, "run": run}
-    streams = [stream.new_state(options.workers) for _ in range(world_size)]
-    if options.resume and (found := load_checkpoint(out, run)):
-        state = found
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
-        streams = stream.same_readers(state.pop("streams"), streams)
-    progress = streams[rank]
-    first, tokens, started = state["step"], state["tokens"], time.perf_counter() - state["seconds"]
-    if total(first) != [first * world_size]:
-        raise ValueError(f"--resume: not all processes see the checkpoint of step {first} in {out}")
+    run = Run(out, rank, world_size, options.steps, {
+        **{name: value for name, value in asdict(options).items() if name not in MAY_CHANGE},
+        "tokenizer_hash": tokenizer_hash(tokenizer), "sentences": zlib.crc32(known.sentences.data),
+        **baselines})
+    readers = options.workers if options.streaming else 0  # map-style batches need no memory
+    streams = [stream.new_state(readers) for _ in range(world_size)]
+    if options.resume:
+        streams = stream.same_readers(run.resume(model=model, optimizer=optimizer), streams)
+    run.begin(options)
     if rank == 0:
-        (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
-        cut_metrics(out, state["metrics_bytes"])
-        for split in ("validation",) if options.streaming else ("train", "validation"):
-            corpus = corpora[split]
-            print(f"{split}: {len(corpus.documents) - 1} documents, {len(corpus):,} tokens; "
-                  f"documents left out: {corpus.skipped}")
-        print(", ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
-
-    signals = note_signals()
-    gc.freeze()  # or workers' garbage collection would touch, and so copy, all pages they share
-    if options.streaming:
-        training = stream.get_stream_dataloader(
-            corpora["train"], options.text_column, progress, rank, world_size,
-            tokenizer=tokenizer, batch_size=options.batch_size, examples=about)
-    else:
-        examples = data.PretrainDataset(corpora["train"], tokenizer, *about)
-        training = data.get_split_dataloader(
-            examples, options.batch_size, first * share, rank, world_size, options.workers)
-    training.worker_init_fn = leave_group
-    batches = stream.take(training, progress) if options.streaming else iter(training)
-    warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
-    bar, norm = progress_bar(options.steps, initial=first, disable=rank > 0), torch.zeros(())
-    for step in range(first, options.steps + 1):
-        (stop,) = total(len(signals))
-        if step > first and (stop or step % options.save_every == 0 or step == options.steps):
-            check_finite(step - 1, norm)
-            state |= {"step": step, "tokens": tokens, "seconds": time.perf_counter() - started}
-            weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            if world_size > 1:
-                dist.all_gather_object(streams, progress)
-            if rank == 0:
-                state["streams"] = streams if options.streaming else []
-                save_checkpoint(out, state | weights)
-        if stop:
-            bar.close()
-            print(f"stopped before step {step}; --resume goes on from there", file=sys.stderr)
-            sys.exit(128 + max(signals, default=0))
-        if rank == 0 and (step % options.eval_every == 0 or step == options.steps):
-            metrics = evaluate(model, validation)
-            seconds = round(time.perf_counter() - started, 2)
-            write_line(out, split="validation", step=step, tokens=tokens, seconds=seconds,
-                       **metrics, **baselines)
-            shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            bar.write(f"step {step}  {shown}\n{probe(model, validation[0], tokenizer)}")
-        if step == options.steps:
-            break
-        micro_batches = [next(batches) for _ in range(share)]
-        real = [int((batch["input_ids"] != model.padding_idx).sum()) for batch in micro_batches]
-        tokens += sum(total(*real))
-        seeds = [(options.seed, step, rank + i * world_size) for i in range(share)]
-        ready = [to_device(batch, device) for batch in micro_batches]
-        losses = add_gradients(model, ready, seeds)
-        rate = learning_rate(step, options.learning_rate, warmup, options.steps)
-        norm = update(model, optimizer, rate)
-        bar.update()
-        if step % options.log_every == 0 or step + 1 == options.steps:
-            check_finite(step, norm)
-            if world_size > 1:
-                dist.all_reduce(losses)
-            mlm_loss, nsp_loss = losses.tolist()
-            seconds = round(time.perf_counter() - started, 2)
-            if rank == 0:
-                write_line(out, split="train", step=step, tokens=tokens, seconds=seconds,
-                           learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
-            shown = f"loss {mlm_loss + nsp_loss:.3f}, {tokens / seconds:,.0f} tokens/s"
-            bar.set_postfix_str(shown, refresh=False)
-    bar.close()
+        print(stream.describe(corpora), *(f"{k} {v:.3f} nats" for k, v in baselines.items()))
+    def report(step: int) -> None:
+        metrics = evaluate(model, validation)
+        run.write("validation", step, **metrics, **baselines)
+        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        run.bar.write(f"step {step}  {shown}\n{probe(model, validation[0], tokenizer)}")
+    batches = make_batches(options, corpora["train"], tokenizer, run, streams[rank])
+    train(options, run, model, optimizer, batches, streams[rank], report)
     if rank == 0:
         model.save_pretrained(out / "model", tokenizer)
-        with contextlib.suppress(ImportError):  # of matplotlib
-            from results.draw import draw_pretraining
-            draw_pretraining(out)
-    if world_size > 1:
-        dist.destroy_process_group()
+        draw_pretraining(out)
+    run.end()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ that epoch's weights. Writes under --out: config.json, metrics.jsonl, model/, cu
 [BERT] Devlin et al. 2018, arXiv 1810.04805, §4.1 and A.3.
 """
 
-import contextlib
 import copy
 import itertools
 import json
@@ -29,6 +28,7 @@ from tokenizers import Tokenizer
 
 import data
 from bert import SIZES, BertConfig, SST2BertModel
+from results.draw import draw_sst2
 from support.run import option, progress_bar, run_script, set_seed, start_run, write_line
 from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
 
@@ -179,9 +179,7 @@ def train(options: SST2Options) -> None:
               f"± {deviation:.4f}, seeds {options.seeds}")
     model, accuracy = kept
     model.save_pretrained(out / "model", tokenizer)
-    with contextlib.suppress(ImportError):  # of matplotlib
-        from results.draw import draw_sst2
-        draw_sst2(out)
+    draw_sst2(out)
     if test:
         metrics = evaluate(model, test, device)
         write_line(out, split="test", **metrics)

@@ -1,6 +1,9 @@
 """Figures from the metrics.jsonl of runs: nothing in them is measured twice or typed by hand."""
 
+import contextlib
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,18 @@ def read_lines(run: Path, split: str) -> dict[str, list]:
     return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
 
 
+def optional(draw: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Without matplotlib, nothing is drawn."""
+
+    @functools.wraps(draw)
+    def draw_if_possible(run: Path) -> None:
+        with contextlib.suppress(ImportError):
+            draw(run)
+
+    return draw_if_possible
+
+
+@optional
 def draw_pretraining(run: Path) -> None:
     """curves.png: losses beside ln V and the unigram entropy; accuracies and shares."""
     from matplotlib.figure import Figure
@@ -33,6 +48,7 @@ def draw_pretraining(run: Path) -> None:
     figure.savefig(run / "curves.png", dpi=120)
 
 
+@optional
 def draw_sst2(run: Path) -> None:
     """curves.png: loss and accuracy by step, means over seeds, a colour for each learning rate."""
     from matplotlib.figure import Figure

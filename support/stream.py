@@ -9,7 +9,7 @@ it, are all that has to be remembered.
 import copy
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -49,6 +49,27 @@ def open_stream(path: str, name: str | None, column: str, rows_per_document: int
             lambda text: not is_held_out(text), input_columns=column
         )
     return rows["train"], [row[column] for row in islice(held_out, 64)]
+
+
+def read_texts(path: str, name: str | None, column: str) -> Iterable[str]:
+    """All texts of a corpus on disk, checked to be texts."""
+    rows = data.get_dataset(path, name)
+    if column not in rows.column_names:
+        raise ValueError(f"no --text-column {column} in {rows.column_names}")
+    kind = rows.features[column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(f"--text-column {column} is not text but {kind}")
+    return rows[column]
+
+
+def describe(corpora: dict) -> str:
+    """Of a split that is streamed, nothing is known."""
+    return "".join(
+        f"{split}: {len(corpus.documents) - 1} documents, {len(corpus):,} tokens; "
+        f"documents left out: {corpus.skipped}\n"
+        for split, corpus in corpora.items()
+        if isinstance(corpus, data.TokenizedCorpus)
+    )
 
 
 def tokenized(texts: list[str], first: int, tokenizer: Tokenizer) -> data.TokenizedCorpus:

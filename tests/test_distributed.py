@@ -136,6 +136,30 @@ def test_a_run_goes_on_with_another_number_of_processes(flags, alone, tmp_path):
     assert_close(lines(tmp_path), alone)
 
 
+LEAVES = """
+import os, torch
+from support.run import join_processes
+from train_pretrain import make_optimizer, update
+join_processes()
+model = torch.nn.Linear(2, 2)
+model(torch.ones(1, 2)).sum().backward()
+torch.distributed.all_reduce(model.weight.grad)
+update(model, make_optimizer(model), 1e-3)
+torch.distributed.destroy_process_group()
+threads = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
+assert not any("gloo" in name for name in threads), threads
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that does may abort the interpreter's exit, in one run of a dozen."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    process = torchrun(2, str(tmp_path / "leaves.py"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
 def test_the_death_of_one_process_ends_all_with_a_message(flags, tmp_path):
     """Nobody waits for ever, and the run can be resumed."""
     (tmp_path / "dies.py").write_text(
@@ -160,5 +184,5 @@ def test_micro_batches_that_cannot_be_dealt_are_refused(flags, tmp_path):
     process = torchrun(3, *flags, "--out", str(tmp_path))
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "error: --accumulate 4 is not a multiple of the processes, 3" in output
+    assert "error: --accumulate 4 is no multiple of 3 ranks" in output
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import signal
@@ -59,7 +60,7 @@ def state(out: Path) -> tuple[dict, list[dict]]:
     for dated in (checkpoint, *lines):
         del dated["seconds"]
     del checkpoint["metrics_bytes"]  # how long the clock's digits are
-    for place in (place for stream in checkpoint["streams"] for place in stream["places"]):
+    for place in (place for stream in checkpoint["own"] for place in stream["places"]):
         (place or {}).pop("rows", None)  # the library's own counters
     return checkpoint, lines
 
@@ -125,7 +126,7 @@ def killed_at(point: str, call: int) -> None:
     torch_save, write_line = torch.save, support.run.write_line
     {
         "before a checkpoint": lambda: setattr(
-            train_pretrain, "save_checkpoint", before(train_pretrain.save_checkpoint)
+            support.run, "save_checkpoint", before(support.run.save_checkpoint)
         ),
         "half a checkpoint written": lambda: setattr(torch, "save", half_saved),
         "written": lambda: setattr(torch, "save", after(torch.save)),
@@ -133,12 +134,12 @@ def killed_at(point: str, call: int) -> None:
         "renamed": lambda: setattr(Path, "replace", after(Path.replace)),
         "pruned": lambda: setattr(Path, "unlink", after(Path.unlink)),
         "after a checkpoint": lambda: setattr(
-            train_pretrain, "save_checkpoint", after(train_pretrain.save_checkpoint)
+            support.run, "save_checkpoint", after(support.run.save_checkpoint)
         ),
         "before an update": lambda: setattr(
             train_pretrain, "update", before(train_pretrain.update)
         ),
-        "half a line written": lambda: setattr(train_pretrain, "write_line", half_a_line),
+        "half a line written": lambda: setattr(support.run, "write_line", half_a_line),
         "before the model is exported": lambda: setattr(
             PretrainedModel, "save_pretrained", before(PretrainedModel.save_pretrained)
         ),
@@ -299,7 +300,7 @@ def test_two_checkpoints_are_kept_and_load_as_plain_tensors(finished):
         "run",
         "model",
         "optimizer",
-        "streams",
+        "own",
     }
 
 
@@ -396,6 +397,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, tmp_
     for path in checkpoints(options):
         found = torch.load(path, weights_only=True)["model"]
         assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+def read_from_worker(error: Exception) -> None:
+    def _try_get_data():
+        raise error
+
+    _try_get_data()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EOFError(),
+        ConnectionResetError("reset"),
+        pickle.UnpicklingError("pickle data was truncated"),
+        RuntimeError("received 0 items of ancdata"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_dead_worker_breaks_is_reported_as_its_death(error, monkeypatch, capsys):
+    """Also when torch's signal handler, which raises, comes while that is being reported."""
+
+    def signalled(number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGCHLD, signalled)
+    fail = support.run.fail
+    monkeypatch.setattr(
+        support.run, "fail", lambda text: (os.kill(os.getpid(), signal.SIGCHLD), fail(text))
+    )
+    with pytest.raises(SystemExit) as ended:
+        support.run.run_script(lambda _: read_from_worker(error), PretrainOptions, [])
+    signal.signal(signal.SIGCHLD, before)
+    assert ended.value.code == 2
+    assert "error: a DataLoader worker died (" in capsys.readouterr().err
+
+
+def test_an_error_that_is_ours_is_not_hidden():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        support.run.run_script(lambda _: torch.ones(2, 3) @ torch.ones(2, 3), PretrainOptions, [])
 
 
 def with_a_killed_worker(options: PretrainOptions, errors: Path) -> None:

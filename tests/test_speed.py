@@ -1,0 +1,214 @@
+"""What keeps a step fast, tested without a clock. Times are in benchmarks/."""
+
+import functools
+import platform
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from strategies import PADDING
+from test_training import SMALL, some_batches
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import train_pretrain
+from bert import Bert, BertPretrainModel
+from results.draw import read_lines
+from train_pretrain import PretrainOptions, add_gradients, make_optimizer, to_device, update
+
+CPU = torch.device("cpu")
+STILL = replace(SMALL, dropout=0.0, attention_dropout=0.0)
+
+
+def gradients(model: BertPretrainModel, batches: list[dict], losses_of=None) -> list[torch.Tensor]:
+    """Both losses, and the gradient of every parameter."""
+    model.zero_grad()
+    losses = add_gradients(model, [to_device(batch, CPU) for batch in batches], [], losses_of)
+    return [losses, *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+# ---- One graph ----------------------------------------------------------------------------------
+
+
+def test_forward_and_losses_compile_as_one_graph():
+    """No break in it (fullgraph), the same losses and gradients, and no graph for every number of
+    masked tokens: after the second, that number is free."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(train_pretrain.sum_losses, fullgraph=True, backend=counter)
+    model = BertPretrainModel(STILL, PADDING).train()
+    for batch in some_batches(5):
+        for one, other in zip(
+            gradients(model, [batch], compiled), gradients(model, [batch]), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+    assert counter.frame_count <= 3
+
+
+def test_compile_is_a_flag_of_the_training_script(tmp_path, monkeypatch):
+    graphs, compile_real = [], torch.compile
+
+    def compile_noted(function, **how):
+        graphs.append((function, how))
+        return compile_real(function, **how, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", compile_noted)
+    options = PretrainOptions(
+        str(tmp_path / "eager"), vocab_size=150, steps=3, eval_every=3, eval_batches=1,
+        batch_size=2, log_every=1, workers=0, max_seq_length=16,
+    )  # fmt: skip
+    train_pretrain.pretrain(options)
+    assert not graphs
+    train_pretrain.pretrain(replace(options, out=str(tmp_path / "compiled"), compile=True))
+    assert graphs == [(train_pretrain.sum_losses, {"fullgraph": True})]
+    eager, compiled = (read_lines(tmp_path / name, "train") for name in ("eager", "compiled"))
+    assert compiled["mlm_loss"] == pytest.approx(eager["mlm_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_encoder_can_be_exported(fused):
+    """With torch.export, for batches of any size and length."""
+    model = Bert(replace(STILL, fused_attention=fused), PADDING).eval()
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=SMALL.max_seq_length)}
+    exported = torch.export.export(
+        model, (torch.randint(1, 26, (3, 7)),), dynamic_shapes={"input_ids": free}
+    )
+    input_ids = torch.randint(1, 26, (5, 11))
+    input_ids[2, 6:] = PADDING
+    torch.testing.assert_close(exported.module()(input_ids), model(input_ids))
+
+
+# ---- A GPU never waits for the CPU, nor the reverse ---------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.add(function._overloadpacket.__name__)
+        return function(*arguments, **(named or {}))
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
+
+
+def test_nothing_in_a_step_waits_for_a_gpu():
+    """No number is read from the device, and no shape depends on values: both would stop the CPU
+    until the GPU has come so far. What does depend on them, `to_device` finds out before."""
+    model = BertPretrainModel(SMALL, PADDING).train()
+    optimizer, (batch, *_) = make_optimizer(model), some_batches(1)
+    with Recorder() as before:
+        ready = [to_device(batch, CPU)]
+    assert "nonzero" in before.names
+    with Recorder() as step:
+        losses = add_gradients(model, ready, [(0, 0)])
+        norm = update(model, optimizer, 1e-3)
+    assert "addmm" in step.names
+    assert not step.names & WAITING
+    with Recorder() as log:
+        assert norm.isfinite()
+        losses.tolist()
+    assert log.names & WAITING
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
+    model = BertPretrainModel(SMALL, PADDING).to(device).train()
+    optimizer, batches = make_optimizer(model), some_batches(3)
+    for batch in batches:
+        ready = [to_device(batch, device)]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            add_gradients(model, ready, [(0, 0)])
+            update(model, optimizer, 1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+def test_bfloat16_learns_as_float32_does(device, monkeypatch):
+    """The losses of each of 40 steps, within 5%."""
+    autocast = torch.autocast
+
+    def losses(enabled: bool) -> torch.Tensor:
+        monkeypatch.setattr(
+            torch,
+            "autocast",
+            lambda kind, *_, **__: autocast(kind, torch.bfloat16, enabled=enabled),
+        )
+        torch.manual_seed(0)
+        model = BertPretrainModel(STILL, PADDING).to(device).train()
+        optimizer, batches = make_optimizer(model), some_batches(2, 8)
+        found = []
+        for _ in range(40):
+            found.append(add_gradients(model, [to_device(batches[0], device)]).float().sum())
+            update(model, optimizer, 2e-3)
+        return torch.stack(found).cpu()
+
+    rounded, exact = losses(True), losses(False)
+    assert exact[-1] < 0.7 * exact[0]
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.0)
+
+
+# ---- Memory -------------------------------------------------------------------------------------
+
+
+def test_checkpointed_activations_change_memory_and_nothing_else(tmp_path):
+    """The gradients are equal bit for bit, dropout included; far fewer bytes wait for the backward
+    pass."""
+    options = PretrainOptions(str(tmp_path), size="mini")
+    tokenizer = train_pretrain.load_tokenizer(replace(options, vocab_size=150))
+    found, waiting = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        how = replace(options, checkpoint_activations=checkpointed)
+        model = train_pretrain.make_model(how, tokenizer).train()
+        kept: dict[int, int] = {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        batch = to_device(some_batches(1, 8)[0], CPU)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            torch.manual_seed(1)
+            sum(train_pretrain.sum_losses(model, batch)).backward()
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        waiting.append(sum(size for place, size in kept.items() if place not in parameters))
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert waiting[1] < 0.5 * waiting[0]
+
+
+FAULTS = """
+import resource, sys, torch
+from support.run import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for _ in range(8):
+    torch.zeros(16_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.zeros(16_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again_without_page_faults():
+    run = functools.partial(
+        subprocess.run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    kept, given_back = (
+        int(run([sys.executable, "-c", FAULTS, how]).stdout) for how in ("kept", "given back")
+    )
+    assert kept < 1000 < given_back  # of 64 MB, 15,625 pages of 4 KiB
