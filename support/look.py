@@ -20,7 +20,6 @@ from torch import Tensor
 
 import bert
 from bert import Bert, BertPretrainModel
-from data import load_tokenizer
 
 
 def parameter_counts(model: torch.nn.Module) -> Counter[str]:
@@ -85,6 +84,8 @@ def draw_attention(probs: Tensor, tokens: list[str]) -> Any:
 
 
 def look(source: str, text: str, attention: str | None) -> None:
+    from data import load_tokenizer  # here, since --help need not wait for it
+
     directory = bert.fetch(source)
     tokenizer = load_tokenizer(directory)
     with warnings.catch_warnings(record=True) as missing:

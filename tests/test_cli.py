@@ -305,3 +305,11 @@ def test_importing_a_script_starts_nothing():
     code = "import train_pretrain, train_sst2, bert, data"
     ended = python("-c", code)
     assert (ended.returncode, ended.stdout) == (0, "")
+
+
+def test_help_does_not_wait_for_the_libraries_of_the_data():
+    ended = python("-X", "importtime", "bert.py", "--help")
+    assert ended.returncode == 0
+    imported = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
+    assert "torch" in imported
+    assert not imported & {"data", "datasets", "tokenizers", "pyarrow"}

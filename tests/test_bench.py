@@ -1,0 +1,84 @@
+"""The benchmark measures what it says it does; how fast anything is, is not tested here."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from strategies import PADDING
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import bench
+from contest import contest
+
+import data
+from bert import BertConfig, BertPretrainModel
+from train_pretrain import sum_losses, to_device
+
+
+@pytest.mark.parametrize(("rows", "length"), [(2, 16), (3, 40)])
+def test_useful_flops_are_what_torch_counts_in_a_step(rows, length):
+    """Of the explicit attention; the fused one is not counted on a CPU."""
+    config = BertConfig.named("mini", vocab_size=500, fused_attention=False)
+    batch = to_device(bench.random_batch(rows, length, 500), torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter:
+        sum(sum_losses(BertPretrainModel(config, PADDING), batch)).backward()
+    masked = rows * round(0.15 * length)
+    assert counter.get_total_flops() == pytest.approx(
+        bench.useful_flops(config, rows, length, masked), rel=1e-9
+    )
+
+
+def test_a_random_batch_has_the_masks_of_a_real_one():
+    batch = bench.random_batch(4, 128)
+    scored = batch["mlm_labels"] != data.NOT_SCORED
+    assert scored.sum(dim=1).tolist() == [19] * 4
+    assert (batch["input_ids"][scored] == 4).all()
+    assert (batch["input_ids"] != PADDING).all()
+
+
+def counted(path: Path, factor: int):
+    """Work that takes `factor` times as long, and leaves a note of its turn."""
+
+    def work() -> None:
+        with path.open("a") as file:
+            file.write(f"{factor} ")
+        np.linalg.svd(np.random.default_rng(0).random((150 * factor, 150)))
+
+    return work
+
+
+@pytest.mark.slow
+def test_contestants_take_turns_in_processes_of_their_own(tmp_path):
+    notes = tmp_path / "notes"
+    found = contest({"quick": (counted, notes, 1), "slow": (counted, notes, 20)}, 3, warm_up=1)
+    assert notes.read_text().split() == ["1", "20"] * 4
+    assert found["quick"]["faster"] == 1.0
+    assert found["slow"]["faster"] > 1.5
+    assert found["slow"]["seconds"] > found["quick"]["seconds"]
+
+
+@pytest.mark.slow
+def test_a_step_is_the_same_work_for_both_contestants():
+    """With the same sizes, both have the same number of parameters, and both change them."""
+    sizes = {"size": "tiny", "vocab_size": 300, "dropout": 0.0}
+    config = BertConfig.named(**sizes)
+    ours, theirs = BertPretrainModel(config, 0), bench.their_model(config)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    found = bench.gpu_steps("tiny", 2, 16, "cpu", steps=1, rounds=1, compiled=(False,))
+    assert len(found) == 4
+    assert all(value > 0 for value in found.values())
+
+
+@pytest.mark.slow
+def test_the_parts_that_measure_data_run_on_the_sample():
+    texts = list(data.get_dataset("sample")["text"][:30])
+    tokenizer = data.train_tokenizer(texts, 300)
+    corpus = data.get_corpus("sample", "train", tokenizer)
+    found = bench.batches(corpus, texts, tokenizer) | bench.tokenizing(texts, tokenizer)
+    found |= bench.waiting(corpus, tokenizer, {"size": "tiny"}, 2, 32, "cpu", steps=3)
+    assert 0 < found["batches, padding"] < 0.5
+    assert 0 <= found["tiny, 2 x 32: waiting for data, share of a step"] < 1
+    assert all(value > 0 for name, value in found.items() if "/s" in name)
