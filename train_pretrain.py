@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from bert import SIZES, BertConfig, BertPretrainModel, fetch, tokenizer_hash
 from results.draw import draw_pretraining
 from support import stream
 from support.run import (Run, check_finite, first_process_first, join_processes, leave_group,
-                         option, run_script, set_seed, start_run, total)
+                         option, run_script, set_seed, start_run, sum_over_processes, total)
 
 Batch = dict[str, Tensor]
 MAY_CHANGE = {"out", "resume", "save_every", "workers", "device", "compile",
@@ -164,9 +163,8 @@ def add_gradients(model: BertPretrainModel, batches: list[Batch],
         loss = torch.stack([mlm_sum / masked, nsp_sum / pairs])
         loss.sum().backward()
         losses.append(loss.detach())
-    if dist.is_initialized():
-        for parameter in model.parameters():
-            dist.all_reduce(parameter.grad)  # the sum, since each loss is a part of one mean
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    sum_over_processes(grads)  # the sum, since each loss is a part of one mean
     return torch.stack(losses).sum(dim=0)
 
 
@@ -298,8 +296,10 @@ def train(options: PretrainOptions, run: Run, model: BertPretrainModel,
             run.save(step, progress, model=model, optimizer=optimizer)
         if stop:
             run.stop(step)
-        if run.rank == 0 and (last or step % options.eval_every == 0):
-            report(step)
+        if last or step % options.eval_every == 0:
+            check_finite(step - 1, norm)
+            if run.rank == 0:
+                report(step)
         if last:
             break
         micro_batches = [next(batches) for _ in range(share)]

@@ -2,13 +2,19 @@
 allocator helps another; only one of them computes at a time."""
 
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 spawn = multiprocessing.get_context("spawn")
+
+
+def peak_memory() -> float:
+    """Of this process, MiB. (getrusage's begins with that of the process that started it.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def serve(pipe: Any, prepare: Callable[..., Callable[[], None]], arguments: tuple) -> None:
@@ -19,7 +25,7 @@ def serve(pipe: Any, prepare: Callable[..., Callable[[], None]], arguments: tupl
         started = time.perf_counter()
         call()
         pipe.send(time.perf_counter() - started)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    pipe.send(peak_memory())
 
 
 def contest(
@@ -28,14 +34,16 @@ def contest(
     """`{name: (prepare, *arguments)}`, where `prepare(*arguments)` returns what is to be timed.
 
     For each: the median `seconds`; `faster`, the median over all rounds of the first contestant's
-    advantage, which is its own seconds divided into theirs; `MiB`, the process's peak."""
+    advantage, which is its own seconds divided into theirs; `MiB`, the process's peak, its
+    libraries included."""
     pipes, processes = {}, []
     for name, (prepare, *arguments) in contestants.items():
         pipes[name], end = spawn.Pipe()
-        processes.append(spawn.Process(target=serve, args=(end, prepare, tuple(arguments))))
+        about = (end, prepare, tuple(arguments))
+        processes.append(spawn.Process(target=serve, args=about, daemon=True))
         processes[-1].start()
-        if pipes[name].recv() != "ready":  # before the next begins, or they would share the cores
-            raise RuntimeError(f"{name} did not start")
+        end.close()  # so that its death is the end of the pipe, an EOFError here
+        pipes[name].recv()  # "ready", before the next begins: they would share the cores
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(warm_up + rounds):
         for name, pipe in pipes.items():

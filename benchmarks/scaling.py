@@ -7,13 +7,14 @@ a process of its own.
 """
 
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import our_step, useful_flops
+from bench import masked_tokens, our_step, row_lengths, useful_flops
 from contest import contest
 
 from bert import BertConfig
@@ -49,15 +50,16 @@ def expected_bytes(point: dict[str, int]) -> float:
 
 
 def expected_flops(point: dict[str, int]) -> float:
-    masked = point["batch"] * round(0.15 * point["length"])
+    shape = point["batch"], point["length"]
     config = BertConfig.named(**sizes_of(point))
-    return useful_flops(config, point["batch"], point["length"], masked)
+    return useful_flops(config, row_lengths(*shape), masked_tokens(*shape))
 
 
 def measure(point: dict[str, int]) -> dict[str, float]:
     found = contest({"ours": (our_step, sizes_of(point), point["batch"], point["length"])}, 4, 2)
-    tokens = point["batch"] * point["length"]
+    tokens = sum(row_lengths(point["batch"], point["length"]))
     return {
+        "cores": os.cpu_count(),
         "tokens_per_second": tokens / found["ours"]["seconds"],
         "flops_per_second": expected_flops(point) / found["ours"]["seconds"],
         "MiB": found["ours"]["MiB"],
@@ -74,7 +76,8 @@ def draw(lines: list[dict], file: Path) -> None:
     for column, (axis, values) in enumerate(AXES.items()):
         mine = [line for line in lines if line["axis"] == axis]
         points = [START | {axis: value} for value in values]
-        speed = [p["batch"] * p["length"] / (expected_flops(p) / rate) for p in points]
+        real = [sum(row_lengths(p["batch"], p["length"])) for p in points]
+        speed = [n * rate / expected_flops(p) for n, p in zip(real, points, strict=True)]
         memory = [process + expected_bytes(point) / 2**20 for point in points]
         for row, (name, expected) in enumerate(
             (("tokens_per_second", speed), ("MiB", memory)),
@@ -84,14 +87,14 @@ def draw(lines: list[dict], file: Path) -> None:
             axes.plot([line[axis] for line in mine], measured, "o-", label="measured")
             axes.plot(values, expected, "k--", label="formula")
             axes.set(xscale="log", xlabel=axis, ylim=(0, None))
-            axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.set_xticks(values, [f"{v / 1000:.0f}k" if v > 999 else str(v) for v in values])
             axes.minorticks_off()
             if column == 0:
                 axes.set_ylabel(("tokens/s", "peak memory, MiB")[row])
                 axes.legend()
     figure.suptitle(
-        f"A training step of mini on 2 cores; formula at {rate / 1e9:.0f} GFLOP/s of useful work "
-        f"and {process:.0f} MiB of process"
+        f"A training step of mini on {lines[0]['cores']} cores; formula at "
+        f"{rate / 1e9:.0f} GFLOP/s of useful work and {process:.0f} MiB of process"
     )
     figure.savefig(file, dpi=110)
 

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -83,8 +84,8 @@ def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None
             cause = str(error).strip(" .") or "end of its messages"
             fail(f"a DataLoader worker died ({cause}). Out of memory? Try fewer --workers, and "
                  "--resume")  # fmt: skip
-        if isinstance(error, ValueError | OSError):
-            fail(str(error))
+        if isinstance(error, ValueError | OSError):  # a worker's comes with its whole traceback
+            fail(re.sub(r"(?s)^Caught \w+ in DataLoader worker.*\n\w+: ", "", str(error).strip()))
         raise
 
 
@@ -92,7 +93,7 @@ def worker_died(error: Exception) -> bool:
     """Told by torch's own message, or by an error while a message of a worker was read: then it
     was cut off, which has many names."""
     places = (frame.name for frame in traceback.extract_tb(error.__traceback__))
-    return "DataLoader worker" in str(error) or "_try_get_data" in places
+    return bool(re.match(r"DataLoader worker \(pid", str(error))) or "_try_get_data" in places
 
 
 def start_run(options: Any) -> tuple[Path, torch.device]:
@@ -145,8 +146,8 @@ def check_finite(step: int, norm: torch.Tensor) -> None:
     """Waits for a GPU, so only where something is written down."""
     if not norm.isfinite():
         raise ValueError(
-            f"step {step}: the gradient is {norm}. The last checkpoint is good; try a "
-            "lower --learning-rate or more --warmup-steps"
+            f"step {step} or shortly before: the gradient is {norm}. The last checkpoint is good; "
+            "try a lower --learning-rate or more --warmup-steps"
         )
 
 
@@ -160,7 +161,9 @@ def join_processes(device: str | None = None) -> tuple[int, int]:
         import torch.distributed.nn  # later, its default arguments would keep the group for ever
 
         if torch.cuda.is_available() and device != "cpu":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if (own := int(os.environ["LOCAL_RANK"])) >= (gpus := torch.cuda.device_count()):
+                raise ValueError(f"--nproc_per_node: {gpus} GPUs for {own + 1} processes or more")
+            torch.cuda.set_device(own)
         dist.init_process_group(timeout=timedelta(days=1))  # one tokenizes while the others wait
     return rank, world_size
 
@@ -181,6 +184,14 @@ def total(*numbers: int) -> list[int]:
         return list(numbers)
     dist.all_reduce(sums := torch.tensor(numbers))
     return sums.tolist()
+
+
+def sum_over_processes(tensors: list[torch.Tensor]) -> None:
+    """Each becomes its sum over all processes; in one message, for each costs a turn."""
+    if dist.is_initialized():
+        dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in tensors]))
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def note_signals() -> list[int]:
@@ -317,8 +328,7 @@ class Run:
 
     def add_up(self, numbers: torch.Tensor) -> list[float]:
         """Their sums over all processes."""
-        if self.world_size > 1:
-            dist.all_reduce(numbers)
+        sum_over_processes([numbers])
         return numbers.tolist()
 
     def end(self) -> None:

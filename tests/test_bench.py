@@ -19,24 +19,26 @@ from train_pretrain import sum_losses, to_device
 
 
 @pytest.mark.parametrize(("rows", "length"), [(2, 16), (3, 40)])
-def test_useful_flops_are_what_torch_counts_in_a_step(rows, length):
+def test_useful_flops_are_what_torch_counts_in_a_step_of_full_rows(rows, length):
     """Of the explicit attention; the fused one is not counted on a CPU."""
     config = BertConfig.named("mini", vocab_size=500, fused_attention=False)
     batch = to_device(bench.random_batch(rows, length, 500), torch.device("cpu"))
+    assert bench.row_lengths(rows, length) == [length] * rows
     with FlopCounterMode(display=False) as counter:
         sum(sum_losses(BertPretrainModel(config, PADDING), batch)).backward()
-    masked = rows * round(0.15 * length)
     assert counter.get_total_flops() == pytest.approx(
-        bench.useful_flops(config, rows, length, masked), rel=1e-9
+        bench.useful_flops(config, [length] * rows, rows * round(0.15 * length)), rel=1e-9
     )
 
 
 def test_a_random_batch_has_the_masks_of_a_real_one():
     batch = bench.random_batch(4, 128)
     scored = batch["mlm_labels"] != data.NOT_SCORED
-    assert scored.sum(dim=1).tolist() == [19] * 4
+    assert scored.sum(dim=1).tolist() == [19, 19, 19, 15]
+    assert scored.sum() == bench.masked_tokens(4, 128)
     assert (batch["input_ids"][scored] == 4).all()
-    assert (batch["input_ids"] != PADDING).all()
+    lengths = (batch["input_ids"] != PADDING).sum(dim=1).tolist()
+    assert lengths == bench.row_lengths(4, 128) == [128, 128, 128, 103]
 
 
 def counted(path: Path, factor: int):
@@ -62,13 +64,19 @@ def test_contestants_take_turns_in_processes_of_their_own(tmp_path):
 
 @pytest.mark.slow
 def test_a_step_is_the_same_work_for_both_contestants():
-    """With the same sizes, both have the same number of parameters, and both change them."""
+    """Both have the same number of parameters, and a step changes every one of them."""
     sizes = {"size": "tiny", "vocab_size": 300, "dropout": 0.0}
     config = BertConfig.named(**sizes)
     ours, theirs = BertPretrainModel(config, 0), bench.their_model(config)
     assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    for make in (bench.our_step, bench.their_step):
+        step = make(sizes, 4, 16)
+        before = [parameter.detach().clone() for parameter in step.model.parameters()]
+        step()
+        for one, other in zip(before, step.model.parameters(), strict=True):
+            assert not torch.equal(one, other)
     found = bench.gpu_steps("tiny", 2, 16, "cpu", steps=1, rounds=1, compiled=(False,))
-    assert len(found) == 4
+    assert len(found) == 2
     assert all(value > 0 for value in found.values())
 
 

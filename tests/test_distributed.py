@@ -33,7 +33,7 @@ import sys, torch
 from test_distributed import model_and_batches
 from support.run import join_processes
 from train_pretrain import add_gradients, to_device
-rank, world_size = join_processes()
+rank, world_size = join_processes("cpu")
 model, batches = model_and_batches()
 mine = [to_device(batch, torch.device("cpu")) for batch in batches[rank::world_size]]
 losses = add_gradients(model, mine)
@@ -84,7 +84,7 @@ def flags(tmp_path_factory) -> list[str]:
     BertPretrainModel(config, PADDING).save_pretrained(folder / "model", small_tokenizer())
     line = f"--dataset {folder}/corpus.jsonl --weights {folder}/model --max-seq-length 32"
     line += " --batch-size 2 --accumulate 4 --steps 12 --eval-every 6 --log-every 1 --save-every 4"
-    return [str(ROOT / "train_pretrain.py"), *line.split(), "--workers", "0"]
+    return [str(ROOT / "train_pretrain.py"), *line.split(), "--workers", "0", "--device", "cpu"]
 
 
 def lines(out: Path) -> list[dict]:
@@ -118,18 +118,28 @@ def test_two_processes_have_the_curve_of_one_and_only_the_first_writes(flags, al
     assert output.count("documents left out") == 2  # one line for each split, from one process
 
 
+def children(process: subprocess.Popen) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
 def test_a_run_goes_on_with_another_number_of_processes(flags, alone, tmp_path):
     """Two are killed, four go on and are killed, one ends it: the same global batches."""
     metrics = tmp_path / "metrics.jsonl"
     for number, until in ((2, 6), (4, 10)):
-        process = torchrun(
-            number, *flags, "--out", str(tmp_path), "--resume", start_new_session=True
-        )
+        process = torchrun(number, *flags, "--out", str(tmp_path), "--resume")
         while not metrics.exists() or f'"train", "step": {until - 1}' not in metrics.read_text():
             time.sleep(0.01)
             assert process.poll() is None
-        os.killpg(process.pid, 9)
+        ranks = children(process)
+        assert len(ranks) == number
+        for pid in (process.pid, *ranks):  # torchrun first, or it would report the others' deaths
+            os.kill(pid, 9)
         process.wait()
+        while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text()
+                  for pid in ranks):  # fmt: skip
+            time.sleep(0.01)
         assert not (tmp_path / "model").exists()
     line = [sys.executable, *flags, "--out", str(tmp_path), "--resume"]
     subprocess.run(line, check=True, capture_output=True)
@@ -140,7 +150,7 @@ LEAVES = """
 import os, torch
 from support.run import join_processes
 from train_pretrain import make_optimizer, update
-join_processes()
+join_processes("cpu")
 model = torch.nn.Linear(2, 2)
 model(torch.ones(1, 2)).sum().backward()
 torch.distributed.all_reduce(model.weight.grad)

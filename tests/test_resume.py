@@ -37,7 +37,7 @@ processes.set_forkserver_preload(["test_resume"])
 
 OPTIONS = PretrainOptions(
     vocab_size=60, max_seq_length=32, batch_size=2, accumulate=2, steps=30, save_every=1,
-    eval_every=10, eval_batches=2, log_every=1, workers=0,
+    eval_every=10, eval_batches=2, log_every=1, workers=0, device="cpu",
 )  # fmt: skip
 
 
@@ -222,7 +222,7 @@ def test_a_polite_signal_saves_and_ends_and_nothing_is_done_twice(
     number, corpus, uninterrupted, tmp_path
 ):
     """With no checkpoint due before the end: what is found there, the signal has saved. It goes to
-    the data workers, too, as a terminal or a cluster would send it."""
+    the group of processes, as a terminal sends it; the data workers are in groups of their own."""
     options = replace(OPTIONS, dataset=corpus, out=str(tmp_path), save_every=1000, workers=2)
     process = processes.Process(target=in_group, args=(options,))
     process.start()
@@ -387,7 +387,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, tmp_
 
     monkeypatch.setattr(train_pretrain, "update", poisoned)
     with pytest.raises(
-        ValueError, match="step 5: the gradient is nan.*try a lower --learning-rate"
+        ValueError,
+        match="step 5 or shortly before: the gradient is nan.*try a lower --learning-rate",
     ):
         run(options)
     assert [path.name for path in checkpoints(options)] == [
@@ -397,6 +398,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, tmp_
     for path in checkpoints(options):
         found = torch.load(path, weights_only=True)["model"]
         assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+class Broken(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        raise (IndexError if index else ValueError)("a mistake\nof two lines")
+
+    def __len__(self):
+        return 2
+
+
+@pytest.mark.slow
+def test_an_error_in_a_data_worker_is_not_its_death(capsys):
+    """A user's mistake is a line, ours a traceback, as in the main process."""
+    loader = torch.utils.data.DataLoader(Broken(), sampler=[1], num_workers=1)
+    with pytest.raises(IndexError, match="a mistake"):
+        support.run.run_script(lambda _: list(loader), PretrainOptions, [])
+    loader = torch.utils.data.DataLoader(Broken(), sampler=[0], num_workers=1)
+    with pytest.raises(SystemExit):
+        support.run.run_script(lambda _: list(loader), PretrainOptions, [])
+    assert capsys.readouterr().err == "error: a mistake\nof two lines\n"
 
 
 def read_from_worker(error: Exception) -> None:

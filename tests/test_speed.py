@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import PADDING
+from strategies import PADDING, small_tokenizer
 from test_training import SMALL, some_batches
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
-from bert import Bert, BertPretrainModel
+from bert import Bert, BertConfig, BertPretrainModel
 from results.draw import read_lines
 from train_pretrain import PretrainOptions, add_gradients, make_optimizer, to_device, update
 
@@ -48,6 +48,20 @@ def test_forward_and_losses_compile_as_one_graph():
     assert counter.frame_count <= 3
 
 
+def test_checkpointed_layers_compile_into_it(tmp_path):
+    torch._dynamo.reset()
+    compiled = torch.compile(train_pretrain.sum_losses, fullgraph=True, backend="aot_eager")
+    (batch,) = some_batches(1)
+    found = []
+    for how in (False, True):
+        torch.manual_seed(0)
+        options = PretrainOptions(str(tmp_path), checkpoint_activations=how)
+        model = train_pretrain.make_model(options, small_tokenizer()).eval()
+        found.append(gradients(model, [batch], compiled if how else None))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_compile_is_a_flag_of_the_training_script(tmp_path, monkeypatch):
     graphs, compile_real = [], torch.compile
 
@@ -58,7 +72,7 @@ def test_compile_is_a_flag_of_the_training_script(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_noted)
     options = PretrainOptions(
         str(tmp_path / "eager"), vocab_size=150, steps=3, eval_every=3, eval_batches=1,
-        batch_size=2, log_every=1, workers=0, max_seq_length=16,
+        batch_size=2, log_every=1, workers=0, max_seq_length=16, device="cpu",
     )  # fmt: skip
     train_pretrain.pretrain(options)
     assert not graphs
@@ -119,9 +133,12 @@ def test_nothing_in_a_step_waits_for_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
-    model = BertPretrainModel(SMALL, PADDING).to(device).train()
-    optimizer, batches = make_optimizer(model), some_batches(3)
+    """With batches large enough for the kernels of real ones."""
+    sizes = {"vocab_size": small_tokenizer().get_vocab_size(), "max_seq_length": 128}
+    model = BertPretrainModel(BertConfig.named("tiny", **sizes), PADDING).to(device).train()
+    optimizer, batches = make_optimizer(model), some_batches(3, 64)
     for batch in batches:
+        batch = {k: v.repeat(1, 3) if v.dim() == 2 else v for k, v in batch.items()}
         ready = [to_device(batch, device)]
         torch.cuda.set_sync_debug_mode("error")
         try:
