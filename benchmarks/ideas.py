@@ -1,6 +1,7 @@
 """Ideas that could make a training step faster, each beside the step as it is, in turns.
 
-    python benchmarks/ideas.py        # base, 4 x 128; a line for each idea
+    python benchmarks/ideas.py              # base, 4 x 128; a line for each idea
+    python benchmarks/ideas.py --profile    # where the step as it is spends its time
 
 What was kept and what was not is in benchmarks/README.md.
 """
@@ -74,6 +75,23 @@ def step_of(model: BertPretrainModel, batch: dict, **optimizer_options) -> Calla
     return step
 
 
+def profile(rows: int = 4, length: int = 128) -> None:
+    """The third step, by operation."""
+    keep_freed_memory()
+    config = BertConfig.named("base", vocab_size=VOCABULARY, max_seq_length=length)
+    step = step_of(BertPretrainModel(config, 0).train(), random_batch(rows, length))
+    step()
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        step()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in events)
+    for event in events[:16]:
+        share = event.self_cpu_time_total / whole
+        line = {"operation": event.key, "calls": event.count, "share": round(share, 4)}
+        print(json.dumps({**line, "ms": round(event.self_cpu_time_total / 1000, 1)}))
+
+
 def main(rows: int = 4, length: int = 128, rounds: int = 11) -> None:
     keep_freed_memory()
     config = BertConfig.named("base", vocab_size=VOCABULARY, max_seq_length=length)
@@ -113,4 +131,4 @@ def main(rows: int = 4, length: int = 128, rounds: int = 11) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    profile() if sys.argv[1:] == ["--profile"] else main()
