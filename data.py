@@ -59,9 +59,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """WordPiece learned from texts, special tokens first; the same texts give the same ids. The
-    library numbers characters in a hash table's order, and its ties fall by number: so it gets them
-    sorted, alone and as ## pieces, as fixed tokens."""
+    """WordPiece learned from texts; the same texts give the same ids. The library's ties fall in a
+    hash table's order of characters: so it gets them sorted, alone and as ## pieces, fixed."""
     texts, blank = list(filter(None, texts)), wordpiece(None)
     letters = sorted({*chain.from_iterable(map(blank.normalizer.normalize_str, texts))} - {" "})
     fixed = [*SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
@@ -137,9 +136,8 @@ def tokenize_documents(rows: dict, numbers: list[int], tokenizer: Tokenizer, col
 def tokenize_dataset(dataset: datasets.Dataset, tokenizer: Tokenizer, text_column: str = "text",
                      rows_per_document: int = 1, processes: int | None = None) -> datasets.Dataset:
     """Stage 1: row i has document i's `tokens`, the `starts` of its sentences among them, and its
-    number of `sentences`; with fewer than two, no tokens, for it has no next sentence. Cached on
-    disk by (corpus, tokenizer), 2 bytes a token, 4 where V > 65,536. A corpus with a sentence per
-    row, such as BookCorpus, needs `rows_per_document`."""
+    number of `sentences`; with fewer than two, no tokens: none is next. Cached by (corpus,
+    tokenizer), 2 bytes a token, 4 where V > 65,536. `rows_per_document`: for a sentence a row."""
     if text_column not in dataset.column_names:
         raise ValueError(f"no column {text_column!r}: --text-column is of {dataset.column_names}")
     dataset = dataset.select_columns(text_column)
@@ -208,21 +206,18 @@ def get_corpus(path: str, split: str, tokenizer: Tokenizer, name: str | None = N
 
 
 def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
-    """Random numbers that depend on the arguments alone, whatever was drawn before. The counter's
-    lowest word is the generator's own: it counts what is drawn."""
+    """Depends on the arguments alone. The counter's lowest word is what the generator counts by."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, index, epoch, purpose]))
 
 
 def mask_tokens(input_ids: np.ndarray, ordinary: np.ndarray, u: np.ndarray, mask_id: int,
                 replacements: np.ndarray, continues: np.ndarray | None = None) -> tuple:
     """Input and labels of the masked language model, (B, T) each. [BERT] §3.1 task 1, A.1.
-
     Of a row's n `ordinary` tokens, bool (B, T), exactly max(1, round(0.15 n)) are chosen. 80% of
     them become [MASK]; 10% a random one of `replacements`, since fine-tuning has no [MASK] and no
     token may be above doubt; 10% stay, since what is read is evidence. u: uniform, (3, B, T).
     With `continues`, bool (V,), True for ## pieces, whole words are chosen, as many as that number
-    of tokens holds, at least one. Differs: [Code]'s random tokens include the special ones.
-    """
+    of tokens holds, at least one. Differs: [Code]'s random tokens include the special ones."""
     columns = np.arange(input_ids.shape[1])
     wanted = np.maximum(1, np.rint(0.15 * ordinary.sum(axis=1, keepdims=True))).astype(np.int64)
     word = np.broadcast_to(columns, input_ids.shape)  # each token's word: the column it begins in
@@ -243,6 +238,11 @@ def mask_tokens(input_ids: np.ndarray, ordinary: np.ndarray, u: np.ndarray, mask
     return masked, np.where(chosen, input_ids, NOT_SCORED)
 
 
+def around(edges: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of sorted edges, the last one up to each place and the first one behind it."""
+    return edges[(behind := np.searchsorted(edges, place, side="right")) - 1], edges[behind]
+
+
 class PretrainDataset(Dataset):
     """`[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2, [Code] create_pretraining_data.
     Example k is number k % len(dataset) of epoch k // len(dataset), a pure function of (corpus,
@@ -252,7 +252,7 @@ class PretrainDataset(Dataset):
         if max_seq_length < 5:
             raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
         vocabulary = tokenizer.get_vocab()
-        self.corpus, self.room, self.seed = corpus, max_seq_length - 3, seed  # for tokens of A, B
+        self.corpus, self.longest, self.seed = corpus, max_seq_length, seed
         self.ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
         self.replacements = np.array(sorted(set(vocabulary.values()) - set(self.ids.values())))
         pieces = [i for token, i in vocabulary.items() if token.startswith("##")]
@@ -260,14 +260,13 @@ class PretrainDataset(Dataset):
         self.continues = is_piece if whole_word_masking else None
 
     def __len__(self) -> int:
-        return max(1, len(self.corpus) // self.room)
+        return max(1, len(self.corpus) // (self.longest - 3))
 
     def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
         """int64: `input_ids`, `token_type_ids`, `mlm_labels` (-100 = not scored), (B, longest row),
         and `nsp_labels`, (B,): 0 = IsNext, 1 = random."""
-        longest = self.room + 3
         places = [divmod(number, len(self)) for number in numbers]
-        u = np.stack([generator(self.seed, 0, *place).random(6 + 3 * longest) for place in places])
+        u = np.stack([generator(self.seed, 0, *p).random(6 + 3 * self.longest) for p in places])
         spans, is_random = self.segments(np.array([index for _, index in places]), u[:, :6].T)
         lengths = spans[:, :, 1] - spans[:, :, 0]  # (B, 2): of A and of B
         sep_1, sep_2 = lengths[:, :1] + 1, lengths.sum(axis=1, keepdims=True) + 2  # their columns
@@ -278,51 +277,52 @@ class PretrainDataset(Dataset):
             tokens = (cls, self.corpus.tokens(*a), sep, self.corpus.tokens(*b), sep)
             row[: a[1] - a[0] + b[1] - b[0] + 3] = np.concatenate(tokens)
         ordinary = (columns > 0) & (columns < sep_2) & (columns != sep_1)
-        draws = u[:, 6:].reshape(-1, 3, longest)[:, :, : len(columns)].swapaxes(0, 1)
+        draws = u[:, 6:].reshape(-1, 3, self.longest)[:, :, : len(columns)].swapaxes(0, 1)
         masked, labels = mask_tokens(
             input_ids, ordinary, draws, self.ids[MASK], self.replacements, self.continues)
         batch = {"input_ids": masked, "token_type_ids": (columns > sep_1) & (columns <= sep_2),
                  "mlm_labels": labels, "nsp_labels": is_random}
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
 
-    def segments(self, index: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and ends of A and B, (B, 2, 2), and which B are random. u: uniform, (6, B).
-
-        A starts with the sentence at the index's place, or where just enough of the document is
-        left. A and B together fill T - 3 tokens (one time in ten fewer, for fine-tuning meets short
-        texts too: [BERT] A.2) or are the document. B starts with any sentence in between; if there
-        is none, anywhere, so no text is out of reach. A random B ends its document if the true one
-        does, and the pair is as long, where both documents allow: its form must not tell its label.
-        Differs: [Code]'s may be of the same document, and it cuts what is too long at either end.
-        """
-        starts, documents, room = self.corpus.sentences, self.corpus.documents, self.room
-        after = partial(np.searchsorted, side="right")  # (array, place): its first item behind
-        target = np.where(u[1] < 0.1, 2 + (u[2] * (room - 1)).astype(np.int64), room)
-        size, epoch = len(self.corpus), len(self)
-        place = index * size // epoch + (u[0] * (size // epoch)).astype(np.int64)
-        first, last = (documents[after(documents, place) + i] for i in (-1, 0))
+    def cut(self, place: np.ndarray, target: np.ndarray, u: np.ndarray) -> tuple:
+        """Where A starts, B starts, B ends: `target` tokens of the place's document, or all. A has
+        the place's sentence first, if enough follows; B any in between or, if none is, anything."""
+        starts, (first, last) = self.corpus.sentences, around(self.corpus.documents, place)
         latest = np.maximum(last - target, first)
-        a = np.where(place < latest, starts[after(starts, place) - 1], latest)
-        low = after(starts, a)
+        a = np.where(place < latest, around(starts, place)[0], latest)
+        low = np.searchsorted(starts, a, side="right")
         choices = np.searchsorted(starts, np.minimum(a + target, last)) - low
         a = np.where(choices > 0, a, np.minimum(place, latest))
         end = np.minimum(a + target, last)
-        anywhere = a + 1 + (u[3] * (end - a - 1)).astype(np.int64)
-        b = np.where(choices > 0, starts[low + (u[3] * choices).astype(np.int64)], anywhere)
-        own, skip, own_end = first, np.searchsorted(starts, first), np.searchsorted(starts, last)
-        other = (u[4] * (len(starts) - 1 - (own_end - skip))).astype(np.int64)
-        other = starts[other + np.where(other >= skip, own_end - skip, 0)]  # another's sentence
-        at_end, is_random = end == last, u[5] < 0.5
-        first, last = (documents[after(documents, other) + i] for i in (-1, 0))
-        low = after(starts, np.maximum(last - (end - a), first))  # where B would be at that end
-        choices = np.searchsorted(starts, last) - low
-        latest = starts[after(starts, np.maximum(last - (end - b), first)) - 1]
-        other, at_end = np.minimum(other, latest), at_end & (choices > 0)
-        other = np.where(at_end, starts[low + (u[3] * choices).astype(np.int64)], other)
-        random_end = np.where(at_end, last, np.minimum(other + end - b, last))
-        a = np.where(is_random, np.maximum(a - (end - b) + (random_end - other), own), a)
-        b_start, b_end = np.where(is_random, (other, random_end), (b, end))
-        return np.stack([a, b, b_start, b_end], axis=1).reshape(-1, 2, 2), is_random
+        anywhere = a + 1 + (u * (end - a - 1)).astype(np.int64)
+        return a, np.where(choices > 0, starts[low + (u * choices).astype(np.int64)], anywhere), end
+
+    def segments(self, index: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and ends of A and B, (B, 2, 2), and which B are random. u: uniform, (6, B).
+        A and B fill T - 3 tokens, one time in ten fewer, for fine-tuning meets short texts too
+        ([BERT] A.2), or are the document. A random B is the B of a place in another document. It
+        ends that one if the true B ends its own, and the pair is as long, where both allow: neither
+        B alone nor the pair's form may tell the label. Differs: [Code] draws a random B by another
+        rule, maybe from the same document, and cuts at either end."""
+        documents, size, epoch = self.corpus.documents, len(self.corpus), len(self)
+        short, room = 2 + u[2] * (self.longest - 4), self.longest - 3
+        target = np.where(u[1] < 0.1, short, room).astype(np.int64)
+        place = index * size // epoch + (u[0] * (size // epoch)).astype(np.int64)
+        a, b, end = self.cut(place, target, u[3])
+        (first, last), length, is_random = around(documents, place), end - b, u[5] < 0.5
+        other = (u[4] * (size - (last - first))).astype(np.int64)  # a token of another document
+        low, high = around(documents, other := other + np.where(other >= first, last - first, 0))
+        other = low + (other - low) * np.maximum(high - low - end + a, 1) // (high - low)
+        ended = (u[4] * (len(documents) - 2)).astype(np.int64)  # or another document, at its end
+        ended = documents[ended + (ended >= np.searchsorted(documents, first)) + 1] - 1
+        low, high = around(documents, other := np.where(end == last, ended, other))
+        _, start, stop = self.cut(other, end - a, u[3])
+        fits = around(self.corpus.sentences, np.maximum(high - length, low))[0]
+        start = np.where(end == last, start, np.minimum(start, fits))
+        stop = np.where(end == last, stop, np.minimum(start + length, high))
+        a = np.where(is_random, np.maximum(a - length + (stop - start), first), a)
+        of_b = np.where(is_random, (start, stop), (b, end))
+        return np.stack([a, b, *of_b], axis=1).reshape(-1, 2, 2), is_random
 
 
 @lru_cache(maxsize=2)
@@ -375,9 +375,9 @@ def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> li
 
 
 class SST2Batches:
-    """All sentences once: int64 `input_ids` (B, longest of these) and `labels` (B,). Lengths that
-    are similar go together: a random order is cut into pools of 64 batches, each is sorted, and the
-    batches are shuffled, by (seed, `epoch`). With seed None, all are sorted and stay so."""
+    """All sentences once: int64 `input_ids` (B, longest of these) and `labels` (B,). A random order
+    is cut into pools of 64 batches, each sorted by length, and the batches are shuffled, by (seed,
+    `epoch`): lengths in a batch are similar. With seed None, all are sorted and stay so."""
     def __init__(self, rows: list[list[int]], labels: list[int], batch_size: int,
                  padding_idx: int = 0, seed: int | None = None) -> None:
         self.rows, self.labels, self.batch_size = rows, labels, batch_size

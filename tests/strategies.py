@@ -108,7 +108,7 @@ def numbered(documents: list[list[list[int]]]) -> list[list[list[int]]]:
     return [[[next(place) for _ in sentence] for sentence in document] for document in documents]
 
 
-def place_tokenizer():
+def place_tokenizer(size: int = 20_000):
     """A tokenizer with an id for every place of a `numbered` corpus."""
-    names = [*data.SPECIAL_TOKENS, *(f"t{i}" for i in range(5, 20000))]
+    names = [*data.SPECIAL_TOKENS, *(f"t{i}" for i in range(5, size))]
     return data.wordpiece({token: i for i, token in enumerate(names)})

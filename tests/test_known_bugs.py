@@ -109,7 +109,7 @@ BUGS = {
         test_data.test_blank_lines_do_not_end_a_document, {},
     ),
     "8 a random segment of the same document": (
-        data.PretrainDataset, "segments", "np.where(other >= skip, own_end - skip, 0)", "0",
+        data.PretrainDataset, "segments", "np.where(other >= first, last - first, 0)", "0",
         test_data.test_a_next_segment_follows_and_a_random_one_is_from_another_document,
         {},
     ),
