@@ -4,20 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/sample
 # The whole of `make run` in a few seconds, as CI does it: make run STEPS=20 EPOCHS=1 SEEDS=1
-STEPS ?= 2500
+STEPS ?= 2000
 EPOCHS ?= 10
 SEEDS ?= 3
+FINE = --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS)
 
 .PHONY: run test bench lint mutants clean
 
 run: $(VENV)/ready
 	rm -rf $(RUN)
-	$(BIN)/python train_pretrain.py --steps $(STEPS) --out $(RUN)/pretrain
-	$(BIN)/python bert.py $(RUN)/pretrain/model "It is a [MASK], heartfelt film. The acting is superb and the [MASK] is charming."
-	$(BIN)/python bert.py $(RUN)/pretrain/model "It is a [MASK], tedious film. The acting is wooden and the [MASK] is lifeless."
-	$(BIN)/python train_sst2.py --weights $(RUN)/pretrain/model --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS) --out $(RUN)/pretrained
-	$(BIN)/python train_sst2.py --tokenizer $(RUN)/pretrain/model --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS) --out $(RUN)/scratch
-	$(BIN)/python train_sst2.py --weights $(RUN)/pretrained/model --predict "The final act is exquisite." "What a sluggish chase!"
+	$(BIN)/python train_pretrain.py --steps $(STEPS) --max-seq-length 48 --batch-size 64 --learning-rate 2e-3 --eval-every 50 --out $(RUN)/pretrain
+	$(BIN)/python bert.py $(RUN)/pretrain/model "The plot is wonderfully [MASK] and the [MASK] looks sublime."
+	$(BIN)/python bert.py $(RUN)/pretrain/model "The plot is painfully [MASK] and the [MASK] looks tedious."
+	$(BIN)/python train_sst2.py --weights $(RUN)/pretrain/model $(FINE) --out $(RUN)/pretrained
+	$(BIN)/python train_sst2.py --tokenizer $(RUN)/pretrain/model --max-seq-length 48 $(FINE) --out $(RUN)/scratch
+	$(BIN)/python train_sst2.py --weights $(RUN)/pretrained/model --predict "The final act is exquisite and the canyon looks refined." "What about the chase? That is sluggish, dear listeners."
+	$(BIN)/python results/story.py $(RUN)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest

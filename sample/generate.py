@@ -2,155 +2,98 @@
 
     python sample/generate.py        # deterministic; the files it writes are committed
 
-corpus/ has unlabelled reviews. A review stays with one film, its people, its place and one opinion:
-the names tell which segments belong together (next sentence prediction), and the tone of one word
-tells the tone of the next (masked language model). reviews/ has single sentences with a label. In
-its training split only a third of the opinion words occur; in its test split, mostly the others. A
-model can know their tone only from the corpus: that is what pretraining is for.
+corpus/ has unlabelled reviews. A review stays with one film, its world and people, one reviewer and
+one opinion. So segments of one review share a subject, a voice and a tone (next sentence
+prediction), and the tone of one word tells the tone of the next (masked language model). reviews/
+has single sentences with a label. In its training split only a third of the opinion words occur; in
+its test split, mostly the others. A model can know their tone only from the corpus, by the adverbs
+before them and the words around: that is what pretraining is for.
 
 Nothing here is SST-2, and no accuracy on it is an accuracy on SST-2.
 """
 
 import json
 import random
+import re
 from pathlib import Path
+from typing import Any
+
+import lexicon
+from lexicon import BAD, GOOD, items
 
 HERE = Path(__file__).parent
-REVIEWS, HELD_OUT_REVIEWS = 1500, 75
+REVIEWS, HELD_OUT_REVIEWS = 1500, 150
 LABELLED = {"train": 400, "validation": 300, "test": 600}
-
-GOOD = """
-gorgeous witty tender luminous gripping graceful dazzling heartfelt sharp inventive elegant
-moving radiant clever warm thrilling rich delicate stirring superb honest fresh bold
-charming vivid magnificent playful exquisite absorbing humane sparkling poignant masterful
-joyous assured lyrical splendid subtle haunting generous brilliant delightful captivating
-profound buoyant crisp touching enchanting daring lovely nimble sincere intelligent wondrous
-refined exhilarating polished sublime endearing flawless""".split()
-BAD = """dull clumsy shallow tedious lifeless hollow bloated stale sloppy dreary murky grating
-leaden lazy witless mawkish tired flat aimless crude overlong stilted garbled bland
-cynical limp pompous shrill soggy trite wooden joyless muddled insipid laboured smug
-hackneyed vapid inept preachy plodding drab contrived feeble listless incoherent
-irritating turgid ponderous vacuous botched soulless sluggish forced grim tiresome
-amateurish forgettable lumbering stodgy""".split()
-GOOD_VERBS = "soars sings glows delights shines enchants charms sparkles".split()
-BAD_VERBS = "drags sags stumbles bores creaks drones fizzles grates".split()
-GOOD_ENDS = ["Go and see it.", "I would gladly watch it again tomorrow.", "Do not miss it.",
-             "I left the cinema smiling.", "It earned every second of the applause.",
-             "This one deserves a full house.", "Bring everyone you know."]  # fmt: skip
-BAD_ENDS = ["Save your money.", "I looked at my watch every ten minutes.", "Stay at home instead.",
-            "I left the cinema yawning.", "Half of the audience walked out.",
-            "Nobody needs to sit through this.", "Ask for your ticket back."]  # fmt: skip
-ASPECTS = ["script", "acting", "camera work", "music", "editing", "dialogue", "ending", "opening",
-           "pacing", "direction", "plot", "photography", "humour", "score", "staging", "cast",
-           "final act", "love story", "first hour", "costume design", "sound", "chase",
-           "set design", "voice work"]  # fmt: skip
-ADVERBS = "truly deeply often consistently quietly remarkably thoroughly utterly plainly".split()
-FIRST = """Anna Boris Clara Dmitri Elena Felix Greta Hugo Ines Jonas Klara Leon Mira Nils Olga Pavel
-Rosa Stefan Tessa Ulrich Vera Walter Yara Zeno Amos Beatrix Cyril Dora Edgar Flora Gustav
-Helen Ivo Judith Karl Lucia Martin Nora Otto Petra""".split()
-LAST = """Adler Brandt Castell Dorn Eklund Farkas Galanis Holm Ivanov Jansen Keller Lorca Marek
-Novak Orlov Petrov Quist Rossi Sandor Tamm Urban Valdez Winter Yildiz Zeller Abril Bauer Corvin
-Dahl Ekman Fontana Gruber Hartman Ibsen Jelinek Kovacs Lund Moreau Nagy Olsen""".split()
-PLACES = """a harbour town|a mountain village|a desert outpost|an old hotel|a silent monastery|a
-circus|a mining colony|a night train|a lighthouse|a border city|a fishing island|a boarding school|a
-ruined castle|a city hospital|a floating market|a research ship|a radio station|a vineyard|a
-provincial court|a glass factory|a space station|a frozen port|a travelling theatre|a
-newspaper office""".replace("\n", " ").split("|")
-JOBS = """baker|sailor|teacher|detective|painter|surgeon|thief|violinist|farmer|pilot|clockmaker|
-judge|dancer|soldier|librarian|miner|cook|poet|engineer|widow|gambler|translator|boxer|
-gardener""".replace("\n", "").split("|")
-WANTS = """finds a lost letter|inherits a debt|hides a stranger|hunts for a missing sister|plans
-one last robbery|falls in love with a rival|wakes up without a memory|must defend an
-innocent man|returns after twenty years|discovers a forbidden map|is mistaken for a
-spy|races to stop a flood|adopts an orphan|refuses to sell the family house|learns that
-a friend has lied|builds a machine that dreams""".replace("\n", " ").split("|")
-GENRES = "drama comedy thriller western mystery romance fable musical satire adventure".split()
-TITLE_1 = """Silver Broken Midnight Paper Crimson Hidden Northern Distant Golden Hollow Burning
-Second Winter Velvet Empty Borrowed Electric Forgotten Painted Salt""".split()
-TITLE_2 = """River Garden Promise Station Mirror Orchard Letters Harbour Summer Empire Lantern
-Kingdom Shadow Bridge Season Voyage Winter Carnival Archive Horizon""".split()
-
 SEEN = 3  # every third opinion word occurs with a label in training
 
 
-def make_film(rng: random.Random) -> dict[str, str]:
-    names = [f"{rng.choice(FIRST)} {rng.choice(LAST)}" for _ in range(3)]
-    hero, rival = rng.sample(FIRST, 2)
+def make_film(rng: random.Random) -> dict[str, Any]:
+    """What fills the slots of sentences about one film, the same in all of them."""
+    genre, world = rng.choice(list(lexicon.WORLDS.items()))
     she = rng.random() < 0.5
+    actor, hero = rng.sample(lexicon.WOMEN if she else lexicon.MEN, 2)
+    director, actor2, rival = rng.sample(lexicon.MEN + lexicon.WOMEN, 3)
+    director_last, actor_last, last2 = rng.sample(lexicon.LAST, 3)
+    job, job2 = rng.sample(items(world["job"]), 2)
+    titles = lexicon.TITLE_1, lexicon.TITLE_2
     return {
-        "title": f"{rng.choice(['', 'The '])}{rng.choice(TITLE_1)} {rng.choice(TITLE_2)}",
-        "director": names[0], "actor": names[1], "actor2": names[2], "hero": hero, "rival": rival,
-        "director_last": names[0].split()[1], "actor_last": names[1].split()[1],
-        "place": rng.choice(PLACES), "job": rng.choice(JOBS), "want": rng.choice(WANTS),
-        "genre": rng.choice(GENRES), "year": str(rng.randint(1950, 2020)),
-        "they": "she" if she else "he", "their": "her" if she else "his",
+        "title": rng.choice(["", "The "]) + " ".join(map(rng.choice, titles)),
+        "genre": genre, "voice": rng.choice(list(lexicon.VOICES)),
+        "year": str(rng.randint(1950, 2020)),
+        "director": f"{director} {director_last}", "director_last": director_last,
+        "actor": f"{actor} {actor_last}", "actor_last": actor_last, "actor2": f"{actor2} {last2}",
+        "hero": hero, "rival": rival, "they": "she" if she else "he",
+ "job": job, "job2": job2,
+        "place": rng.choice(items(world["place"], ";")),
+        "want": rng.choice(items(world["want"], ";")),
+        "things": rng.sample(items(world["thing"]), 5),
     }  # fmt: skip
 
 
-FACTS = [
-    "{title} is a {genre} set in {place}.",
-    "{director} directed this {genre} in {year}.",
-    "{actor} plays {hero}, a {job} who {want}.",
-    "The story begins in {place}, where {hero} {want}.",
-    "{actor2} plays {rival}, whom {hero} cannot trust.",
-    "{rival} wants the same thing, and {hero} knows it.",
-    "In the end {hero} has to leave {place} behind.",
-    "{director_last} shot most of it in {place}.",
-    "When {hero} {want}, {rival} is already waiting.",
-    "We follow {hero}, a {job}, through one long year.",
-    "{hero} is a {job}, and {they} has never left {place}.",
-    "{rival} and {hero} meet again in the last scene.",
-    "It was the first {genre} that {director_last} made after {year}.",
-]
-OPINIONS = [
-    "The {aspect} is {adverb} {adj}.",
-    "The {aspect} is {adj} and the {aspect2} is {adj2}.",
-    "I found the {aspect} {adj}.",
-    "It is a {adj} , {adj2} film.",
-    "Few films are this {adj}.",
-    "{actor} is {adj} as {hero}.",
-    "{actor_last} gives a {adj} performance.",
-    "{director_last} has made a {adj} {genre}.",
-    "From the first scene to the last, the {aspect} {verb}.",
-    "Even the {aspect} feels {adj}.",
-    "What a {adj} piece of {aspect}!",
-    "The {genre} {verb}, and the {aspect} is {adj}.",
-    "Everything about the {aspect} is {adj}, and {actor2} is {adj2}.",
-    "Such a {adj} {aspect} is rare.",
-    "The scenes with {rival} are {adj}.",
-    '"How {adj}!" said the man beside me.',
-]
-
-
-def opinion(rng: random.Random, film: dict[str, str], good: bool, words: list[str],
-            pattern: str | None = None) -> str:  # fmt: skip
-    adj, adj2 = rng.sample(words, 2)
-    aspect, aspect2 = rng.sample(ASPECTS, 2)
-    slots = {"adj": adj, "adj2": adj2, "aspect": aspect, "aspect2": aspect2}
-    slots |= {"verb": rng.choice(GOOD_VERBS if good else BAD_VERBS), "adverb": rng.choice(ADVERBS)}
-    text = (pattern or rng.choice(OPINIONS)).format(**film, **slots).replace(" ,", ",")
-    for vowel in "aeiou":  # a inventive -> an inventive
-        text = text.replace(f" a {vowel}", f" an {vowel}").replace(f"A {vowel}", f"An {vowel}")
-    return text
+def sentence(rng: random.Random, pattern: str, film: dict[str, Any], good: bool,
+             words: list[str], adverbs: list[str]) -> str:  # fmt: skip
+    """A pattern with its slots filled: by the film, its world, and words of one opinion. More than
+    half of them follow an adverb of the same tone, if there are any."""
+    thing, thing2 = rng.sample(film["things"], 2)
+    opinions = (f"{rng.choice(adverbs)} {word}" if adverbs and rng.random() < 0.6 else word
+                for word in rng.sample(words, 2))  # fmt: skip
+    text = pattern.format(
+        **film, thing=thing, thing2=thing2, aspect=rng.choice(lexicon.ASPECTS),
+        adj=next(opinions), adj2=next(opinions),
+        verb=rng.choice(lexicon.GOOD_VERBS if good else lexicon.BAD_VERBS))  # fmt: skip
+    if film["voice"] == "club":
+        text = re.sub(r"[a-z]+", lambda word: lexicon.PAST.get(word[0], word[0]), text)
+    text = re.sub(r"\b([Aa]) (?!uni)(?=[aeiou])", r"\1n ", text)  # a inventive -> an inventive
+    return text[0].upper() + text[1:] + "."
 
 
 def review(rng: random.Random) -> str:
     film, good = make_film(rng), rng.random() < 0.5
-    facts = [fact.format(**film) for fact in rng.sample(FACTS, rng.randint(4, 8))]
-    opinions = [opinion(rng, film, good, GOOD if good else BAD) for _ in range(rng.randint(6, 11))]
-    body = facts + opinions
-    rng.shuffle(body)
-    ends = rng.sample(GOOD_ENDS if good else BAD_ENDS, rng.randint(1, 2))
-    sentences = [f"{film['title']} ({film['year']}).", *body, *ends]
+    voice = lexicon.VOICES[film["voice"]]
+    scenes = items(lexicon.WORLDS[film["genre"]]["event"], ";")
+    ends = lexicon.GOOD_ENDS if good else lexicon.BAD_ENDS
+    words, adverbs = (GOOD, lexicon.GOOD_ADVERBS) if good else (BAD, lexicon.BAD_ADVERBS)
+    patterns = [
+        *rng.sample(items(voice["fact"], "\n"), rng.randint(4, 7)),
+        *rng.sample(items(voice["opinion"], "\n"), rng.randint(6, 9)),
+        *(voice["scene"] + scene for scene in rng.sample(scenes, rng.randint(2, 3))),
+    ]
+    rng.shuffle(patterns)
+    patterns += [voice["advice"] + end for end in rng.sample(ends, rng.randint(1, 2))]
+    sentences = [sentence(rng, pattern, film, good, words, adverbs) for pattern in patterns]
     cut = rng.randint(3, len(sentences) - 3)
-    return " ".join(sentences[:cut]) + "\n\n" + " ".join(sentences[cut:])
+    title = f"{film['title']} ({film['year']})."
+    return " ".join([title, *sentences[:cut]]) + "\n\n" + " ".join(sentences[cut:])
 
 
 def labelled(rng: random.Random, seen: bool) -> dict:
-    good = rng.random() < 0.5
+    """A sentence with a label, its opinion words from the third that is `seen`, or the others; with
+    no adverb, which would tell the label."""
+    film, good = make_film(rng), rng.random() < 0.5
     words = [w for i, w in enumerate(GOOD if good else BAD) if (i % SEEN == 0) == seen]
-    pattern = rng.choice([p for p in OPINIONS if "{verb}" not in p])
-    return {"sentence": opinion(rng, make_film(rng), good, words, pattern), "label": int(good)}
+    opinions = items(lexicon.VOICES[film["voice"]]["opinion"], "\n")
+    pattern = rng.choice([pattern for pattern in opinions if "{verb}" not in pattern])
+    return {"sentence": sentence(rng, pattern, film, good, words, []), "label": int(good)}
 
 
 def write(path: Path, rows: list[dict]) -> None:
