@@ -10,8 +10,9 @@ import numpy as np
 
 
 def read_lines(run: Path, split: str) -> dict[str, list]:
-    """The columns of a run's lines for "train", "validation" or "test"."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The columns of a run's lines for "train", "validation" or "test". A folder, or a file."""
+    file = run / "metrics.jsonl" if run.is_dir() else run
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines = [line for line in lines if line["split"] == split]
     return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
 

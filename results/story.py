@@ -1,0 +1,112 @@
+"""What `make run` has shown: one table and one figure, from the metrics.jsonl of its three runs.
+
+python results/story.py runs/sample      # a folder with pretrain/, pretrained/ and scratch/
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+import data
+from results.draw import optional, read_lines
+from train_pretrain import PretrainOptions
+
+
+def best_accuracies(run: Path) -> list[float]:
+    """Of each seed of a run of train_sst2.py, the best epoch's on the validation split, percent."""
+    lines = read_lines(run, "validation")
+    best: dict[int, float] = {}
+    for seed, accuracy in zip(lines["seed"], lines["accuracy"], strict=True):
+        best[seed] = max(best.get(seed, 0.0), 100 * accuracy)
+    return list(best.values())
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{deviation}"
+
+
+def commonest_token() -> float:
+    """The MLM accuracy, percent, of always saying the sample's commonest token."""
+    vocab_size = PretrainOptions.vocab_size
+    tokenizer = data.train_tokenizer(data.get_dataset("sample")["text"], vocab_size)
+    corpus = data.get_corpus("sample", "validation", tokenizer)
+    counts = sum(np.bincount(chunk, minlength=vocab_size) for chunk in corpus.chunks)
+    return 100 * np.max(counts) / len(corpus)
+
+
+def table(folder: Path) -> str:
+    pretrain = {
+        name: np.array(v) for name, v in read_lines(folder / "pretrain", "validation").items()
+    }
+    share, step = pretrain["commonest_prediction"], pretrain["step"]
+    pretrained, scratch = (best_accuracies(folder / run) for run in ("pretrained", "scratch"))
+    rows = [
+        ("the same token everywhere: highest share of one prediction",
+         f"{100 * share.max():.0f}% at step {step[share.argmax()]}"),
+        ("its share at the end", f"{100 * share[-1]:.0f}%"),
+        ("MLM accuracy", f"{100 * pretrain['mlm_accuracy'][-1]:.0f}%"),
+        ("MLM accuracy of always saying the commonest token",
+         f"{commonest_token():.0f}%"),
+        ("NSP accuracy", f"{100 * pretrain['nsp_accuracy'][-1]:.0f}%"),
+        (f"reviews, {len(pretrained)} seeds: accuracy with the pretrained weights",
+         f"{mean_and_deviation(pretrained)}%"),
+        ("reviews: accuracy from scratch", f"{mean_and_deviation(scratch)}%"),
+        ("pretraining took", f"{pretrain['seconds'][-1]:.0f} s, {step[-1]} steps"),
+    ]  # fmt: skip
+    width = max(len(what) for what, _ in rows)
+    return "\n".join(f"{what:<{width}}  {seen}" for what, seen in rows)
+
+
+@optional
+def draw_story(folder: Path) -> None:
+    """curves.png: the loss beside its baselines, shares and accuracies, both classifiers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    panels: Any = figure.subplots(1, 3)
+    loss, shares, reviews = panels
+    train, validation = (read_lines(folder / "pretrain", s) for s in ("train", "validation"))
+    loss.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
+    loss.plot(validation["step"], validation["mlm_loss"], label="validation")
+    for name, label, style in (
+        ("ln_vocab_size", "ln V: nothing is known", ":"),
+        ("unigram_entropy", "unigram entropy: how often tokens occur", "--"),
+    ):
+        loss.axhline(validation[name][0], color="black", linestyle=style, linewidth=1, label=label)
+    for name, label in {
+        "commonest_prediction": "share of the commonest prediction",
+        "mlm_accuracy": "MLM accuracy",
+        "nsp_accuracy": "NSP accuracy",
+    }.items():
+        shares.plot(validation["step"], validation[name], label=label)
+    for run, label in {"pretrained": "with pretrained weights", "scratch": "from scratch"}.items():
+        lines = read_lines(folder / run, "validation")
+        epochs = sorted(set(lines["epoch"]))
+        means = [
+            np.mean(
+                [a for e, a in zip(lines["epoch"], lines["accuracy"], strict=True) if e == epoch]
+            )
+            for epoch in epochs
+        ]
+        reviews.plot(epochs, means, "o-", label=label)
+    loss.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
+    shares.set(xlabel="step", ylim=(0, 1.02), title="pretraining, validation")
+    reviews.set(xlabel="epoch", ylim=(0.45, 1), title="accuracy on reviews, mean of the seeds")
+    for axes in panels:
+        axes.legend(fontsize=8)
+    figure.savefig(folder / "curves.png", dpi=120)
+
+
+def main(folder: str) -> None:
+    print(table(Path(folder)))
+    draw_story(Path(folder))
+    print(f"{folder}/curves.png shows it")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
