@@ -1,9 +1,12 @@
 """The memory of many data workers, over time: 16 of them, each with 10 batches waiting.
 
     python results/measure_memory.py CORPUS VOCABULARY SECONDS >> results/memory.jsonl
+    python results/measure_memory.py CORPUS VOCABULARY SECONDS lists >> results/memory_lists.jsonl
 
 The setting in which the author of the first version ran out of memory after 16 hours. A line every
-ten seconds; KiB are proportional set sizes, in which a page that n processes share counts 1/n.
+ten seconds; KiB are proportional set sizes, in which a page that n processes share counts 1/n. With
+"lists", the workers read a tenth of the corpus from lists of Python's integers, as one writes it
+first: to read an object is to count a reference to it, and so each worker comes to own every page.
 """
 
 import gc
@@ -14,6 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
@@ -21,19 +27,35 @@ import data
 WORKERS, PREFETCH, BATCH, LENGTH = 16, 10, 256, 128
 
 
+class Lists(torch.utils.data.Dataset):
+    """Lines of tokens in a list: 8 bytes for each, and 28 for the integer itself."""
+
+    def __init__(self, corpus: data.TokenizedCorpus) -> None:
+        tokens = np.concatenate(corpus.chunks)[: len(corpus) // 10]
+        starts = range(0, len(tokens) - LENGTH, LENGTH)
+        self.lines = [tokens[start : start + LENGTH].tolist() for start in starts]
+
+    def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([self.lines[n % len(self.lines)] for n in numbers])}
+
+
 def kib(pid: int) -> int:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return int(text.split("\nPss:")[1].split()[0])
 
 
-def main(corpus: str, vocabulary: str, seconds: str) -> None:
+def main(corpus: str, vocabulary: str, seconds: str, way: str = "mapped") -> None:
     tokenizer = data.load_tokenizer(vocabulary)
-    dataset = data.PretrainDataset(
-        data.get_corpus(corpus, "train", tokenizer, processes=2), tokenizer, LENGTH
-    )
-    loader = data.get_split_dataloader(dataset, BATCH, workers=WORKERS)
-    loader.prefetch_factor = PREFETCH
-    gc.freeze()
+    tokenized = data.get_corpus(corpus, "train", tokenizer, processes=2)
+    dataset: Any = data.PretrainDataset(tokenized, tokenizer, LENGTH)
+    sampler = data.EpochSampler(len(dataset), BATCH, seed=0)
+    if way == "lists":
+        dataset = Lists(tokenized)
+    else:
+        gc.freeze()
+    loader: Any = torch.utils.data.DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=dict, num_workers=WORKERS,
+        prefetch_factor=PREFETCH)  # fmt: skip
     iterator: Any = iter(loader)
     started, batches, shown = time.perf_counter(), 0, 0.0
     while (now := time.perf_counter() - started) < float(seconds):

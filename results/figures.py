@@ -1,0 +1,181 @@
+"""Draws every figure of results/ from the raw lines beside it.
+
+python results/figures.py
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+
+from results.draw import read_lines
+from results.story import best_accuracies, mean_and_deviation
+
+HERE = Path(__file__).parent
+SIX = "published_weights/"
+SST2 = {  # what was trained, and where its lines are
+    "tiny from scratch": ["sst2/scratch"],
+    "tiny, those weights": ["sst2/pretrained"],
+    "tiny, those weights, another tokenizer": ["sst2/wrong_tokenizer"],
+    "a tenth of the sentences, tiny from scratch": ["sst2/scratch_tenth"],
+    "a tenth of the sentences, those weights": ["sst2/pretrained_tenth"],
+    "6 layers from scratch": [f"{SIX}scratch-1epoch-{seed}.jsonl" for seed in range(3)],
+    "6 layers, published weights": [f"{SIX}minilm-1epoch.jsonl", f"{SIX}minilm-1epoch-1.jsonl"],
+    "6 layers, published weights, another tokenizer": [f"{SIX}wrong-tokenizer-1epoch.jsonl"],
+}
+PUBLISHED = {"Google's tiny": 83.2, "Google's mini": 85.9, "BERT-base": 92.7}  # dev accuracy, %
+
+
+def read(name: str, **wanted: Any) -> dict[str, np.ndarray]:
+    """The columns of a file of JSON lines, of the lines that have what is wanted."""
+    lines = [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+    lines = [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
+    return {key: np.array([line[key] for line in lines]) for key in lines[0]}
+
+
+def summary() -> list[str]:
+    """The rows of the README's table: what was measured, here, published."""
+    books = read_lines(HERE / "books", "validation")
+    hours = books["seconds"][-1] / 60
+    loss, tokens = books["mlm_loss"][-1], books["tokens"][-1] / 1e6
+    entropies = read("bigrams.jsonl")
+    unigrams, bigrams = (entropies[f"{n}gram_cross_entropy"][0] for n in ("uni", "bi"))
+    rows = [
+        (f"perplexity of masked tokens on the books: tiny, {tokens:.0f} million tokens, "
+         f"{hours:.0f} minutes on a core", f"{np.exp(loss):.0f}", "BERT-base 3.99, toynlp 5.90"),
+        ("the same, by unigrams; by bigrams",
+         f"{np.exp(unigrams):.0f}; {np.exp(bigrams):.0f}", ""),
+    ]  # fmt: skip
+    published = {
+        "tiny from scratch": "toynlp's base: about 80",
+        "tiny, those weights": "Google's tiny 83.2, mini 85.9",
+        "6 layers, published weights": "Google's small 89.7, BERT-base 92.7 to 92.9, toynlp 91.93",
+    }  # fmt: skip
+    for name, files in SST2.items():
+        accuracies = [a for file in files for a in best_accuracies(HERE / file)]
+        rows.append((f"SST-2 dev accuracy, %: {name}", mean_and_deviation(accuracies),
+                     published.get(name, "")))  # fmt: skip
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=inches, layout="constrained")
+
+
+def curves(axes: Any, run: str, split: str, name: str, rate: float, **style: Any) -> None:
+    """A quantity by step, its mean over the seeds; many lines are joined by tens."""
+    lines = read_lines(HERE / run, split)
+    of_step: dict[int, list[float]] = {}
+    for step, value, own in zip(lines["step"], lines[name], lines["learning_rate"], strict=True):
+        if own == rate:
+            of_step.setdefault(step, []).append(value)
+    steps, means = list(of_step), [float(np.mean(values)) for values in of_step.values()]
+    part = max(1, len(steps) // 60)
+    groups = [slice(i, i + part) for i in range(0, len(steps), part)]
+    axes.plot([steps[g][-1] for g in groups], [np.mean(means[g]) for g in groups], **style)
+
+
+def draw_phases() -> Any:
+    """The phases of pretraining on the books: first how often words occur, then what they mean."""
+    figure = new_figure((11, 4.2))
+    left, right = figure.subplots(1, 2)
+    train, validation = (read_lines(HERE / "books", split) for split in ("train", "validation"))
+    entropies = read("bigrams.jsonl")
+    left.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
+    left.plot(validation["step"], validation["mlm_loss"], label="validation")
+    for label, value, style in (
+        ("ln V: nothing is known", validation["ln_vocab_size"][0], ":"),
+        ("unigrams: how often tokens occur", entropies["unigram_cross_entropy"][0], "--"),
+        ("bigrams: and after which", entropies["bigram_cross_entropy"][0], "-."),
+    ):
+        left.axhline(value, color="black", linestyle=style, linewidth=1, label=label)
+    for name, label in {
+        "commonest_prediction": "share of the commonest prediction",
+        "mlm_accuracy": "MLM accuracy",
+        "nsp_accuracy": "NSP accuracy",
+    }.items():
+        right.plot(validation["step"], validation[name], label=label)
+    left.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model on the books")
+    right.set(xlabel="step", ylim=(0, 1.02), title="validation")
+    for axes in (left, right):
+        axes.set_xscale("symlog", linthresh=100)
+        axes.set_xlim(0, validation["step"][-1])
+        axes.set_xticks([0, 50, 100, 300, 1000, 3000], ["0", "50", "100", "300", "1000", "3000"])
+        axes.legend(fontsize=8)
+    return figure
+
+
+def draw_sst2() -> Any:
+    """SST-2 from scratch at three learning rates, and with the weights from the books."""
+    figure = new_figure((14, 4.2))
+    loss, accuracy, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.2])
+    for i, rate in enumerate((5e-5, 1e-5, 1e-6)):
+        color = f"C{i}"
+        curves(loss, "sst2/rates", "train", "loss", rate, color=color, alpha=0.35)
+        for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
+            label = f"learning rate {rate:g}"
+            curves(axes, "sst2/rates", "validation", name, rate, color=color, label=label)
+    loss.set(xlabel="step", ylabel="loss, nats", title="from scratch: training (pale) and dev")
+    accuracy.set(xlabel="step", ylabel="dev accuracy", title="from scratch")
+    accuracy.legend(fontsize=8)
+    for i, (name, files) in enumerate(SST2.items()):
+        values = [accuracy for file in files for accuracy in best_accuracies(HERE / file)]
+        deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+        color = "C1" if "another" in name else "C2" if "weights" in name else "C0"
+        bars.barh(i, np.mean(values), xerr=deviation, color=color, alpha=0.8, capsize=3)
+        bars.text(96, i, mean_and_deviation(values), va="center", fontsize=8)
+    names = [name.replace(", ", ",\n", 1) for name in SST2]
+    bars.set_yticks(range(len(SST2)), names, fontsize=7)
+    bars.invert_yaxis()
+    for name, value in PUBLISHED.items():
+        bars.axvline(value, color="black", linestyle=":", linewidth=1)
+        bars.text(value, len(SST2) - 0.4, name, rotation=90, ha="right", va="bottom", fontsize=6)
+    bars.set(xlim=(50, 106), xlabel="dev accuracy, %", title="mean ± sd over the seeds")
+    return figure
+
+
+def draw_mistakes() -> Any:
+    """A rate too large, everything made up front, a corpus in lists under sixteen workers."""
+    figure = new_figure((14, 4.2))
+    trap, up_front, memory = figure.subplots(1, 3)
+    for i, rate in enumerate((1e-2, 1e-3, 1e-4)):
+        lines = read("trap.jsonl", learning_rate=rate)
+        trap.plot(lines["step"], lines["mlm_loss"], color=f"C{i}", label=f"learning rate {rate:g}")
+    trap.axhline(lines["entropy_of_targets"][0], color="black", linestyle=":", linewidth=1,
+                 label="entropy of the targets")  # fmt: skip
+    trap.set(xlabel="step", ylabel="MLM loss, nats", ylim=(0, 11), title="one sample, by heart")
+    for way in ("up front", "on the fly"):
+        lines = read("up_front.jsonl", way=way)
+        up_front.plot(lines["characters"] / 1e6, lines["seconds"], "o-", label=way)
+    up_front.set(xlabel="million characters", ylabel="seconds to the first batch",
+                 title="all examples first, or on the fly")  # fmt: skip
+    for file, label in {
+        "memory_lists": "a tenth of the books in lists",
+        "memory": "all books mapped",
+    }.items():
+        lines = read(f"{file}.jsonl")
+        total = (lines["main_kib"] + lines["workers_kib"]) / 1024
+        memory.plot(lines["seconds"], total, label=label)
+    memory.set(xlabel="seconds", ylabel="MiB, all processes", title="16 workers, prefetch 10")
+    memory.set_ylim(bottom=0)
+    for axes in (trap, up_front, memory):
+        axes.legend(fontsize=8)
+    return figure
+
+
+def main() -> None:
+    for draw in (draw_phases, draw_sst2, draw_mistakes):
+        file = HERE / f"{draw.__name__.removeprefix('draw_')}.png"
+        draw().savefig(file, dpi=110)
+        print(file)
+    print(*summary(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
