@@ -18,7 +18,7 @@ run: $(VENV)/ready
 	$(BIN)/python bert.py $(RUN)/pretrain/model "The plot is painfully [MASK] and the [MASK] looks tedious."
 	$(BIN)/python train_sst2.py --weights $(RUN)/pretrain/model $(FINE) --out $(RUN)/pretrained
 	$(BIN)/python train_sst2.py --tokenizer $(RUN)/pretrain/model --max-seq-length 48 $(FINE) --out $(RUN)/scratch
-	$(BIN)/python train_sst2.py --weights $(RUN)/pretrained/model --predict "The final act is exquisite and the canyon looks refined." "What about the chase? That is sluggish, dear listeners."
+	$(BIN)/python train_sst2.py --weights $(RUN)/pretrained/model --predict "The plot is delicate and the canyon looks tender." "What about the canyon? That is murky, dear listeners."
 	$(BIN)/python results/story.py $(RUN)
 
 test: $(VENV)/ready

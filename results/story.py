@@ -96,9 +96,9 @@ def draw_story(folder: Path) -> None:
         reviews.plot(epochs, means, "o-", label=label)
     loss.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
     shares.set(xlabel="step", ylim=(0, 1.02), title="pretraining, validation")
-    reviews.set(xlabel="epoch", ylim=(0.45, 1), title="accuracy on reviews, mean of the seeds")
-    for axes in panels:
-        axes.legend(fontsize=8)
+    reviews.set(xlabel="epoch", ylim=(0.45, 1.02), title="accuracy on reviews, mean of the seeds")
+    for axes, place in zip(panels, ("upper right", "center right", "center right"), strict=True):
+        axes.legend(fontsize=8, loc=place)
     figure.savefig(folder / "curves.png", dpi=120)
 
 

@@ -1,0 +1,114 @@
+"""The README says what is there, and no more: its commands, files, tests and numbers."""
+
+import configparser
+import re
+import shlex
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from bench import useful_flops
+
+from bert import BertConfig
+from results import figures, story
+from support.run import parse_options
+from train_pretrain import PretrainOptions
+from train_sst2 import SST2Options
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "results/README.md", ROOT / "benchmarks/README.md"]
+
+
+def commands() -> list[list[str]]:
+    """The indented lines that start a program, words apart, continued lines joined."""
+    text = README.replace("\\\n", " ")
+    lines = re.findall(r"^    ((?:python|torchrun|make|[A-Z_]+=\w+ make|\.venv)\b.*)$", text, re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def test_every_training_command_of_the_readme_is_understood():
+    """Each flag exists and takes its value; an ellipsis stands for other flags."""
+    understood = 0
+    for words in commands():
+        options = {"train_pretrain.py": PretrainOptions, "train_sst2.py": SST2Options}
+        for script in options.keys() & set(words):
+            flags = [word for word in words[words.index(script) + 1 :] if word != "..."]
+            parse_options(options[script], flags)
+            understood += 1
+    assert understood >= 12
+
+
+def test_every_other_command_of_the_readme_is_there():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    for words in commands():
+        for word, following in pairwise(words):
+            if word == "make":
+                assert following in targets
+            if following.endswith(".py"):
+                assert (ROOT / following).exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert links
+    for link in links:
+        assert (page.parent / link).exists(), link
+
+
+def test_every_test_that_the_readme_names_exists():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", README)
+    assert len(names) >= 8
+    for name in names:
+        assert f"def {name}(" in tests, name
+
+
+def test_the_reading_order_has_the_files_lengths():
+    rows = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.M)
+    assert [name for name, _ in rows] == [
+        "bert.py",
+        "data.py",
+        "train_pretrain.py",
+        "train_sst2.py",
+    ]
+    for name, lines in rows:
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines)
+
+
+def test_every_difference_is_marked_where_it_is_coded():
+    listed = README.split("## Differences")[1].split("\n## ")[0].count("\n- ")
+    code = [(ROOT / name).read_text() for name in ("bert.py", "data.py", "train_pretrain.py")]
+    assert sum(text.count("Differs:") for text in code) >= listed >= 6
+
+
+def test_the_table_of_make_run_is_that_of_the_raw_lines():
+    """As results/sample has them, from a run of `make run`."""
+    for line in story.table(ROOT / "results/sample").splitlines():
+        assert f"    {line}\n" in README
+
+
+def test_the_results_are_those_of_the_raw_lines():
+    for row in figures.summary():
+        assert row in README
+
+
+@pytest.mark.parametrize("length", [128, 512])
+def test_the_hours_are_those_of_the_formula(length):
+    """A million steps of 256 sequences of base, at 400 TFLOP/s."""
+    masked = round(0.15 * (length - 3))
+    operations = useful_flops(BertConfig.named("base"), [length], masked) / length
+    hours = 1e6 * 256 * length * operations / 400e12 / 3600
+    assert f"| {length} | {operations / 1e6:.0f} million | {hours:.0f} |" in README
+
+
+def test_the_version_is_the_same_everywhere():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    version = setup["metadata"]["version"]
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()

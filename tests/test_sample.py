@@ -1,0 +1,79 @@
+"""The sample's world: what its generator promises, and what `make run` shows of it."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+SAMPLE = Path(__file__).parents[1] / "sample"
+sys.path.insert(0, str(SAMPLE))
+
+import generate  # noqa: E402
+import lexicon  # noqa: E402
+
+from results import story  # noqa: E402
+from results.draw import read_lines  # noqa: E402
+
+
+def rows(file: str) -> list[dict]:
+    return [json.loads(line) for line in (SAMPLE / file).read_text().splitlines()]
+
+
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def test_the_files_are_those_that_the_generator_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "HERE", tmp_path)
+    generate.main()
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("**/*.jsonl"))
+    assert len(written) == 5
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (SAMPLE / path).read_bytes()
+
+
+def test_a_review_has_one_tone_one_world_and_one_voice():
+    """No word of the other tone; no thing or job of another world, but for words of both."""
+    assert not set(lexicon.GOOD) & set(lexicon.BAD)
+    own = {
+        genre: words_of(f"{world['job']} {world['thing']} {world['place']} {world['event']}")
+        for genre, world in lexicon.WORLDS.items()
+    }
+    things = {genre: words_of(world["thing"]) for genre, world in lexicon.WORLDS.items()}
+    for row in rows("corpus/train.jsonl"):
+        words = words_of(row["text"])
+        tones = [words & set(adjectives) for adjectives in (lexicon.GOOD, lexicon.BAD)]
+        assert sum(map(bool, tones)) == 1
+        genre = max(things, key=lambda genre: len(words & things[genre]))
+        assert len(words & things[genre]) >= 3
+        alien = set.union(*(things[other] for other in things if other != genre)) - own[genre]
+        assert len(words & alien) <= 3
+
+
+def test_most_opinion_words_of_the_test_split_never_had_a_label():
+    """And no adverb tells the tone of a labelled sentence."""
+    opinions = set(lexicon.GOOD + lexicon.BAD)
+    adverbs = set(lexicon.GOOD_ADVERBS + lexicon.BAD_ADVERBS)
+    train, test = (
+        [words_of(row["sentence"]) & opinions for row in rows(f"reviews/{split}.jsonl")]
+        for split in ("train", "test")
+    )
+    seen = set.union(*train)
+    unseen = [words for words in test if not words & seen]
+    assert len(seen) <= len(opinions) / 3 + 1
+    assert 0.7 < len(unseen) / len(test) < 0.8
+    for split in ("train", "validation", "test"):
+        assert not any(words_of(r["sentence"]) & adverbs for r in rows(f"reviews/{split}.jsonl"))
+
+
+def test_make_run_shows_what_it_promises():
+    """By the raw lines of one run of it, which the README's table and figure are made of."""
+    folder = Path(story.__file__).parent / "sample"
+    pretrain = read_lines(folder / "pretrain", "validation")
+    assert max(pretrain["commonest_prediction"]) > 0.9  # the same token everywhere,
+    assert pretrain["commonest_prediction"][-1] < 0.3  # and not any more
+    assert 100 * pretrain["mlm_accuracy"][-1] >= story.commonest_token() + 30
+    assert pretrain["nsp_accuracy"][-1] >= 0.85
+    pretrained, scratch = (story.best_accuracies(folder / run) for run in ("pretrained", "scratch"))
+    assert len(pretrained) == len(scratch) == 3
+    assert sum(pretrained) / 3 >= sum(scratch) / 3 + 8
