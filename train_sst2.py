@@ -37,6 +37,7 @@ LABELS = ("negative", "positive")
 
 @dataclass
 class SST2Options:
+    """[BERT] A.3 tries batches of 16 and 32, rates of 5e-5, 3e-5 and 2e-5, 2 to 4 epochs."""
     out: str = option("runs/sst2", "a new folder for all that the run writes")
     dataset: str = option("sample", "sample, or a directory or hub id with SST-2's columns")
     dataset_name: str | None = option(None, "the dataset's configuration, where it has several")

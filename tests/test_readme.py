@@ -95,6 +95,11 @@ def test_the_table_of_make_run_is_that_of_the_raw_lines():
 def test_the_results_are_those_of_the_raw_lines():
     for row in figures.summary():
         assert row in README
+    page = (ROOT / "results/README.md").read_text(encoding="utf-8")
+    for files in figures.SST2.values():
+        accuracies = [a for file in files for a in story.best_accuracies(figures.HERE / file)]
+        shown = story.mean_and_deviation(accuracies)
+        assert shown in page or all(f"{accuracy:.1f}" in page for accuracy in accuracies)
 
 
 @pytest.mark.parametrize("length", [128, 512])
