@@ -32,7 +32,8 @@ def make_film(rng: random.Random) -> dict[str, Any]:
     genre, world = rng.choice(list(lexicon.WORLDS.items()))
     she = rng.random() < 0.5
     actor, hero = rng.sample(lexicon.WOMEN if she else lexicon.MEN, 2)
-    director, actor2, rival = rng.sample(lexicon.MEN + lexicon.WOMEN, 3)
+    others = [name for name in lexicon.MEN + lexicon.WOMEN if name not in (actor, hero)]
+    director, actor2, rival = rng.sample(others, 3)
     director_last, actor_last, last2 = rng.sample(lexicon.LAST, 3)
     job, job2 = rng.sample(items(world["job"]), 2)
     titles = lexicon.TITLE_1, lexicon.TITLE_2

@@ -383,26 +383,24 @@ VOICES = {
 PAST = dict(
     pair.split()
     for pair in items(
-        """is was, are were, has had, does did, cannot couldn't,
-    must should, arrives arrived, begins began, believes believed, bets bet, blows blew, bores
-    bored,
-    break broke, breaks broke, burns burned, bursts burst, buries buried, buys bought, carries
-    carried, changes changed, charms charmed, cheats cheated, climbs climbed, comes came, cooks
-    cooked, copies copied, counts counted, creaks creaked, crosses crossed, dances danced, decays
-    decayed, delights delighted, deserts deserted, digs dug, drags dragged, dreams dreamed, drones
-    droned, enchants enchanted, ends ended, fails failed, falls fell, feels felt, fights fought,
-    finds found, fizzles fizzled, floats floated, follow followed, follows followed, gives gave,
-    glows glowed, goes went, grates grated, guards guarded, hears heard, hides hid, inherits
-    inherited, knocks knocked, knows knew, lands landed, lasts lasted, leaves left, looks looked,
-    loses lost, lowers lowered, meet met, mentions mentioned, misses missed, mixes mixed, needs
-    needed, opens opened, operates operated, plans planned, plays played, practises practised,
-    promises promised, puts put, questions questioned, recognizes recognized, refuses refused,
-    repairs repaired, returns returned, rides rode, rises rose, robs robbed, sags sagged, sails
-    sailed, says said, searches searched, sees saw, sells sold, shelters sheltered, shines shone,
-    sings sang, smuggles smuggled, soars soared, sparkles sparkled, speaks spoke, spreads spread,
-    steals stole, steers steered, stumbles stumbled, suits suited, takes took, talks talked, tastes
-    tasted, teaches taught, tears tore, throws threw, ties tied, tracks tracked, trains trained,
-    turns turned, waits waited, wakes woke, walks walked, wants wanted, writes wrote""",
+        """is was, are were, has had, does did, cannot couldn't, must should, arrives arrived,
+    begins began, believes believed, bets bet, blows blew, bores bored, break broke, breaks
+    broke, burns burned, bursts burst, buries buried, buys bought, carries carried, changes
+    changed, charms charmed, cheats cheated, climbs climbed, comes came, cooks cooked, copies
+    copied, counts counted, creaks creaked, crosses crossed, dances danced, decays decayed,
+    delights delighted, deserts deserted, digs dug, drags dragged, drones droned, enchants
+    enchanted, ends ended, fails failed, falls fell, fights fought, finds found, fizzles
+    fizzled, floats floated, follows followed, glows glowed, goes went, grates grated, guards
+    guarded, hears heard, hides hid, inherits inherited, keeps kept, knocks knocked, lands
+    landed, lasts lasted, leaves left, loses lost, lowers lowered, mentions mentioned, misses
+    missed, mixes mixed, needs needed, opens opened, operates operated, plans planned, practises
+    practised, promises promised, puts put, questions questioned, recognizes recognized, refuses
+    refused, repairs repaired, returns returned, rides rode, rises rose, robs robbed, sags
+    sagged, sails sailed, says said, searches searched, sees saw, sells sold, shelters
+    sheltered, shines shone, sings sang, smuggles smuggled, soars soared, sparkles sparkled,
+    speaks spoke, spreads spread, steals stole, steers steered, stumbles stumbled, takes took,
+    talks talked, tastes tasted, teaches taught, tears tore, throws threw, ties tied, tracks
+    tracked, trains trained, turns turned, waits waited, wakes woke, walks walked, writes wrote""",
         ",",
     )
 )
