@@ -301,12 +301,12 @@ class PretrainDataset(Dataset):
         """Starts and ends of A and B, (B, 2, 2), and which B are random. u: uniform, (6, B).
         A and B fill T - 3 tokens, one time in ten fewer, for fine-tuning meets short texts too
         ([BERT] A.2), or are the document. A random B is the B of a place in another document. It
-        ends that one if the true B ends its own, and the pair is as long, where both allow: neither
-        B alone nor the pair's form may tell the label. Differs: [Code] draws a random B by another
-        rule, maybe from the same document, and cuts at either end."""
+        ends that one if the true B ends its own, and the pair is as long, where both allow: so, in
+        documents longer than T, neither B alone nor the pair's form tells the label. Differs:
+        [Code]'s random B is drawn by another rule, maybe from the same document, and cut."""
         documents, size, epoch = self.corpus.documents, len(self.corpus), len(self)
-        short, room = 2 + u[2] * (self.longest - 4), self.longest - 3
-        target = np.where(u[1] < 0.1, short, room).astype(np.int64)
+        short, room = 2 + (u[2] * (self.longest - 4)).astype(np.int64), self.longest - 3
+        target = np.where(u[1] < 0.1, short, room)
         place = index * size // epoch + (u[0] * (size // epoch)).astype(np.int64)
         a, b, end = self.cut(place, target, u[3])
         (first, last), length, is_random = around(documents, place), end - b, u[5] < 0.5

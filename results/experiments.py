@@ -114,8 +114,9 @@ def transform(rows: dict, tokenizer: Tokenizer) -> dict:
 
 
 def up_front(corpus: str, vocabulary: str) -> Iterator[dict]:
-    """Seconds until the first batch, and bytes on disk, for more and more documents: with all
-    examples made before training, once, and with the examples made on the fly. One process."""
+    """Seconds until the first batch, and bytes of what was made for it, for more and more text:
+    with all examples made before training, once, and with examples made on the fly. One process."""
+    random.seed(0)
     tokenizer = data.load_tokenizer(vocabulary)
     rows = data.get_dataset(corpus)
     for number in (4, 8, 16, 32):

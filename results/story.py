@@ -53,7 +53,7 @@ def table(folder: Path) -> str:
         ("MLM accuracy of always saying the commonest token",
          f"{commonest_token():.0f}%"),
         ("NSP accuracy", f"{100 * pretrain['nsp_accuracy'][-1]:.0f}%"),
-        (f"reviews, {len(pretrained)} seeds: accuracy with the pretrained weights",
+        (f"reviews, {len(pretrained)} seeds, best epochs: accuracy with the pretrained weights",
          f"{mean_and_deviation(pretrained)}%"),
         ("reviews: accuracy from scratch", f"{mean_and_deviation(scratch)}%"),
         ("pretraining took", f"{pretrain['seconds'][-1]:.0f} s, {step[-1]} steps"),
@@ -105,7 +105,8 @@ def draw_story(folder: Path) -> None:
 def main(folder: str) -> None:
     print(table(Path(folder)))
     draw_story(Path(folder))
-    print(f"{folder}/curves.png shows it")
+    if (Path(folder) / "curves.png").exists():
+        print(f"{folder}/curves.png shows it")
 
 
 if __name__ == "__main__":

@@ -249,8 +249,9 @@ def test_the_form_of_a_pair_says_nothing_about_its_label(sentences):
 
 def test_a_segment_alone_says_nothing_about_the_label():
     """A random B comes from where a true one could: from stretches of short and of long sentences,
-    from short and long documents, from their starts and ends as often. Drawn among sentences, it
-    would come from dialogue too often. Means of both labels are within five standard errors."""
+    from short and long documents, from their starts and ends as often, if all are longer than a
+    pair. Drawn among sentences, it would come from dialogue too often. Means of both labels are
+    within five standard errors."""
     generator = np.random.default_rng(0)
     docs = []
     for _ in range(130):

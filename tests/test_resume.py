@@ -18,7 +18,6 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
-import matplotlib.figure  # noqa: F401  # with the next, seconds less in every process
 import pytest
 import torch
 import torch._dynamo
@@ -30,6 +29,8 @@ import train_pretrain
 from bert import PretrainedModel
 from train_pretrain import PretrainOptions, pretrain
 
+with contextlib.suppress(ImportError):  # with torch._dynamo, seconds less in every process
+    import matplotlib.figure  # noqa: F401
 # Runs begin in processes of their own, forked from one that has imported everything and computed
 # nothing: a fork of this one would inherit the locks of its threads.
 processes = multiprocessing.get_context("forkserver")

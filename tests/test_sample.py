@@ -66,7 +66,7 @@ def test_most_opinion_words_of_the_test_split_never_had_a_label():
         assert not any(words_of(r["sentence"]) & adverbs for r in rows(f"reviews/{split}.jsonl"))
 
 
-def test_make_run_shows_what_it_promises():
+def test_the_recorded_run_shows_what_make_run_promises():
     """By the raw lines of one run of it, which the README's table and figure are made of."""
     folder = Path(story.__file__).parent / "sample"
     pretrain = read_lines(folder / "pretrain", "validation")
