@@ -61,6 +61,11 @@ def summary() -> list[str]:
         accuracies = [a for file in files for a in best_accuracies(HERE / file)]
         rows.append((f"SST-2 dev accuracy, %: {name}", mean_and_deviation(accuracies),
                      published.get(name, "")))  # fmt: skip
+    bench = json.loads((HERE / "bench.json").read_text())
+    times = (bench[f"{step}: times as fast as transformers"]
+             for step in ("mini, 16 x 128", "base, 4 x 128"))  # fmt: skip
+    rows.append(("a training step, times as fast as transformers as it comes: mini; base",
+                 "; ".join(f"{ratio:.2f}" for ratio in times), ""))  # fmt: skip
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
