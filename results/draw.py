@@ -5,6 +5,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,22 +29,52 @@ def optional(draw: Callable[[Path], None]) -> Callable[[Path], None]:
     return draw_if_possible
 
 
+def means_of_seeds(
+    run: Path, split: str, name: str, rate: float | None = None, by: str = "step"
+) -> tuple[list[int], list[float]]:
+    """Steps, or epochs, of a run on SST-2, and a quantity's means there, over the seeds; of all
+    learning rates or of one."""
+    lines = read_lines(run, split)
+    values: dict[int, list[float]] = {}
+    for i, place in enumerate(lines.get(by, [])):
+        if rate in (None, lines["learning_rate"][i]):
+            values.setdefault(place, []).append(lines[name][i])
+    return list(values), [float(np.mean(v)) for v in values.values()]
+
+
+def plot_pretraining(loss: Any, shares: Any, run: Path, known: dict[str, float]) -> None:
+    """Two panels: the MLM loss beside what could be `known` without reading the text, in nats; and
+    accuracies and the share of the commonest prediction."""
+    train, validation = read_lines(run, "train"), read_lines(run, "validation")
+    loss.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
+    loss.plot(validation["step"], validation["mlm_loss"], label="validation")
+    known = {"ln V: nothing is known": validation["ln_vocab_size"][0], **known}
+    for (label, nats), style in zip(known.items(), (":", "--", "-."), strict=False):
+        loss.axhline(nats, color="black", linestyle=style, linewidth=1, label=label)
+    for name, label in {
+        "commonest_prediction": "share of the commonest prediction",
+        "mlm_accuracy": "MLM accuracy",
+        "nsp_accuracy": "NSP accuracy",
+    }.items():
+        shares.plot(validation["step"], validation[name], label=label)
+    loss.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
+    shares.set(xlabel="step", ylim=(0, 1.02), title="pretraining, validation")
+
+
+def unigrams(run: Path) -> dict[str, float]:
+    """What a run's corpus lets a model know without reading, as `plot_pretraining` labels it."""
+    entropy = read_lines(run, "validation")["unigram_entropy"][0]
+    return {"unigram entropy: how often tokens occur": entropy}
+
+
 @optional
 def draw_pretraining(run: Path) -> None:
     """curves.png: losses beside ln V and the unigram entropy; accuracies and shares."""
     from matplotlib.figure import Figure
 
-    train, validation = read_lines(run, "train"), read_lines(run, "validation")
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(train["step"], train["mlm_loss"], color="0.8", label="training")
-    left.plot(validation["step"], validation["mlm_loss"], label="validation")
-    for name, style in {"ln_vocab_size": ":", "unigram_entropy": "--"}.items():
-        left.axhline(validation[name][0], color="black", linestyle=style, label=name)
-    for name in ("mlm_accuracy", "nsp_accuracy", "commonest_prediction"):
-        right.plot(validation["step"], validation[name], label=name)
-    left.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
-    right.set(xlabel="step", ylim=(0, 1.02), title="validation")
+    plot_pretraining(left, right, run, unigrams(run))
     left.legend()
     right.legend()
     figure.savefig(run / "curves.png", dpi=120)
@@ -56,20 +87,16 @@ def draw_sst2(run: Path) -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    train, validation = read_lines(run, "train"), read_lines(run, "validation")
-    for number, rate in enumerate(sorted(set(validation["learning_rate"]))):
-        for axes, lines, name in (
-            (left, train, "loss"),
-            (left, validation, "loss"),
-            (right, validation, "accuracy"),
+    rates = sorted(set(read_lines(run, "validation")["learning_rate"]))
+    for number, rate in enumerate(rates):
+        for axes, split, name in (
+            (left, "train", "loss"),
+            (left, "validation", "loss"),
+            (right, "validation", "accuracy"),
         ):
-            of_step: dict[int, list[float]] = {}  # the values of all seeds
-            for i, step in enumerate(lines.get("step", [])):
-                if lines["learning_rate"][i] == rate:
-                    of_step.setdefault(step, []).append(lines[name][i])
-            means = [np.mean(values) for values in of_step.values()]
-            label, alpha = f"learning rate {rate:g}", 0.4 if lines is train else 1.0
-            axes.plot(list(of_step), means, color=f"C{number}", label=label, alpha=alpha)
+            style = {"color": f"C{number}", "alpha": 0.4 if split == "train" else 1.0}
+            means = means_of_seeds(run, split, name, rate)
+            axes.plot(*means, **style, label=f"learning rate {rate:g}")
     left.set(xlabel="step", ylabel="loss, nats", title="training (pale) and validation")
     right.set(xlabel="step", ylabel="accuracy", title="validation")
     right.legend()

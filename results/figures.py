@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from results.draw import read_lines
+from results.draw import means_of_seeds, plot_pretraining, read_lines
 from results.story import best_accuracies, mean_and_deviation
 
 HERE = Path(__file__).parent
@@ -77,12 +77,7 @@ def new_figure(inches: tuple[float, float]) -> Any:
 
 def curves(axes: Any, run: str, split: str, name: str, rate: float, **style: Any) -> None:
     """A quantity by step, its mean over the seeds; many lines are joined by tens."""
-    lines = read_lines(HERE / run, split)
-    of_step: dict[int, list[float]] = {}
-    for step, value, own in zip(lines["step"], lines[name], lines["learning_rate"], strict=True):
-        if own == rate:
-            of_step.setdefault(step, []).append(value)
-    steps, means = list(of_step), [float(np.mean(values)) for values in of_step.values()]
+    steps, means = means_of_seeds(HERE / run, split, name, rate)
     part = max(1, len(steps) // 60)
     groups = [slice(i, i + part) for i in range(0, len(steps), part)]
     axes.plot([steps[g][-1] for g in groups], [np.mean(means[g]) for g in groups], **style)
@@ -92,27 +87,15 @@ def draw_phases() -> Any:
     """The phases of pretraining on the books: first how often words occur, then what they mean."""
     figure = new_figure((11, 4.2))
     left, right = figure.subplots(1, 2)
-    train, validation = (read_lines(HERE / "books", split) for split in ("train", "validation"))
     entropies = read("bigrams.jsonl")
-    left.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
-    left.plot(validation["step"], validation["mlm_loss"], label="validation")
-    for label, value, style in (
-        ("ln V: nothing is known", validation["ln_vocab_size"][0], ":"),
-        ("unigrams: how often tokens occur", entropies["unigram_cross_entropy"][0], "--"),
-        ("bigrams: and after which", entropies["bigram_cross_entropy"][0], "-."),
-    ):
-        left.axhline(value, color="black", linestyle=style, linewidth=1, label=label)
-    for name, label in {
-        "commonest_prediction": "share of the commonest prediction",
-        "mlm_accuracy": "MLM accuracy",
-        "nsp_accuracy": "NSP accuracy",
-    }.items():
-        right.plot(validation["step"], validation[name], label=label)
-    left.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model on the books")
-    right.set(xlabel="step", ylim=(0, 1.02), title="validation")
+    known = {
+        "unigrams: how often tokens occur": entropies["unigram_cross_entropy"][0],
+        "bigrams: and after which": entropies["bigram_cross_entropy"][0],
+    }
+    plot_pretraining(left, right, HERE / "books", known)
     for axes in (left, right):
         axes.set_xscale("symlog", linthresh=100)
-        axes.set_xlim(0, validation["step"][-1])
+        axes.set_xlim(left=0)
         axes.set_xticks([0, 50, 100, 300, 1000, 3000], ["0", "50", "100", "300", "1000", "3000"])
         axes.legend(fontsize=8)
     return figure

@@ -30,13 +30,18 @@ WORKERS, PREFETCH, BATCH, LENGTH = 16, 10, 256, 128
 class Lists(torch.utils.data.Dataset):
     """Lines of tokens in a list: 8 bytes for each, and 28 for the integer itself."""
 
+    seed = 0
+
     def __init__(self, corpus: data.TokenizedCorpus) -> None:
         tokens = np.concatenate(corpus.chunks)[: len(corpus) // 10]
         starts = range(0, len(tokens) - LENGTH, LENGTH)
         self.lines = [tokens[start : start + LENGTH].tolist() for start in starts]
 
+    def __len__(self) -> int:
+        return len(self.lines)
+
     def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.tensor([self.lines[n % len(self.lines)] for n in numbers])}
+        return {"input_ids": torch.tensor([self.lines[n % len(self)] for n in numbers])}
 
 
 def kib(pid: int) -> int:
@@ -47,15 +52,13 @@ def kib(pid: int) -> int:
 def main(corpus: str, vocabulary: str, seconds: str, way: str = "mapped") -> None:
     tokenizer = data.load_tokenizer(vocabulary)
     tokenized = data.get_corpus(corpus, "train", tokenizer, processes=2)
-    dataset: Any = data.PretrainDataset(tokenized, tokenizer, LENGTH)
-    sampler = data.EpochSampler(len(dataset), BATCH, seed=0)
-    if way == "lists":
-        dataset = Lists(tokenized)
-    else:
+    dataset: Any = (
+        Lists(tokenized) if way == "lists" else data.PretrainDataset(tokenized, tokenizer, LENGTH)
+    )
+    if way == "mapped":
         gc.freeze()
-    loader: Any = torch.utils.data.DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=dict, num_workers=WORKERS,
-        prefetch_factor=PREFETCH)  # fmt: skip
+    loader = data.get_split_dataloader(dataset, BATCH, workers=WORKERS)
+    loader.prefetch_factor = PREFETCH
     iterator: Any = iter(loader)
     started, batches, shown = time.perf_counter(), 0, 0.0
     while (now := time.perf_counter() - started) < float(seconds):

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 import data
-from results.draw import optional, read_lines
+from results.draw import means_of_seeds, optional, plot_pretraining, read_lines, unigrams
 from train_pretrain import PretrainOptions
 
 
@@ -70,32 +70,10 @@ def draw_story(folder: Path) -> None:
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     panels: Any = figure.subplots(1, 3)
     loss, shares, reviews = panels
-    train, validation = (read_lines(folder / "pretrain", s) for s in ("train", "validation"))
-    loss.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
-    loss.plot(validation["step"], validation["mlm_loss"], label="validation")
-    for name, label, style in (
-        ("ln_vocab_size", "ln V: nothing is known", ":"),
-        ("unigram_entropy", "unigram entropy: how often tokens occur", "--"),
-    ):
-        loss.axhline(validation[name][0], color="black", linestyle=style, linewidth=1, label=label)
-    for name, label in {
-        "commonest_prediction": "share of the commonest prediction",
-        "mlm_accuracy": "MLM accuracy",
-        "nsp_accuracy": "NSP accuracy",
-    }.items():
-        shares.plot(validation["step"], validation[name], label=label)
+    plot_pretraining(loss, shares, folder / "pretrain", unigrams(folder / "pretrain"))
     for run, label in {"pretrained": "with pretrained weights", "scratch": "from scratch"}.items():
-        lines = read_lines(folder / run, "validation")
-        epochs = sorted(set(lines["epoch"]))
-        means = [
-            np.mean(
-                [a for e, a in zip(lines["epoch"], lines["accuracy"], strict=True) if e == epoch]
-            )
-            for epoch in epochs
-        ]
-        reviews.plot(epochs, means, "o-", label=label)
-    loss.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
-    shares.set(xlabel="step", ylim=(0, 1.02), title="pretraining, validation")
+        means = means_of_seeds(folder / run, "validation", "accuracy", by="epoch")
+        reviews.plot(*means, "o-", label=label)
     reviews.set(xlabel="epoch", ylim=(0.45, 1.02), title="accuracy on reviews, mean of the seeds")
     for axes, place in zip(panels, ("upper right", "center right", "center right"), strict=True):
         axes.legend(fontsize=8, loc=place)
