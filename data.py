@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-NOT_SCORED = -100  # the label of a token that was not chosen, cross_entropy's ignore_index
+IGNORED_LABEL = -100  # the label of a token that was not chosen, cross_entropy's ignore_index
 SAMPLE = Path(__file__).with_name("sample")
 KINDS = {".txt", ".json", ".jsonl", ".parquet"}
 STAGE_1 = 1  # in the cache's key: to be raised when stage 1 changes
@@ -168,14 +168,15 @@ class TokenizedCorpus:
         lengths = np.concatenate([chunk.value_lengths() for chunk in tokens]).astype(np.int64)
         first, within = np.cumsum(lengths) - lengths, np.concatenate([c.flatten() for c in starts])
         own = np.repeat(first, np.where(lengths > 0, found, 0))  # start of the sentence's document
-        self.sentences = np.append(own + within, lengths.sum())  # the sum, so that the end of each
-        self.documents = np.append(first[lengths > 0], lengths.sum())  # is the start of the next
+        # Both end with the end of the corpus, so that the end of each is the start of the next.
+        self.sentence_starts = np.append(own + within, lengths.sum())
+        self.document_starts = np.append(first[lengths > 0], lengths.sum())
 
     def __reduce__(self) -> tuple:
         return TokenizedCorpus, (self.rows,)  # a worker that was not forked maps the files itself
 
     def __len__(self) -> int:
-        return int(self.documents[-1])
+        return int(self.document_starts[-1])
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Tokens start to end of the corpus, both in one document."""
@@ -235,7 +236,7 @@ def mask_tokens(input_ids: np.ndarray, ordinary: np.ndarray, u: np.ndarray, mask
     action = np.where(chosen, u[1], 1.0)
     random = replacements[(u[2] * len(replacements)).astype(np.int64)]
     masked = np.where(action < 0.8, mask_id, np.where(action < 0.9, random, input_ids))
-    return masked, np.where(chosen, input_ids, NOT_SCORED)
+    return masked, np.where(chosen, input_ids, IGNORED_LABEL)
 
 
 def around(edges: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -287,7 +288,8 @@ class PretrainDataset(Dataset):
     def cut(self, place: np.ndarray, target: np.ndarray, u: np.ndarray) -> tuple:
         """Where A starts, B starts, B ends: `target` tokens of the place's document, or all. A has
         the place's sentence first, if enough follows; B any in between or, if none is, anything."""
-        starts, (first, last) = self.corpus.sentences, around(self.corpus.documents, place)
+        starts = self.corpus.sentence_starts
+        first, last = around(self.corpus.document_starts, place)
         latest = np.maximum(last - target, first)
         a = np.where(place < latest, around(starts, place)[0], latest)
         low = np.searchsorted(starts, a, side="right")
@@ -304,7 +306,7 @@ class PretrainDataset(Dataset):
         ends that one if the true B ends its own, and the pair is as long, where both allow: so, in
         documents longer than T, neither B alone nor the pair's form tells the label. Differs:
         [Code]'s random B is drawn by another rule, maybe from the same document, and cut."""
-        documents, size, epoch = self.corpus.documents, len(self.corpus), len(self)
+        documents, size, epoch = self.corpus.document_starts, len(self.corpus), len(self)
         short, room = 2 + (u[2] * (self.longest - 4)).astype(np.int64), self.longest - 3
         target = np.where(u[1] < 0.1, short, room)
         place = index * size // epoch + (u[0] * (size // epoch)).astype(np.int64)
@@ -317,7 +319,7 @@ class PretrainDataset(Dataset):
         ended = documents[ended + (ended >= np.searchsorted(documents, first)) + 1] - 1
         low, high = around(documents, other := np.where(end == last, ended, other))
         _, start, stop = self.cut(other, end - a, u[3])
-        fits = around(self.corpus.sentences, np.maximum(high - length, low))[0]
+        fits = around(self.corpus.sentence_starts, np.maximum(high - length, low))[0]
         start = np.where(end == last, start, np.minimum(start, fits))
         stop = np.where(end == last, stop, np.minimum(start + length, high))
         a = np.where(is_random, np.maximum(a - length + (stop - start), first), a)

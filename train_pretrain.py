@@ -123,7 +123,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     before the copy: on a GPU, the step would have to wait for their number. Pinned memory is
     copied while the GPU goes on."""
     labels = batch["mlm_labels"].flatten()
-    positions = (labels != data.NOT_SCORED).nonzero().flatten()
+    positions = (labels != data.IGNORED_LABEL).nonzero().flatten()
     batch = {**batch, "positions": positions, "mlm_targets": labels[positions]}
     pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
     return {name: pin(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -334,7 +334,8 @@ def pretrain(options: PretrainOptions) -> None:
                  "unigram_entropy": known.unigram_entropy()}
     run = Run(out, rank, world_size, options.steps, {
         **{name: value for name, value in asdict(options).items() if name not in MAY_CHANGE},
-        "tokenizer_hash": tokenizer_hash(tokenizer), "sentences": zlib.crc32(known.sentences.data),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "sentences": zlib.crc32(known.sentence_starts.data),
         **baselines})
     readers = options.workers if options.streaming else 0  # map-style batches need no memory
     streams = [stream.new_state(readers) for _ in range(world_size)]

@@ -76,7 +76,7 @@ def random_batch(rows: int, length: int, vocab_size: int = VOCABULARY) -> dict[s
     """As a PretrainDataset's; 15% of each row masked."""
     random = np.random.default_rng(0)
     input_ids = torch.zeros(rows, length, dtype=torch.int64)
-    labels = torch.full((rows, length), data.NOT_SCORED)
+    labels = torch.full((rows, length), data.IGNORED_LABEL)
     for i, n in enumerate(row_lengths(rows, length)):
         input_ids[i, :n] = torch.from_numpy(random.integers(5, vocab_size, n))
         places = random.choice(n, round(0.15 * n), replace=False)

@@ -101,7 +101,7 @@ def transform(rows: dict, tokenizer: Tokenizer) -> dict:
             ids, labels = [cls, *a, sep, *b, sep], []
             for place, token in enumerate(ids):
                 chosen = token not in (cls, sep) and random.random() < 0.15
-                labels.append(token if chosen else data.NOT_SCORED)
+                labels.append(token if chosen else data.IGNORED_LABEL)
                 if chosen and random.random() < 0.8:
                     ids[place] = mask
                 elif chosen and random.random() < 0.5:
@@ -109,7 +109,7 @@ def transform(rows: dict, tokenizer: Tokenizer) -> dict:
             padding = LENGTH - len(ids)
             out["input_ids"].append(ids + [0] * padding)
             out["token_type_ids"].append([0] * (len(a) + 2) + [1] * (len(b) + 1) + [0] * padding)
-            out["mlm_labels"].append(labels + [data.NOT_SCORED] * padding)
+            out["mlm_labels"].append(labels + [data.IGNORED_LABEL] * padding)
     return out
 
 

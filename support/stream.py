@@ -65,7 +65,7 @@ def read_texts(path: str, name: str | None, column: str) -> Iterable[str]:
 def describe(corpora: dict) -> str:
     """Of a split that is streamed, nothing is known."""
     return "".join(
-        f"{split}: {len(corpus.documents) - 1} documents, {len(corpus):,} tokens; "
+        f"{split}: {len(corpus.document_starts) - 1} documents, {len(corpus):,} tokens; "
         f"documents left out: {corpus.skipped}\n"
         for split, corpus in corpora.items()
         if isinstance(corpus, data.TokenizedCorpus)

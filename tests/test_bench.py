@@ -33,7 +33,7 @@ def test_useful_flops_are_what_torch_counts_in_a_step_of_full_rows(rows, length)
 
 def test_a_random_batch_has_the_masks_of_a_real_one():
     batch = bench.random_batch(4, 128)
-    scored = batch["mlm_labels"] != data.NOT_SCORED
+    scored = batch["mlm_labels"] != data.IGNORED_LABEL
     assert scored.sum(dim=1).tolist() == [19, 19, 19, 15]
     assert scored.sum() == bench.masked_tokens(4, 128)
     assert (batch["input_ids"][scored] == 4).all()

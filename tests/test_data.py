@@ -24,7 +24,7 @@ from strategies import (
 )
 
 import data
-from data import NOT_SCORED, PretrainDataset, TokenizedCorpus
+from data import IGNORED_LABEL, PretrainDataset, TokenizedCorpus
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 lengths = st.integers(5, 40)
@@ -33,7 +33,7 @@ lengths = st.integers(5, 40)
 def original(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The ids before masking: the label where there is one."""
     labels = batch["mlm_labels"]
-    return torch.where(labels == NOT_SCORED, batch["input_ids"], labels)
+    return torch.where(labels == IGNORED_LABEL, batch["input_ids"], labels)
 
 
 def segments(row: list[int]) -> tuple[list[int], list[int]]:
@@ -81,7 +81,7 @@ def test_labels_are_the_original_ids_where_chosen_and_nothing_else_changes(
 def test_exactly_15_percent_of_the_ordinary_tokens_are_chosen_and_at_least_one(docs, length, seed):
     dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed)
     batch = dataset.__getitems__(numbers_of(dataset)[:16])
-    chosen = (batch["mlm_labels"] != NOT_SCORED).sum(dim=1).tolist()
+    chosen = (batch["mlm_labels"] != IGNORED_LABEL).sum(dim=1).tolist()
     counts = ordinary_of(batch).sum(dim=1).tolist()
     assert chosen == [max(1, round(0.15 * n)) for n in counts]
 
@@ -90,7 +90,7 @@ def test_exactly_15_percent_of_the_ordinary_tokens_are_chosen_and_at_least_one(d
 def test_special_tokens_are_never_chosen_and_never_drawn(docs, length, seed, whole):
     dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed, whole)
     batch = dataset.__getitems__(numbers_of(dataset)[:16])
-    chosen = batch["mlm_labels"] != NOT_SCORED
+    chosen = batch["mlm_labels"] != IGNORED_LABEL
     assert not (chosen & ~ordinary_of(batch)).any()
     inside = batch["input_ids"][ordinary_of(batch)]
     assert set(inside.tolist()) <= {MASK, *range(5, len(VOCABULARY))}
@@ -113,7 +113,7 @@ def large_batch(**options) -> dict[str, torch.Tensor]:
 
 def test_of_the_chosen_80_percent_are_masked_10_random_10_kept():
     batch = large_batch()
-    chosen = batch["mlm_labels"] != NOT_SCORED
+    chosen = batch["mlm_labels"] != IGNORED_LABEL
     ids, labels = batch["input_ids"][chosen], batch["mlm_labels"][chosen]
     n = len(ids)
     assert n > 30_000
@@ -132,7 +132,7 @@ def test_every_place_of_a_row_is_equally_likely_to_be_chosen():
     """Columns 1 .. 50 are ordinary in nearly all rows; each is chosen with probability 0.15."""
     batch = large_batch()
     full = ordinary_of(batch)[:, 1:51]
-    chosen = (batch["mlm_labels"] != NOT_SCORED)[:, 1:51]
+    chosen = (batch["mlm_labels"] != IGNORED_LABEL)[:, 1:51]
     for column in range(50):
         n = int(full[:, column].sum())
         assert within(int(chosen[:, column].sum()) / n, 0.15, n)
@@ -151,7 +151,7 @@ def test_whole_word_masking_takes_all_pieces_of_a_word_or_none(docs, length, see
     one word that is always taken exceeds it."""
     dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed, True)
     batch = dataset.__getitems__(numbers_of(dataset)[:16])
-    chosen = batch["mlm_labels"] != NOT_SCORED
+    chosen = batch["mlm_labels"] != IGNORED_LABEL
     for row, row_chosen, inside in zip(
         original(batch).tolist(), chosen.tolist(), ordinary_of(batch).tolist(), strict=True
     ):
@@ -196,7 +196,7 @@ def test_a_row_is_cls_a_sep_b_sep_and_then_padding(docs, length, seed):
 def test_a_next_segment_follows_and_a_random_one_is_from_another_document(docs, length, seed):
     corpus = corpus_of(numbered(docs))
     dataset = PretrainDataset(corpus, place_tokenizer(), length, seed)
-    edges = corpus.documents + 1000
+    edges = corpus.document_starts + 1000
     for batch in (dataset.__getitems__([n]) for n in numbers_of(dataset)[:16]):
         a, b = segments(original(batch)[0].tolist())
         document = [int(np.searchsorted(edges, segment[0], side="right")) for segment in (a, b)]
@@ -212,12 +212,12 @@ def test_segments_start_with_sentences_where_sentences_are_short():
     """B does, and so does A unless the pair ends with the document."""
     corpus = corpus_of(numbered([[[0] * 5 for _ in range(30)] for _ in range(20)]))
     dataset = PretrainDataset(corpus, place_tokenizer(), 64)
-    starts = set((corpus.sentences + 1000).tolist())
+    starts = set((corpus.sentence_starts + 1000).tolist())
     for number in numbers_of(dataset, 4):
         a, b = segments(original(dataset.__getitems__([number]))[0].tolist())
         if len(a) + len(b) > 5:  # a pair shorter than a sentence is cut anywhere
             assert b[0] in starts
-            is_last = a[0] + len(a) + len(b) in corpus.documents + 1000
+            is_last = a[0] + len(a) + len(b) in corpus.document_starts + 1000
             assert a[0] in starts or is_last
 
 
@@ -231,7 +231,8 @@ def test_the_form_of_a_pair_says_nothing_about_its_label(sentences):
     corpus = corpus_of(numbered(docs[: 60_000 // (sentences * 11)]))
     dataset = PretrainDataset(corpus, place_tokenizer(65_000), 40)
     batch = dataset.__getitems__(numbers_of(dataset, 8))
-    sentence_edges, edges = set(corpus.sentences.tolist()), set(corpus.documents.tolist())
+    sentence_edges = set(corpus.sentence_starts.tolist())
+    edges = set(corpus.document_starts.tolist())
     facts = []
     for row in original(batch).tolist():
         (a, *_), b = segments(row)
@@ -260,15 +261,15 @@ def test_a_segment_alone_says_nothing_about_the_label():
     corpus = corpus_of(numbered(docs))
     dataset = PretrainDataset(corpus, place_tokenizer(65_000), 32)
     batch = dataset.__getitems__(numbers_of(dataset, 12))
-    lengths, sizes = np.diff(corpus.sentences), np.diff(corpus.documents)
+    lengths, sizes = np.diff(corpus.sentence_starts), np.diff(corpus.document_starts)
     facts = []
     for row in original(batch).tolist():
         fact = []
         for segment in segments(row):
             place = segment[0] - 1000
-            sentence = np.searchsorted(corpus.sentences, place, side="right") - 1
-            document = np.searchsorted(corpus.documents, place, side="right") - 1
-            where = (place - corpus.documents[document]) / sizes[document]
+            sentence = np.searchsorted(corpus.sentence_starts, place, side="right") - 1
+            document = np.searchsorted(corpus.document_starts, place, side="right") - 1
+            where = (place - corpus.document_starts[document]) / sizes[document]
             fact += [lengths[sentence], sizes[document], where]
         facts.append(fact)
     is_random = batch["nsp_labels"].bool().numpy()
@@ -294,8 +295,8 @@ def test_documents_of_one_sentence_are_left_out_and_counted():
     corpus = corpus_of([[[5], [6]], [], [[7, 8, 9]], [[10], [11], [12]]])
     assert corpus.skipped == {"no sentence": 1, "one sentence": 1}
     assert len(corpus) == 5
-    assert corpus.documents.tolist() == [0, 2, 5]
-    assert corpus.sentences.tolist() == [0, 1, 2, 3, 4, 5]
+    assert corpus.document_starts.tolist() == [0, 2, 5]
+    assert corpus.sentence_starts.tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_corpus_of_one_document_is_refused():
@@ -545,16 +546,16 @@ def test_a_corpus_in_many_pieces_is_one_array_of_tokens():
     assert len(corpus.chunks) == 4
     ids = [data.encode_plain(small_tokenizer(), [text])[0] for text in texts]
     assert len(corpus) == sum(map(len, ids))
-    assert corpus.documents.tolist() == [0, *np.cumsum([len(i) for i in ids])]
+    assert corpus.document_starts.tolist() == [0, *np.cumsum([len(i) for i in ids])]
     starts = []
     for start, end, expected, text in zip(
-        corpus.documents, corpus.documents[1:], ids, texts, strict=False
+        corpus.document_starts, corpus.document_starts[1:], ids, texts, strict=False
     ):
         assert corpus.tokens(start, end).tolist() == expected
         assert corpus.tokens(start + 1, end - 1).tolist() == expected[1:-1]
         parts = data.encode_plain(small_tokenizer(), data.split_sentences(text))
         starts += [start + sum(map(len, parts[:i])) for i in range(len(parts))]
-    assert corpus.sentences.tolist() == [*starts, len(corpus)]
+    assert corpus.sentence_starts.tolist() == [*starts, len(corpus)]
     assert {chunk.dtype for chunk in corpus.chunks} == {np.dtype("uint16")}
     assert corpus.unigram_entropy() == pytest.approx(entropy(np.concatenate(corpus.chunks)))
 
@@ -636,7 +637,7 @@ def test_blank_lines_do_not_end_a_document():
     5 standard deviations of 1,000 pairs."""
     paragraphs = "\n\n".join(f"{c}{c} is one paragraph" for c in LETTERS)
     corpus = TokenizedCorpus(data.tokenize_dataset(rows_of([paragraphs] * 4), small_tokenizer()))
-    assert len(corpus.documents) - 1 == 4
+    assert len(corpus.document_starts) - 1 == 4
     batch = PretrainDataset(corpus, small_tokenizer(), 32).__getitems__(list(range(1000)))
     assert within(batch["nsp_labels"].double().mean().item(), 0.5, 1000)
 
@@ -732,7 +733,7 @@ def test_a_corpus_without_validation_holds_out_its_last_documents(tmp_path):
     corpora = [
         data.get_corpus(str(path), split, small_tokenizer()) for split in ("train", "validation")
     ]
-    firsts = [[VOCABULARY[c.tokens(s, s + 1)[0]] for s in c.documents[:-1]] for c in corpora]
+    firsts = [[VOCABULARY[c.tokens(s, s + 1)[0]] for s in c.document_starts[:-1]] for c in corpora]
     assert firsts == [list(LETTERS[:24]), ["y", "z"]]
 
 
@@ -776,14 +777,14 @@ def test_a_corpus_of_four_documents_is_enough_and_of_three_is_not(tmp_path):
         else:
             for split in ("train", "validation"):
                 corpus = data.get_corpus(str(path), split, small_tokenizer(), text_column="body")
-                assert len(corpus.documents) - 1 == 2
+                assert len(corpus.document_starts) - 1 == 2
 
 
 def test_a_hundredth_of_the_documents_is_held_out(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps({"text": "aa\n\nbb"}) + "\n" for _ in range(500)))
     sizes = [
-        len(data.get_corpus(str(path), split, small_tokenizer()).documents) - 1
+        len(data.get_corpus(str(path), split, small_tokenizer()).document_starts) - 1
         for split in ("train", "validation")
     ]
     assert sizes == [495, 5]
@@ -833,7 +834,7 @@ def test_the_samples_reviews_have_three_splits_and_both_labels():
         texts, labels = data.get_reviews("sample", split)
         assert len(texts) == len(labels) == number
         assert set(labels) == {0, 1}
-    assert {len(data.get_corpus("sample", s, small_tokenizer()).documents) - 1
+    assert {len(data.get_corpus("sample", s, small_tokenizer()).document_starts) - 1
             for s in ("train", "validation")} == {1500, 150}  # fmt: skip
 
 

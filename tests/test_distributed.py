@@ -60,7 +60,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(tmp_path):
     assert process.returncode == 0, output
     losses, *found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     model, batches = model_and_batches()
-    masked = [int((b["mlm_labels"] != data.NOT_SCORED).sum()) for b in batches]
+    masked = [int((b["mlm_labels"] != data.IGNORED_LABEL).sum()) for b in batches]
     assert sum(masked[0::2]) != sum(masked[1::2])
     expected, expected_losses = gradients(model, batches)
     assert losses.tolist() == pytest.approx(list(map(float, expected_losses)), rel=1e-12)

@@ -180,7 +180,7 @@ def test_rows_are_joined_to_documents(tmp_path):
     rows, _ = stream.open_stream(str(tmp_path), None, "text", rows_per_document=3)
     assert next(iter(rows))["text"] == texts[:3]
     corpus = stream.tokenized([texts[:3]] * 2, 0, small_tokenizer())
-    assert len(corpus.documents) == 3
+    assert len(corpus.document_starts) == 3
     assert len(corpus) == 2 * len(data.encode_plain(small_tokenizer(), [" ".join(texts[:3])])[0])
 
 

@@ -99,7 +99,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     model = BertPretrainModel(SMALL, PADDING).double()
     batches = some_batches(3)
     width = max(batch["input_ids"].size(1) for batch in batches)
-    fill = {"mlm_labels": data.NOT_SCORED}
+    fill = {"mlm_labels": data.IGNORED_LABEL}
 
     def wide(name, tensor):
         pad = (0, width - tensor.size(1)) if tensor.dim() == 2 else (0, 0)
@@ -129,7 +129,7 @@ def test_positions_are_where_the_labels_are():
     (batch,) = some_batches(1)
     moved = to_device(batch, torch.device("cpu"))
     labels = batch["mlm_labels"].flatten()
-    assert torch.equal(moved["mlm_targets"], labels[labels != data.NOT_SCORED])
+    assert torch.equal(moved["mlm_targets"], labels[labels != data.IGNORED_LABEL])
     assert torch.equal(labels[moved["positions"]], moved["mlm_targets"])
 
 
@@ -201,7 +201,7 @@ def one_sample(device: torch.device) -> dict[str, torch.Tensor]:
     """A pair of 64 tokens with 10 masked ones, all different: stuck at ln 10, if stuck."""
     input_ids = torch.arange(100, 164)[None]
     input_ids[0, 0], input_ids[0, 30], input_ids[0, 63] = 2, 3, 3
-    labels = torch.full((1, 64), data.NOT_SCORED)
+    labels = torch.full((1, 64), data.IGNORED_LABEL)
     places = torch.arange(3, 63, 6)
     labels[0, places] = torch.arange(1000, 1010)
     input_ids[0, places] = 4
