@@ -23,13 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Given = Tensor | None
-SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512),
-         "base": (12, 768), "large": (24, 1024)}  # layers, d_model. [BERT] §3, [Code]
+SIZES = {
+    "tiny": (2, 128),
+    "mini": (4, 256),
+    "small": (4, 512),
+    "medium": (8, 512),
+    "base": (12, 768),
+    "large": (24, 1024),
+}  # layers, d_model. [BERT] §3, [Code]
 
 
 @dataclass(frozen=True)
 class BertConfig:
     """What fixes the model's function. `ValueError` where the sizes do not fit together."""
+
     max_seq_length: int = 512
     vocab_size: int = 30522
     d_model: int = 768
@@ -60,9 +67,17 @@ class BertConfig:
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
         layers, width = SIZES[size]
-        return cls(**{"d_model": width, "attention_d_k": width, "attention_d_v": width,
-                      "head_num": width // 64, "d_feed_forward": 4 * width,
-                      "encoder_layers": layers, **changes})
+        return cls(
+            **{
+                "d_model": width,
+                "attention_d_k": width,
+                "attention_d_v": width,
+                "head_num": width // 64,
+                "d_feed_forward": 4 * width,
+                "encoder_layers": layers,
+                **changes,
+            }
+        )
 
 
 class Embeddings(nn.Module):
@@ -86,8 +101,9 @@ class Embeddings(nn.Module):
         return self.dropout(self.norm(embedded))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Given = None,
-              dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Given = None, dropout: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """softmax(Q K^T / sqrt(d_k)) V. [Transformer] equation 1.
 
     q, k: (..., T, d_k); v: (..., T, d_v); mask: bool, broadcastable to (..., T, T), True where a
@@ -165,16 +181,26 @@ PUBLISHED_NAMES = {
     "mlm_dense": "cls.predictions.transform.dense",
     "mlm_norm": "cls.predictions.transform.LayerNorm",
     "mlm_bias": "cls.predictions.bias",
-    "pooler": "pooler.dense", "nsp": "cls.seq_relationship",
+    "pooler": "pooler.dense",
+    "nsp": "cls.seq_relationship",
 }
 PUBLISHED_FIELDS = {  # of BertConfig -> of config.json, where the names differ
-    "max_seq_length": "max_position_embeddings", "d_model": "hidden_size",
-    "d_feed_forward": "intermediate_size", "head_num": "num_attention_heads",
-    "encoder_layers": "num_hidden_layers", "dropout": "hidden_dropout_prob",
+    "max_seq_length": "max_position_embeddings",
+    "d_model": "hidden_size",
+    "d_feed_forward": "intermediate_size",
+    "head_num": "num_attention_heads",
+    "encoder_layers": "num_hidden_layers",
+    "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-EVERY_BERT = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
-              "is_decoder": False, "add_cross_attention": False, "tie_word_embeddings": True}
+EVERY_BERT = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # one file, or several shards
 
 
@@ -190,6 +216,7 @@ def fetch(source: str | Path) -> Path:
     if (directory := Path(source)).is_dir():
         return directory
     from huggingface_hub import snapshot_download
+
     try:
         for weights in WEIGHTS:
             files = ["config.json", "tokenizer*.json", "vocab.txt", weights]
@@ -197,19 +224,25 @@ def fetch(source: str | Path) -> Path:
             if any(directory.glob(weights)):
                 break
     except (OSError, ValueError) as error:  # no network, or no such id
-        raise ValueError(f"{source} is no directory, and the hub does not give it: name a directory"
-                         " with config.json, model.safetensors and tokenizer.json") from error
+        raise ValueError(
+            f"{source} is no directory, and the hub does not give it: name a directory"
+            " with config.json, model.safetensors and tokenizer.json"
+        ) from error
     return directory
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """All of a model's, by published name without `bert.`. A pickle may hold tensors, no code."""
     from safetensors.torch import load_file
+
     files = [*directory.glob(WEIGHTS[0])] or [*directory.glob(WEIGHTS[1])]
     tensors: dict[str, Tensor] = {}
     for file in files or [directory / "model.safetensors"]:
-        tensors |= (load_file(file) if file.suffix == ".safetensors"
-                    else torch.load(file, map_location="cpu", weights_only=True))
+        tensors |= (
+            load_file(file)
+            if file.suffix == ".safetensors"
+            else torch.load(file, map_location="cpu", weights_only=True)
+        )
     for old, new in {r"^bert\.": "", "gamma$": "weight", "beta$": "bias"}.items():  # TensorFlow's
         tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
     return tensors
@@ -222,7 +255,9 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 class PretrainedModel(nn.Module):
     """What the three models below share: initialization, loading and saving."""
+
     architecture: str  # the class that opens our files in transformers
+
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
         super().__init__()
         self.config, self.padding_idx = config, padding_idx
@@ -264,6 +299,7 @@ class PretrainedModel(nn.Module):
     def save_pretrained(self, directory: str | Path, tokenizer: Any) -> None:
         """Writes config, weights and tokenizer in the published format, for us and others."""
         from safetensors.torch import save_file
+
         (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
         if {self.config.attention_d_k, self.config.attention_d_v} != {self.config.d_model}:
             warnings.warn("d_k, d_v and d_model differ: only bert.py opens this", stacklevel=2)
@@ -275,13 +311,17 @@ class PretrainedModel(nn.Module):
         config |= EVERY_BERT | {"architectures": [self.architecture]}
         config |= {"pad_token_id": self.padding_idx, "tokenizer_hash": tokenizer_hash(tokenizer)}
         (directory / "config.json").write_text(json.dumps(config, indent=2))
-        about = {"tokenizer_class": "BertTokenizer", "model_max_length": self.config.max_seq_length,
-                 "do_lower_case": getattr(tokenizer.normalizer, "lowercase", False)}
+        about = {
+            "tokenizer_class": "BertTokenizer",
+            "model_max_length": self.config.max_seq_length,
+            "do_lower_case": getattr(tokenizer.normalizer, "lowercase", False),
+        }
         (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
 
 
 class Bert(PretrainedModel):
     """The encoder and its pooler. [BERT] §3."""
+
     architecture = "BertModel"
 
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
@@ -291,8 +331,9 @@ class Bert(PretrainedModel):
         self.pooler = nn.Linear(config.d_model, config.d_model)
         self.apply(self.init_weights)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Given = None,
-                attention_mask: Given = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Given = None, attention_mask: Given = None
+    ) -> Tensor:
         """All (B, T). token_type_ids: 0 = A, 1 = B, default 0. attention_mask: True = a real
         token, default `input_ids != padding_idx`. Returns the last hidden states (B, T, H)."""
         if token_type_ids is None:
@@ -314,6 +355,7 @@ class BertPretrainModel(PretrainedModel):
     """The encoder with both heads of pretraining. [BERT] §3.1; the MLM transform is [Code]'s. Its
     decoder is tied: one vector is a token's meaning when read and when predicted, and V * H
     parameters, a fifth of base, are not needed twice."""
+
     architecture = "BertForPreTraining"
 
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
@@ -326,8 +368,13 @@ class BertPretrainModel(PretrainedModel):
         self.init_weights(self.mlm_dense)
         self.init_weights(self.nsp)
 
-    def forward(self, input_ids: Tensor, token_type_ids: Given = None,
-                attention_mask: Given = None, positions: Given = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Given = None,
+        attention_mask: Given = None,
+        positions: Given = None,
+    ) -> tuple[Tensor, Tensor]:
         """As `Bert`; positions (N,) are indices into B * T. Returns mlm_logits, (N, V) or without
         positions (B, T, V), and nsp_logits (B, 2)."""
         hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
@@ -341,6 +388,7 @@ class BertPretrainModel(PretrainedModel):
 
 class SST2BertModel(PretrainedModel):
     """The encoder with a classifier over the pooled `[CLS]`. [BERT] §4.1, [Code]."""
+
     architecture = "BertForSequenceClassification"
 
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
@@ -357,4 +405,5 @@ class SST2BertModel(PretrainedModel):
 
 if __name__ == "__main__":  # counts a model's parameters, fills masks, draws attention
     from support.look import main
+
     main()

@@ -32,6 +32,8 @@ IGNORED_LABEL = -100  # the label of a token that was not chosen, cross_entropy'
 SAMPLE = Path(__file__).with_name("sample")
 KINDS = {".txt", ".json", ".jsonl", ".parquet"}
 STAGE_1 = 1  # in the cache's key: to be raised when stage 1 changes
+
+
 def wordpiece(vocabulary: dict[str, int] | None) -> Tokenizer:
     """Uncased WordPiece over a vocabulary, adding [CLS] and [SEP]. [Code] tokenization.py."""
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, lowercase=True).to_str())
@@ -66,8 +68,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     fixed = [*SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
     if vocab_size < len(fixed):
         raise ValueError(f"--vocab-size {vocab_size}: the text's characters alone are {len(fixed)}")
-    blank.train_from_iterator(texts, trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=fixed, show_progress=False))
+    blank.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, show_progress=False),
+    )
     return wordpiece(blank.get_vocab())
 
 
@@ -81,8 +85,9 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-def get_dataset(path: str, name: str | None = None, split: str | None = "train",
-                streaming: bool = False) -> Any:
+def get_dataset(
+    path: str, name: str | None = None, split: str | None = "train", streaming: bool = False
+) -> Any:
     """One row = one document, or a sentence of SST-2. A hub id, or a directory or file of parquet,
     jsonl or text; a .txt is one document. Names with train, validation or test make those splits,
     as `datasets` has it; without such names, all is train. With split=None, a dict of all."""
@@ -95,8 +100,13 @@ def get_dataset(path: str, name: str | None = None, split: str | None = "train",
     elif not where.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):  # not a hub id
         raise ValueError(f"{path} does not exist")
     try:
-        return datasets.load_dataset(str(where) if where.is_dir() else path, name, split=split,
-                                     streaming=streaming, **options)
+        return datasets.load_dataset(
+            str(where) if where.is_dir() else path,
+            name,
+            split=split,
+            streaming=streaming,
+            **options,
+        )
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as e:
         raise ValueError(f"cannot read {path}: {e.__cause__ or str(e) or 'it is empty'}") from e
 
@@ -133,8 +143,13 @@ def tokenize_documents(rows: dict, numbers: list[int], tokenizer: Tokenizer, col
     return out
 
 
-def tokenize_dataset(dataset: datasets.Dataset, tokenizer: Tokenizer, text_column: str = "text",
-                     rows_per_document: int = 1, processes: int | None = None) -> datasets.Dataset:
+def tokenize_dataset(
+    dataset: datasets.Dataset,
+    tokenizer: Tokenizer,
+    text_column: str = "text",
+    rows_per_document: int = 1,
+    processes: int | None = None,
+) -> datasets.Dataset:
     """Stage 1: row i has document i's `tokens`, the `starts` of its sentences among them, and its
     number of `sentences`; with fewer than two, no tokens: none is next. Cached by (corpus,
     tokenizer), 2 bytes a token, 4 where V > 65,536. `rows_per_document`: for a sentence a row."""
@@ -146,16 +161,23 @@ def tokenize_dataset(dataset: datasets.Dataset, tokenizer: Tokenizer, text_colum
     tokens = List(Value("uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"))
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
     return dataset.map(
-        tokenize_documents, fn_kwargs={"tokenizer": tokenizer, "column": text_column},
-        batched=True, batch_size=min(max(len(dataset) // 1000, 16), 1000), with_indices=True,
+        tokenize_documents,
+        fn_kwargs={"tokenizer": tokenizer, "column": text_column},
+        batched=True,
+        batch_size=min(max(len(dataset) // 1000, 16), 1000),
+        with_indices=True,
         features=Features(tokens=tokens, starts=List(Value("uint32")), sentences=Value("int64")),
-        remove_columns=[text_column], num_proc=processes, desc="tokenizing",
-        new_fingerprint=datasets.fingerprint.Hasher.hash(key))
+        remove_columns=[text_column],
+        num_proc=processes,
+        desc="tokenizing",
+        new_fingerprint=datasets.fingerprint.Hasher.hash(key),
+    )
 
 
 class TokenizedCorpus:
     """The documents with a next sentence as one array of `len(corpus)` tokens, mapped from disk; in
     memory, 8 bytes for each sentence and document. `skipped` counts what was left out."""
+
     def __init__(self, rows: datasets.Dataset) -> None:
         tokens, starts = (rows.data.column(name).chunks for name in ("tokens", "starts"))
         self.rows, found = rows, np.asarray(rows["sentences"][:], np.int64)
@@ -190,8 +212,9 @@ class TokenizedCorpus:
         return float(-(shares * np.log(shares)).sum())
 
 
-def get_corpus(path: str, split: str, tokenizer: Tokenizer, name: str | None = None,
-               **stage_1: Any) -> TokenizedCorpus:
+def get_corpus(
+    path: str, split: str, tokenizer: Tokenizer, name: str | None = None, **stage_1: Any
+) -> TokenizedCorpus:
     """A split after stage 1. If none is "validation", the last 1% of "train", at least two, is."""
     splits = get_dataset(path, name, split=None)
     if "validation" in splits:
@@ -211,8 +234,14 @@ def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, index, epoch, purpose]))
 
 
-def mask_tokens(input_ids: np.ndarray, ordinary: np.ndarray, u: np.ndarray, mask_id: int,
-                replacements: np.ndarray, continues: np.ndarray | None = None) -> tuple:
+def mask_tokens(
+    input_ids: np.ndarray,
+    ordinary: np.ndarray,
+    u: np.ndarray,
+    mask_id: int,
+    replacements: np.ndarray,
+    continues: np.ndarray | None = None,
+) -> tuple:
     """Input and labels of the masked language model, (B, T) each. [BERT] §3.1 task 1, A.1.
     Of a row's n `ordinary` tokens, bool (B, T), exactly max(1, round(0.15 n)) are chosen. 80% of
     them become [MASK]; 10% a random one of `replacements`, since fine-tuning has no [MASK] and no
@@ -248,8 +277,15 @@ class PretrainDataset(Dataset):
     """`[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2, [Code] create_pretraining_data.
     Example k is number k % len(dataset) of epoch k // len(dataset), a pure function of (corpus,
     seed, k); an epoch has as many examples as the corpus has times T - 3 tokens."""
-    def __init__(self, corpus: TokenizedCorpus, tokenizer: Tokenizer, max_seq_length: int,
-                 seed: int = 0, whole_word_masking: bool = False) -> None:
+
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        tokenizer: Tokenizer,
+        max_seq_length: int,
+        seed: int = 0,
+        whole_word_masking: bool = False,
+    ) -> None:
         if max_seq_length < 5:
             raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
         vocabulary = tokenizer.get_vocab()
@@ -280,9 +316,14 @@ class PretrainDataset(Dataset):
         ordinary = (columns > 0) & (columns < sep_2) & (columns != sep_1)
         draws = u[:, 6:].reshape(-1, 3, self.longest)[:, :, : len(columns)].swapaxes(0, 1)
         masked, labels = mask_tokens(
-            input_ids, ordinary, draws, self.ids[MASK], self.replacements, self.continues)
-        batch = {"input_ids": masked, "token_type_ids": (columns > sep_1) & (columns <= sep_2),
-                 "mlm_labels": labels, "nsp_labels": is_random}
+            input_ids, ordinary, draws, self.ids[MASK], self.replacements, self.continues
+        )
+        batch = {
+            "input_ids": masked,
+            "token_type_ids": (columns > sep_1) & (columns <= sep_2),
+            "mlm_labels": labels,
+            "nsp_labels": is_random,
+        }
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
 
     def cut(self, place: np.ndarray, target: np.ndarray, u: np.ndarray) -> tuple:
@@ -335,6 +376,7 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 class EpochSampler(Sampler):
     """Batches of example numbers without end: each epoch all, in a random order, starting at any
     batch. A process takes every `world_size`-th batch of that one order, from its `rank` on."""
+
     def __init__(self, size: int, batch_size: int, seed: int, start=0, rank=0, world_size=1):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.batches = partial(count, start * world_size + rank, world_size)
@@ -343,18 +385,31 @@ class EpochSampler(Sampler):
         for batch in self.batches():
             first = batch * self.batch_size
             places = (divmod(place, self.size) for place in range(first, first + self.batch_size))
-            yield [epoch * self.size + int(permutation(self.seed, epoch, self.size)[i])
-                   for epoch, i in places]
+            yield [
+                epoch * self.size + int(permutation(self.seed, epoch, self.size)[i])
+                for epoch, i in places
+            ]
 
 
-def get_split_dataloader(dataset: PretrainDataset, batch_size: int, start: int = 0, rank: int = 0,
-                         world_size: int = 1, workers: int = 2) -> DataLoader:
+def get_split_dataloader(
+    dataset: PretrainDataset,
+    batch_size: int,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 2,
+) -> DataLoader:
     """Endless batches, from batch `start` on. Two workers feed a fast GPU; more only hold more
     memory: workers * 4 batches of 24 * B * T bytes wait, 6 MB for two at 256 x 128."""
     sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
     return DataLoader(  # __getitems__ makes whole batches, which `dict` leaves as they are
-        dataset, batch_sampler=sampler, collate_fn=dict, num_workers=workers,
-        prefetch_factor=4 if workers else None, pin_memory=torch.cuda.is_available())
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=dict,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[str], list[int]]:
@@ -380,8 +435,15 @@ class SST2Batches:
     """All sentences once: int64 `input_ids` (B, longest of these) and `labels` (B,). A random order
     is cut into pools of 64 batches, each sorted by length, and the batches are shuffled, by (seed,
     `epoch`): lengths in a batch are similar. With seed None, all are sorted and stay so."""
-    def __init__(self, rows: list[list[int]], labels: list[int], batch_size: int,
-                 padding_idx: int = 0, seed: int | None = None) -> None:
+
+    def __init__(
+        self,
+        rows: list[list[int]],
+        labels: list[int],
+        batch_size: int,
+        padding_idx: int = 0,
+        seed: int | None = None,
+    ) -> None:
         self.rows, self.labels, self.batch_size = rows, labels, batch_size
         self.padding_idx, self.seed, self.epoch = padding_idx, seed, 0
 
@@ -398,5 +460,7 @@ class SST2Batches:
         batches = np.split(order, range(self.batch_size, size, self.batch_size))
         for i in random.permutation(len(self)) if shuffle else range(len(self)):
             rows = [torch.tensor(self.rows[number]) for number in batches[i]]
-            yield {"input_ids": torch.nn.utils.rnn.pad_sequence(rows, True, self.padding_idx),
-                   "labels": torch.tensor([self.labels[number] for number in batches[i]])}
+            yield {
+                "input_ids": torch.nn.utils.rnn.pad_sequence(rows, True, self.padding_idx),
+                "labels": torch.tensor([self.labels[number] for number in batches[i]]),
+            }

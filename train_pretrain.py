@@ -33,12 +33,30 @@ import data
 from bert import SIZES, BertConfig, BertPretrainModel, fetch, tokenizer_hash
 from results.draw import draw_pretraining
 from support import stream
-from support.run import (Run, check_finite, first_process_first, join_processes, leave_group,
-                         option, run_script, set_seed, start_run, sum_over_processes, total)
+from support.run import (
+    Run,
+    check_finite,
+    first_process_first,
+    join_processes,
+    leave_group,
+    option,
+    run_script,
+    set_seed,
+    start_run,
+    sum_over_processes,
+    total,
+)
 
 Batch = dict[str, Tensor]
-MAY_CHANGE = {"out", "resume", "save_every", "workers", "device", "compile",
-              "checkpoint_activations"}  # in a run that is resumed
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "save_every",
+    "workers",
+    "device",
+    "compile",
+    "checkpoint_activations",
+}  # in a run that is resumed
 
 
 @dataclass
@@ -134,7 +152,8 @@ def forward(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
     device = batch["input_ids"].device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         mlm_logits, nsp_logits = model(
-            batch["input_ids"], batch["token_type_ids"], positions=batch["positions"])
+            batch["input_ids"], batch["token_type_ids"], positions=batch["positions"]
+        )
     if device == "cuda":
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
     return mlm_logits, nsp_logits
@@ -143,18 +162,26 @@ def forward(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
 def sum_losses(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """In nats: the sum over the batch's masked tokens, and that over its pairs."""
     mlm_logits, nsp_logits = forward(model, batch)
-    return (F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum"),
-            F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum"))
+    return (
+        F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum"),
+        F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum"),
+    )
 
 
-def add_gradients(model: BertPretrainModel, batches: list[Batch],
-                  seeds: Sequence[Sequence[int]] = (), losses_of: Callable | None = None) -> Tensor:
+def add_gradients(
+    model: BertPretrainModel,
+    batches: list[Batch],
+    seeds: Sequence[Sequence[int]] = (),
+    losses_of: Callable | None = None,
+) -> Tensor:
     """Adds the gradient of a step, given in micro-batches; each process has some of them. Returns
     what these add to the step's two losses, (2,), in nats. `seeds`: of each one's dropout.
     Loss = mean over all masked tokens of the step + mean over its pairs. [BERT] A.2. A mean of the
     micro-batches' means would be another loss: their numbers of masked tokens differ."""
-    masked, pairs = total(sum(len(batch["positions"]) for batch in batches),
-                          sum(len(batch["nsp_labels"]) for batch in batches))
+    masked, pairs = total(
+        sum(len(batch["positions"]) for batch in batches),
+        sum(len(batch["nsp_labels"]) for batch in batches),
+    )
     losses = []
     for i, batch in enumerate(batches):
         if seeds:
@@ -181,16 +208,20 @@ def evaluate(model: BertPretrainModel, batches: Iterable[Batch]) -> dict[str, fl
         predicted.append(mlm_logits.argmax(dim=-1))
         sums += [
             F.cross_entropy(mlm_logits, targets, reduction="sum").item(),
-            (predicted[-1] == targets).sum().item(), len(targets),
+            (predicted[-1] == targets).sum().item(),
+            len(targets),
             F.cross_entropy(nsp_logits, labels, reduction="sum").item(),
-            (nsp_logits.argmax(dim=-1) == labels).sum().item(), len(labels),
+            (nsp_logits.argmax(dim=-1) == labels).sum().item(),
+            len(labels),
         ]
     model.train()
     mlm_loss, mlm_correct, masked, nsp_loss, nsp_correct, pairs = sums
     return {
-        "mlm_loss": mlm_loss / masked, "perplexity": float(np.exp(mlm_loss / masked)),
+        "mlm_loss": mlm_loss / masked,
+        "perplexity": float(np.exp(mlm_loss / masked)),
         "mlm_accuracy": mlm_correct / masked,
-        "nsp_loss": nsp_loss / pairs, "nsp_accuracy": nsp_correct / pairs,
+        "nsp_loss": nsp_loss / pairs,
+        "nsp_accuracy": nsp_correct / pairs,
         "commonest_prediction": torch.cat(predicted).bincount().max().item() / masked,
     }
 
@@ -203,8 +234,11 @@ def probe(model: BertPretrainModel, batch: Batch, tokenizer: Tokenizer) -> str:
     predicted = forward(model.eval(), batch)[0].argmax(dim=-1)
     model.train()
     row = batch["input_ids"][0]
-    ids = {"Input": row[row != model.padding_idx], "Target": batch["mlm_targets"][mine],
-           "Predicted": predicted[mine]}
+    ids = {
+        "Input": row[row != model.padding_idx],
+        "Target": batch["mlm_targets"][mine],
+        "Predicted": predicted[mine],
+    }
     tokens = {name: [str(tokenizer.id_to_token(i)) for i in row] for name, row in ids.items()}
     return "\n".join(f"{name} Tokens: {'|'.join(row)}" for name, row in tokens.items())
 
@@ -224,13 +258,20 @@ def load_tokenizer(options: PretrainOptions) -> Tokenizer:
 def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict:
     """The corpus of each split; with --streaming, the rows to read instead of the first."""
     if options.streaming:
-        rows, texts = stream.open_stream(options.dataset, options.dataset_name,
-                                         options.text_column, options.rows_per_document)
+        rows, texts = stream.open_stream(
+            options.dataset, options.dataset_name, options.text_column, options.rows_per_document
+        )
         return {"train": rows, "validation": stream.tokenized(texts, 0, tokenizer)}
     return {
-        split: data.get_corpus(options.dataset, split, tokenizer, options.dataset_name,
-                               text_column=options.text_column, processes=options.workers or None,
-                               rows_per_document=options.rows_per_document)
+        split: data.get_corpus(
+            options.dataset,
+            split,
+            tokenizer,
+            options.dataset_name,
+            text_column=options.text_column,
+            processes=options.workers or None,
+            rows_per_document=options.rows_per_document,
+        )
         for split in ("train", "validation")
     }
 
@@ -240,8 +281,11 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
     if options.weights:
         model = BertPretrainModel.from_pretrained(options.weights)
     else:
-        config = BertConfig.named(options.size, vocab_size=max(tokenizer.get_vocab().values()) + 1,
-                                  max_seq_length=options.max_seq_length)
+        config = BertConfig.named(
+            options.size,
+            vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            max_seq_length=options.max_seq_length,
+        )
         model = BertPretrainModel(config, tokenizer.get_vocab()[data.PAD])
     if options.max_seq_length > model.config.max_seq_length:
         raise ValueError(f"--max-seq-length exceeds the weights' {model.config.max_seq_length}")
@@ -255,8 +299,12 @@ def example_options(options: PretrainOptions) -> tuple[int, int, bool]:
     return options.max_seq_length, options.seed, options.whole_word_masking
 
 
-def make_validation(options: PretrainOptions, corpus: data.TokenizedCorpus, tokenizer: Tokenizer,
-                    device: torch.device) -> list[Batch]:
+def make_validation(
+    options: PretrainOptions,
+    corpus: data.TokenizedCorpus,
+    tokenizer: Tokenizer,
+    device: torch.device,
+) -> list[Batch]:
     """The batches of every evaluation."""
     dataset = data.PretrainDataset(corpus, tokenizer, *example_options(options))
     number = min(options.eval_batches, math.ceil(len(dataset) / options.batch_size))
@@ -264,26 +312,41 @@ def make_validation(options: PretrainOptions, corpus: data.TokenizedCorpus, toke
     return [to_device(batch, device) for batch in itertools.islice(loader, number)]
 
 
-def make_batches(options: PretrainOptions, corpus: Any, tokenizer: Tokenizer, run: Run,
-                 progress: dict) -> Iterator[Batch]:
+def make_batches(
+    options: PretrainOptions, corpus: Any, tokenizer: Tokenizer, run: Run, progress: dict
+) -> Iterator[Batch]:
     """This process's, from the run's step on; of a stream, from where its `progress` is."""
     gc.freeze()  # or workers' garbage collection would touch, and so copy, all pages they share
     if options.streaming:
         loader = stream.get_stream_dataloader(
-            corpus, options.text_column, progress, run.rank, run.world_size, tokenizer=tokenizer,
-            batch_size=options.batch_size, examples=example_options(options))
+            corpus,
+            options.text_column,
+            progress,
+            run.rank,
+            run.world_size,
+            tokenizer=tokenizer,
+            batch_size=options.batch_size,
+            examples=example_options(options),
+        )
     else:
         dataset = data.PretrainDataset(corpus, tokenizer, *example_options(options))
         start = run.step * options.accumulate // run.world_size
         loader = data.get_split_dataloader(
-            dataset, options.batch_size, start, run.rank, run.world_size, options.workers)
+            dataset, options.batch_size, start, run.rank, run.world_size, options.workers
+        )
     loader.worker_init_fn = leave_group
     return stream.take(loader, progress) if options.streaming else iter(loader)
 
 
-def train(options: PretrainOptions, run: Run, model: BertPretrainModel,
-          optimizer: torch.optim.Optimizer, batches: Iterator[Batch], progress: dict,
-          report: Callable[[int], None]) -> None:
+def train(
+    options: PretrainOptions,
+    run: Run,
+    model: BertPretrainModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    progress: dict,
+    report: Callable[[int], None],
+) -> None:
     """All steps from the run's on. `progress`: of a stream, to be kept with each checkpoint."""
     device, share = model.nsp.weight.device, options.accumulate // run.world_size
     losses_of = torch.compile(sum_losses, fullgraph=True) if options.compile else None
@@ -330,13 +393,22 @@ def pretrain(options: PretrainOptions) -> None:
     optimizer = make_optimizer(model)
     validation = make_validation(options, corpora["validation"], tokenizer, device)
     known = corpora["validation" if options.streaming else "train"]
-    baselines = {"ln_vocab_size": math.log(model.config.vocab_size),
-                 "unigram_entropy": known.unigram_entropy()}
-    run = Run(out, rank, world_size, options.steps, {
-        **{name: value for name, value in asdict(options).items() if name not in MAY_CHANGE},
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "sentences": zlib.crc32(known.sentence_starts.data),
-        **baselines})
+    baselines = {
+        "ln_vocab_size": math.log(model.config.vocab_size),
+        "unigram_entropy": known.unigram_entropy(),
+    }
+    run = Run(
+        out,
+        rank,
+        world_size,
+        options.steps,
+        {
+            **{name: value for name, value in asdict(options).items() if name not in MAY_CHANGE},
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "sentences": zlib.crc32(known.sentence_starts.data),
+            **baselines,
+        },
+    )
     readers = options.workers if options.streaming else 0  # map-style batches need no memory
     streams = [stream.new_state(readers) for _ in range(world_size)]
     if options.resume:
@@ -344,11 +416,13 @@ def pretrain(options: PretrainOptions) -> None:
     run.begin(options)
     if rank == 0:
         print(stream.describe(corpora), *(f"{k} {v:.3f} nats" for k, v in baselines.items()))
+
     def report(step: int) -> None:
         metrics = evaluate(model, validation)
         run.write("validation", step, **metrics, **baselines)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         run.bar.write(f"step {step}  {shown}\n{probe(model, validation[0], tokenizer)}")
+
     batches = make_batches(options, corpora["train"], tokenizer, run, streams[rank])
     train(options, run, model, optimizer, batches, streams[rank], report)
     if rank == 0:

@@ -38,6 +38,7 @@ LABELS = ("negative", "positive")
 @dataclass
 class SST2Options:
     """[BERT] A.3 tries batches of 16 and 32, rates of 5e-5, 3e-5 and 2e-5, 2 to 4 epochs."""
+
     out: str = option("runs/sst2", "a new folder for all that the run writes")
     dataset: str = option("sample", "sample, or a directory or hub id with SST-2's columns")
     dataset_name: str | None = option(None, "the dataset's configuration, where it has several")
@@ -77,8 +78,10 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
         config = BertConfig.named(options.size, **sizes)
         model = SST2BertModel(config, tokenizer.get_vocab()[data.PAD])
     if (options.max_seq_length or 0) > model.config.max_seq_length:
-        raise ValueError(f"--max-seq-length {options.max_seq_length}: the weights have "
-                         f"{model.config.max_seq_length} positions")
+        raise ValueError(
+            f"--max-seq-length {options.max_seq_length}: the weights have "
+            f"{model.config.max_seq_length} positions"
+        )
     return model
 
 
@@ -90,8 +93,9 @@ def forward(model: SST2BertModel, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: SST2BertModel, batches: Iterable[dict[str, torch.Tensor]],
-             device: torch.device) -> dict[str, float]:
+def evaluate(
+    model: SST2BertModel, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
+) -> dict[str, float]:
     """Means over all sentences: the loss in nats and the accuracy."""
     model.eval()
     loss = correct = count = 0.0
@@ -110,9 +114,16 @@ def best_epoch(accuracies: list[float]) -> int:
     return int(np.argmax(accuracies))
 
 
-def fine_tune(model: SST2BertModel, train: data.SST2Batches, validation: data.SST2Batches,
-              epochs: int, rate: float, seed: int, out: Path,
-              log_every: int) -> tuple[SST2BertModel, float]:
+def fine_tune(
+    model: SST2BertModel,
+    train: data.SST2Batches,
+    validation: data.SST2Batches,
+    epochs: int,
+    rate: float,
+    seed: int,
+    out: Path,
+    log_every: int,
+) -> tuple[SST2BertModel, float]:
     """One run. Returns the model as of its best epoch, and that epoch's validation accuracy."""
     device = next(model.parameters()).device
     optimizer = make_optimizer(model.train())
@@ -139,10 +150,13 @@ def fine_tune(model: SST2BertModel, train: data.SST2Batches, validation: data.SS
         if best_epoch(accuracies) == epoch:
             best = copy.deepcopy(model)
         seconds = round(time.perf_counter() - started, 2)
-        write_line(out, split="validation", step=step, epoch=epoch + 1, seconds=seconds, **about,
-                   **metrics)
-        bar.write(f"epoch {epoch + 1}: validation loss {metrics['loss']:.3f}, "
-                  f"accuracy {metrics['accuracy']:.4f}")
+        write_line(
+            out, split="validation", step=step, epoch=epoch + 1, seconds=seconds, **about, **metrics
+        )
+        bar.write(
+            f"epoch {epoch + 1}: validation loss {metrics['loss']:.3f}, "
+            f"accuracy {metrics['accuracy']:.4f}"
+        )
     bar.close()
     return best, max(accuracies)
 
@@ -155,8 +169,9 @@ def train(options: SST2Options) -> None:
     model = make_model(options, tokenizer)
     longest = options.max_seq_length or model.config.max_seq_length
 
-    def load(path: str, split: str, name: str | None = None,
-             seed: int | None = None) -> data.SST2Batches:
+    def load(
+        path: str, split: str, name: str | None = None, seed: int | None = None
+    ) -> data.SST2Batches:
         texts, labels = data.get_reviews(path, split, name)
         rows = data.encode_sentences(tokenizer, texts, longest)
         return data.SST2Batches(rows, labels, options.batch_size, padding_idx, seed)
@@ -172,12 +187,15 @@ def train(options: SST2Options) -> None:
             torch.manual_seed(seed)  # of the classifier's initial weights, or of all
             model = make_model(options, tokenizer).to(device)
             model, accuracy = fine_tune(
-                model, training, validation, options.epochs, rate, seed, out, options.log_every)
+                model, training, validation, options.epochs, rate, seed, out, options.log_every
+            )
             accuracies.append(accuracy)
             kept = max(kept, [model, accuracy], key=lambda pair: pair[1])
         deviation = np.std(accuracies, ddof=1) if options.seeds > 1 else 0.0
-        print(f"learning rate {rate:g}: validation accuracy {np.mean(accuracies):.4f} "
-              f"± {deviation:.4f}, seeds {options.seeds}")
+        print(
+            f"learning rate {rate:g}: validation accuracy {np.mean(accuracies):.4f} "
+            f"± {deviation:.4f}, seeds {options.seeds}"
+        )
     model, accuracy = kept
     model.save_pretrained(out / "model", tokenizer)
     draw_sst2(out)
@@ -199,8 +217,9 @@ def predict(options: SST2Options) -> None:
     if missing:
         raise ValueError(f"--predict needs the model/ of a run on SST-2: {missing[0].message}")
     for text in itertools.chain.from_iterable(
-            (line.rstrip("\n") for line in sys.stdin) if text == "-" else [text]
-            for text in options.predict):
+        (line.rstrip("\n") for line in sys.stdin) if text == "-" else [text]
+        for text in options.predict
+    ):
         ids = data.encode_sentences(tokenizer, [text], model.config.max_seq_length)
         probs = model(torch.tensor(ids)).softmax(dim=-1)[0]
         print(f"{LABELS[probs.argmax()]}  {probs.max():.3f}  {text}")

@@ -68,18 +68,6 @@ def test_every_test_that_the_readme_names_exists():
         assert f"def {name}(" in tests, name
 
 
-def test_the_reading_order_has_the_files_lengths():
-    rows = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.M)
-    assert [name for name, _ in rows] == [
-        "bert.py",
-        "data.py",
-        "train_pretrain.py",
-        "train_sst2.py",
-    ]
-    for name, lines in rows:
-        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines)
-
-
 def test_every_difference_is_marked_where_it_is_coded():
     listed = README.split("## Differences")[1].split("\n## ")[0].count("\n- ")
     code = [(ROOT / name).read_text() for name in ("bert.py", "data.py", "train_pretrain.py")]

@@ -20,7 +20,7 @@ from unittest import mock
 
 import pytest
 import torch
-import torch._dynamo
+import torch._dynamo  # noqa: F401
 from strategies import LETTERS
 from test_bert import Malicious
 
