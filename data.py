@@ -8,13 +8,14 @@ So masks differ in every epoch, and neither workers nor processes nor a restart 
 B batch, T sequence, V vocabulary. A place in the corpus is the number of tokens before it.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial, reduce
 from itertools import chain, count, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -193,16 +194,27 @@ class TokenizedCorpus:
         # Both end with the end of the corpus, so that the end of each is the start of the next.
         self.sentence_starts = np.append(own + within, lengths.sum())
         self.document_starts = np.append(first[lengths > 0], lengths.sum())
+        self.size = int(lengths.sum())
 
     def __reduce__(self) -> tuple:
         return TokenizedCorpus, (self.rows,)  # a worker that was not forked maps the files itself
 
     def __len__(self) -> int:
-        return int(self.document_starts[-1])
+        return self.size
+
+    def document_around(self, position: int) -> tuple[int, int]:
+        """Returns start and end of the document that holds `position`."""
+        behind = self.document_starts.searchsorted(position, side="right")
+        return int(self.document_starts[behind - 1]), int(self.document_starts[behind])
+
+    def sentence_around(self, position: int) -> tuple[int, int]:
+        """Returns start and end of the sentence that holds `position`."""
+        behind = self.sentence_starts.searchsorted(position, side="right")
+        return int(self.sentence_starts[behind - 1]), int(self.sentence_starts[behind])
 
     def tokens(self, start: int, end: int) -> np.ndarray:
-        """Tokens start to end of the corpus, both in one document."""
-        chunk = np.searchsorted(self.chunk_starts, start, side="right") - 1
+        """Returns the tokens at positions start .. end, which are of one document."""
+        chunk = self.chunk_starts.searchsorted(start, side="right") - 1
         return self.chunks[chunk][start - self.chunk_starts[chunk] : end - self.chunk_starts[chunk]]
 
     def unigram_entropy(self) -> float:
@@ -213,15 +225,31 @@ class TokenizedCorpus:
 
 
 def get_corpus(
-    path: str, split: str, tokenizer: Tokenizer, name: str | None = None, **stage_1: Any
+    path: str,
+    split: str,
+    tokenizer: Tokenizer,
+    name: str | None = None,
+    train_split: str = "train",
+    **stage_1: Any,
 ) -> TokenizedCorpus:
-    """A split after stage 1. If none is "validation", the last 1% of "train", at least two, is."""
+    """Returns the "train" or the "validation" part of a data set, tokenized.
+
+    The part to train on is `train_split`, as `datasets` spells it: "train", "train+unsupervised",
+    "train[:10%]". The validation part is the split of that name; where there is none, or where it
+    is trained on, it is the last 1% of the usable documents of `train_split`, at least two.
+    """
     splits = get_dataset(path, name, split=None)
-    if "validation" in splits:
-        return TokenizedCorpus(tokenize_dataset(splits[split], tokenizer, **stage_1))
-    if "train" not in splits:
-        raise ValueError(f"{path} has no split train, only {', '.join(splits)}")
-    rows = tokenize_dataset(splits["train"], tokenizer, **stage_1)
+    has_validation = "validation" in splits and "validation" not in train_split
+    if split == "validation" and has_validation:
+        return TokenizedCorpus(tokenize_dataset(splits["validation"], tokenizer, **stage_1))
+    if train_split == "train" and "train" not in splits:
+        raise ValueError(f"{path} has no split train, only {', '.join(splits)}; see --split")
+    train = splits.get(train_split)
+    if train is None:  # several splits, or a slice of one
+        train = get_dataset(path, name, train_split)
+    rows = tokenize_dataset(train, tokenizer, **stage_1)
+    if has_validation:
+        return TokenizedCorpus(rows)
     usable = np.flatnonzero(np.asarray(rows["sentences"][:]) > 1)
     if len(usable) < 4:
         raise ValueError(f"{path}: {len(usable)} of 4 documents needed; see --rows-per-document")
@@ -229,54 +257,286 @@ def get_corpus(
     return TokenizedCorpus(rows.select(range(cut) if split == "train" else range(cut, len(rows))))
 
 
+# ---- Random numbers -----------------------------------------------------------------------------
+
+PURPOSE_EXAMPLE, PURPOSE_ORDER, PURPOSE_SST2 = 0, 1, 2
+
+
 def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
-    """Depends on the arguments alone. The counter's lowest word is what the generator counts by."""
+    """Returns a generator whose numbers depend on the arguments alone.
+
+    Philox is counter-based: it computes its k-th block of numbers from (seed, counter + k). The
+    counter's lowest word counts the blocks, so it starts at 0 and two generators never overlap.
+    """
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, index, epoch, purpose]))
+
+
+# ---- A sentence pair ----------------------------------------------------------------------------
+
+MAX_REDRAWS = 20
+
+
+class Seam(NamedTuple):
+    """A position where a document may be cut: segment A ends before it, segment B starts at it."""
+
+    document_start: int
+    position: int  # at least one token of the document lies on either side
+    document_end: int
+    starts_sentence: bool
+
+
+class Pair(NamedTuple):
+    """Segment A and segment B as positions in the corpus; ends are exclusive."""
+
+    a_start: int
+    a_end: int
+    b_start: int
+    b_end: int
+    is_random: bool
+
+
+def find_seam(corpus: TokenizedCorpus, position: int, reach: float) -> Seam:
+    """Returns a seam near `position`, in the same document.
+
+    1. The nearest start of a sentence: where the next sentence starts or, in the last sentence of
+       a document, where that one starts.
+    2. `position` itself if that start is `reach` tokens away, or farther. So every token can be
+       reached, however long its sentence is.
+
+    Example: a document at 0 .. 15 whose sentences start at 0, 5, 8 and 12, `reach` = 3. Position 6
+    gives the seam 8, position 13 the seam 12, and position 1, far from the start at 5, itself.
+    """
+    document_start, document_end = corpus.document_around(position)
+    sentence_start, sentence_end = corpus.sentence_around(position)
+    is_last_sentence = sentence_end == document_end
+    nearest = sentence_start if is_last_sentence else sentence_end
+    if abs(nearest - position) < reach:
+        return Seam(document_start, nearest, document_end, starts_sentence=True)
+
+    position = max(position, document_start + 1)  # segment A needs a token
+    starts_sentence = position in (sentence_start, sentence_end)
+    return Seam(document_start, position, document_end, starts_sentence)
+
+
+def find_other_seam(
+    corpus: TokenizedCorpus, rng: np.random.Generator, seam: Seam, reach: float
+) -> Seam:
+    """Returns a seam of the same kind as `seam`, in another document, drawn at random.
+
+    Both start a sentence, or neither does: otherwise a segment A that breaks off within a sentence
+    beside a segment B that starts one would show that the pair is random.
+
+    1. Draw positions in other documents until the seam near one is of the same kind, at most
+       MAX_REDRAWS times.
+    2. Where seams of that kind are rare, force it, at most MAX_REDRAWS times: the nearest start of
+       a sentence however far it is, or the drawn position itself.
+
+    The kinds can differ only if step 2 fails, too: if nearly every token of all other documents is
+    a sentence of its own.
+    """
+    reaches = [reach] * MAX_REDRAWS
+    reaches += [math.inf if seam.starts_sentence else 0] * MAX_REDRAWS
+    for current_reach in reaches:
+        position = draw_outside(rng, seam.document_start, seam.document_end, len(corpus))
+        other = find_seam(corpus, position, current_reach)
+        if other.starts_sentence == seam.starts_sentence:
+            break
+    return other
+
+
+def draw_outside(rng: np.random.Generator, start: int, end: int, size: int) -> int:
+    """Returns a random position in 0 .. size that is not in start .. end."""
+    position = int(rng.integers(size - (end - start)))
+    if position < start:
+        return position
+    return position + (end - start)
+
+
+def place_pair(
+    seam: Seam, other: Seam, target: int, share_of_a: float, coin_a: int, coin_b: int
+) -> Pair:
+    """Returns the pair of about `target` tokens that two seams and two coins make.
+
+    1. The lengths: segment A gets `share_of_a` of the pair, in 0 .. 1. Both lengths are clamped so
+       that they fit at either seam. Clamped, not drawn among the lengths that fit: so a document's
+       first and last tokens are drawn half as often as those in its middle, not a tenth.
+    2. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
+       says: 0 is `seam`, 1 is `other`. The pair is a true one if both coins say the same.
+
+    Example: seams at 8 and 97 with room for 12 tokens at both, target 12, share_of_a 0.4 and coins
+    0 and 1. The lengths are 5 and 7: segment A is 3 .. 8, segment B is 97 .. 104, and the pair is
+    random. With coins 0 and 0, segment B is 8 .. 15.
+    """
+    room_before = min(seam.position - seam.document_start, other.position - other.document_start)
+    room_after = min(seam.document_end - seam.position, other.document_end - other.position)
+    length = min(target, room_before + room_after)
+    shortest_a = max(1, length - room_after)
+    longest_a = min(room_before, length - 1)
+    length_a = 1 + int(share_of_a * (length - 1))
+    length_a = min(max(length_a, shortest_a), longest_a)
+    length_b = length - length_a
+
+    positions = (seam.position, other.position)
+    a_end = positions[coin_a]
+    b_start = positions[coin_b]
+    return Pair(a_end - length_a, a_end, b_start, b_start + length_b, coin_a != coin_b)
+
+
+def draw_pair(
+    corpus: TokenizedCorpus,
+    rng: np.random.Generator,
+    index: int,
+    examples_per_epoch: int,
+    room: int,
+) -> Pair:
+    """Draws segment A and segment B of one example. [BERT] §3.1 task 2 and A.2.
+
+    1. Draw the length of the pair: `room` tokens, or once in ten times fewer, since fine-tuning
+       meets short texts too.
+    2. Draw a position in this index's share of the corpus, and find a seam near it.
+    3. Find a seam of the same kind in another document.
+    4. Draw segment A's share of the pair, and toss two coins. `place_pair` does the rest.
+
+    Properties:
+    - The label is independent of segment A, of segment B, and of both lengths, in any corpus. Seams
+      and lengths are fixed before the coins, and whatever the first coin says, the second is fair.
+    - It is independent of whether segment A ends a sentence and segment B starts one, because both
+      seams are of one kind (see `find_other_seam` for the exception).
+    - Index i offers the i-th of `examples_per_epoch` equal shares of the corpus; the shares leave
+      no token out, and every token can be drawn.
+    - A random segment B is from another document.
+
+    What is not closed: segment A at a document's start together with segment B at a document's end
+    is more often a random pair where documents are hardly longer than a pair, since a random pair
+    is cut to fit both documents. It tells 54% of the labels of film reviews of 250 tokens at 128
+    tokens a pair, 51% at 64, and 50% of those of novels.
+
+    Differs: [Code] draws a random segment B from any document, maybe the same one, by another rule
+    than a true one.
+    """
+    is_short = rng.random() < 0.1
+    target = int(rng.integers(2, room + 1)) if is_short else room
+    reach = target / 2
+
+    share_start = index * len(corpus) // examples_per_epoch
+    share_end = (index + 1) * len(corpus) // examples_per_epoch
+    position = int(rng.integers(share_start, share_end))
+    seam = find_seam(corpus, position, reach)
+    other = find_other_seam(corpus, rng, seam, reach)
+
+    share_of_a = rng.random()
+    coin_a = int(rng.integers(2))
+    coin_b = int(rng.integers(2))
+    return place_pair(seam, other, target, share_of_a, coin_a, coin_b)
+
+
+# ---- Masks --------------------------------------------------------------------------------------
+
+MASKED_SHARE = 0.15
+
+
+def masked_count(candidates: np.ndarray) -> int:
+    """Returns how many of the candidates are masked: 15%, and at least one. [BERT] §3.1 task 1.
+
+    With none, the mean loss over a row's masked positions would be 0 / 0.
+    """
+    return max(1, round(MASKED_SHARE * len(candidates)))
+
+
+def choose_tokens(candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns the masked positions: exactly `masked_count` of the candidates, int64 (masked,)."""
+    return rng.permutation(candidates)[: masked_count(candidates)]
+
+
+def choose_words(
+    candidates: np.ndarray, continues_word: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Returns the masked positions of whole words: all pieces of a word or none, int64 (masked,).
+
+    candidates: int64 (n,), columns; continues_word: bool (n,), True where a candidate belongs to
+    the word of the candidate before it.
+
+    1. Lay the words in a random order around a circle of n tokens.
+    2. Cut out an arc of `masked_count` tokens, at a random place.
+    3. Take the words inside the arc. A word that an end of the arc divides is taken with the
+       probability that its share inside says.
+    4. If no word was taken, take the one that has most tokens inside.
+
+    Properties: apart from step 4, every word is taken with probability masked_count / n, whatever
+    its length, so the expected number of masked positions is masked_count. (Leaving out the word
+    that the limit divides masked one-token words in 18.9% and words of four pieces or more in
+    11.7%.) [Code] has whole-word masking since May 2019, with such a limit.
+
+    Example: words of 1, 3, 1 and 2 tokens, laid in the order 3, 1, 2, 1; the arc has 2 tokens and
+    starts at the third. Of the word of 3 tokens one is inside: it is taken with probability 1/3.
+    The next word, of 1 token, is taken.
+    """
+    n = len(candidates)
+    count = masked_count(candidates)
+    word_starts = np.flatnonzero(~continues_word)  # (words,)
+    lengths = np.diff(word_starts, append=n)
+
+    order = rng.permutation(len(lengths))
+    ends = np.cumsum(lengths[order])
+    starts = ends - lengths[order]
+    arc_start = int(rng.integers(n))
+    arc_end = arc_start + count
+    inside = np.minimum(ends, arc_end) - np.maximum(starts, arc_start)
+    beyond_the_seam = np.minimum(ends, arc_end - n) - starts  # the arc may go on from 0
+    tokens_inside = np.maximum(inside, 0) + np.maximum(beyond_the_seam, 0)  # (words,), in order
+
+    is_taken = rng.random(len(lengths)) * lengths[order] < tokens_inside
+    if not is_taken.any():
+        is_taken[np.argmax(tokens_inside)] = True
+    word_is_taken = np.empty_like(is_taken)
+    word_is_taken[order] = is_taken
+    return candidates[np.repeat(word_is_taken, lengths)]
 
 
 def mask_tokens(
     input_ids: np.ndarray,
-    ordinary: np.ndarray,
-    u: np.ndarray,
+    masked_positions: np.ndarray,
+    rng: np.random.Generator,
     mask_id: int,
-    replacements: np.ndarray,
-    continues: np.ndarray | None = None,
-) -> tuple:
-    """Input and labels of the masked language model, (B, T) each. [BERT] §3.1 task 1, A.1.
-    Of a row's n `ordinary` tokens, bool (B, T), exactly max(1, round(0.15 n)) are chosen. 80% of
-    them become [MASK]; 10% a random one of `replacements`, since fine-tuning has no [MASK] and no
-    token may be above doubt; 10% stay, since what is read is evidence. u: uniform, (3, B, T).
-    With `continues`, bool (V,), True for ## pieces, whole words are chosen, as many as that number
-    of tokens holds, at least one. Differs: [Code]'s random tokens include the special ones."""
-    columns = np.arange(input_ids.shape[1])
-    wanted = np.maximum(1, np.rint(0.15 * ordinary.sum(axis=1, keepdims=True))).astype(np.int64)
-    word = np.broadcast_to(columns, input_ids.shape)  # each token's word: the column it begins in
-    if continues is not None:
-        joined = continues[input_ids] & ordinary & np.roll(ordinary, 1, axis=1)  # not to a [SEP]
-        word = np.maximum.accumulate(np.where(joined, 0, columns), axis=1)
-    keys = np.take_along_axis(np.where(ordinary, u[0], 2.0), word, axis=1)
-    order = np.argsort(keys, axis=1)  # words in random order, special tokens last
-    chosen = np.zeros_like(ordinary)
-    np.put_along_axis(chosen, order, columns < wanted, axis=1)
-    if continues is not None:  # the word that the limit cuts is left out, the first one never
-        words = np.take_along_axis(word, order, axis=1)
-        cut = np.take_along_axis(words, wanted, axis=1)
-        chosen = (chosen & (word != cut)) | (word == words[:, :1])
-    action = np.where(chosen, u[1], 1.0)
-    random = replacements[(u[2] * len(replacements)).astype(np.int64)]
-    masked = np.where(action < 0.8, mask_id, np.where(action < 0.9, random, input_ids))
-    return masked, np.where(chosen, input_ids, IGNORED_LABEL)
+    ordinary_ids: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the input and the labels of the masked language model for one row, int64 (seq,).
+
+    [BERT] §3.1 task 1 and A.1. Of the tokens at `masked_positions`,
+    - 80% become [MASK];
+    - 10% become one of `ordinary_ids`, so that the model cannot trust any token that it reads;
+    - 10% stay, which biases each representation towards the token that is actually there.
+    Labels are the original ids at masked positions, and -100 elsewhere.
+
+    Example: three masked positions. Draws of 0.31, 0.85 and 0.97 put [MASK], a random token and
+    the original one there.
+
+    Differs: [Code]'s random tokens include the special ones.
+    """
+    original_ids = input_ids[masked_positions]
+    labels = np.full(len(input_ids), IGNORED_LABEL, dtype=np.int64)
+    labels[masked_positions] = original_ids
+
+    draw = rng.random(len(masked_positions))
+    random_index = (rng.random(len(masked_positions)) * len(ordinary_ids)).astype(np.int64)
+    random_ids = ordinary_ids[random_index]
+    random_or_kept = np.where(draw < 0.9, random_ids, original_ids)
+    corrupted = input_ids.astype(np.int64)
+    corrupted[masked_positions] = np.where(draw < 0.8, mask_id, random_or_kept)
+    return corrupted, labels
 
 
-def around(edges: np.ndarray, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of sorted edges, the last one up to each place and the first one behind it."""
-    return edges[(behind := np.searchsorted(edges, place, side="right")) - 1], edges[behind]
+# ---- An example, a batch ------------------------------------------------------------------------
 
 
 class PretrainDataset(Dataset):
-    """`[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2, [Code] create_pretraining_data.
-    Example k is number k % len(dataset) of epoch k // len(dataset), a pure function of (corpus,
-    seed, k); an epoch has as many examples as the corpus has times T - 3 tokens."""
+    """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
+
+    An epoch has as many examples as the corpus has times max_seq_length - 3 tokens. Indices go on
+    over epochs: `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). It
+    depends on (corpus, seed, index) alone: not on the batch, the worker, or what was drawn before.
+    So every epoch has other pairs and masks, and one integer is enough to resume.
+    """
 
     def __init__(
         self,
@@ -289,88 +549,91 @@ class PretrainDataset(Dataset):
         if max_seq_length < 5:
             raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
         vocabulary = tokenizer.get_vocab()
-        self.corpus, self.longest, self.seed = corpus, max_seq_length, seed
-        self.ids = {token: vocabulary[token] for token in SPECIAL_TOKENS}
-        self.replacements = np.array(sorted(set(vocabulary.values()) - set(self.ids.values())))
-        pieces = [i for token, i in vocabulary.items() if token.startswith("##")]
-        is_piece = np.isin(np.arange(max(vocabulary.values()) + 1), pieces)
-        self.continues = is_piece if whole_word_masking else None
+        self.corpus = corpus
+        self.max_seq_length = max_seq_length
+        self.seed = seed
+        self.whole_word_masking = whole_word_masking
+        self.padding_idx = vocabulary[PAD]
+        self.cls_id, self.sep_id, self.mask_id = (vocabulary[name] for name in (CLS, SEP, MASK))
+        special_ids = {vocabulary[name] for name in SPECIAL_TOKENS}
+        self.ordinary_ids = np.array(sorted(set(vocabulary.values()) - special_ids))
+        self.is_piece = np.zeros(max(vocabulary.values()) + 1, dtype=bool)  # (vocab,): ## tokens
+        self.is_piece[[id for token, id in vocabulary.items() if token.startswith("##")]] = True
 
     def __len__(self) -> int:
-        return max(1, len(self.corpus) // (self.longest - 3))
+        return max(1, len(self.corpus) // (self.max_seq_length - 3))
 
-    def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
-        """int64: `input_ids`, `token_type_ids`, `mlm_labels` (-100 = not scored), (B, longest row),
-        and `nsp_labels`, (B,): 0 = IsNext, 1 = random."""
-        places = [divmod(number, len(self)) for number in numbers]
-        u = np.stack([generator(self.seed, 0, *p).random(6 + 3 * self.longest) for p in places])
-        spans, is_random = self.segments(np.array([index for _, index in places]), u[:, :6].T)
-        lengths = spans[:, :, 1] - spans[:, :, 0]  # (B, 2): of A and of B
-        sep_1, sep_2 = lengths[:, :1] + 1, lengths.sum(axis=1, keepdims=True) + 2  # their columns
-        columns = np.arange(sep_2.max() + 1)
-        input_ids = np.full((len(numbers), len(columns)), self.ids[PAD])
-        cls, sep = [self.ids[CLS]], [self.ids[SEP]]
-        for row, (a, b) in zip(input_ids, spans.tolist(), strict=True):
-            tokens = (cls, self.corpus.tokens(*a), sep, self.corpus.tokens(*b), sep)
-            row[: a[1] - a[0] + b[1] - b[0] + 3] = np.concatenate(tokens)
-        ordinary = (columns > 0) & (columns < sep_2) & (columns != sep_1)
-        draws = u[:, 6:].reshape(-1, 3, self.longest)[:, :, : len(columns)].swapaxes(0, 1)
-        masked, labels = mask_tokens(
-            input_ids, ordinary, draws, self.ids[MASK], self.replacements, self.continues
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Returns one example, int64.
+
+        `input_ids`, `token_type_ids` (0 = [CLS] A [SEP], 1 = B [SEP]) and `mlm_labels` (-100 where
+        nothing is to be predicted) are (seq,), without padding; `nsp_labels` is (), 0 = segment B
+        is next, 1 = it is random.
+        """
+        epoch, index_in_epoch = divmod(index, len(self))
+        rng = generator(self.seed, PURPOSE_EXAMPLE, epoch, index_in_epoch)
+        room = self.max_seq_length - 3  # without [CLS] and two [SEP]
+        pair = draw_pair(self.corpus, rng, index_in_epoch, len(self), room)
+
+        segment_a = self.corpus.tokens(pair.a_start, pair.a_end)
+        segment_b = self.corpus.tokens(pair.b_start, pair.b_end)
+        first_sep = 1 + len(segment_a)  # columns of the two [SEP]
+        last_sep = first_sep + 1 + len(segment_b)
+        input_ids = np.empty(last_sep + 1, dtype=np.int64)
+        input_ids[0] = self.cls_id
+        input_ids[1:first_sep] = segment_a
+        input_ids[first_sep] = self.sep_id
+        input_ids[first_sep + 1 : last_sep] = segment_b
+        input_ids[last_sep] = self.sep_id
+        token_type_ids = np.zeros(len(input_ids), dtype=np.int64)
+        token_type_ids[first_sep + 1 :] = 1
+
+        columns = np.arange(last_sep)
+        candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])
+        if self.whole_word_masking:
+            follows_candidate = np.diff(candidates, prepend=0) == 1  # not the first of a segment
+            follows_candidate[0] = False
+            continues_word = follows_candidate & self.is_piece[input_ids[candidates]]
+            masked_positions = choose_words(candidates, continues_word, rng)
+        else:
+            masked_positions = choose_tokens(candidates, rng)
+        corrupted, labels = mask_tokens(
+            input_ids, masked_positions, rng, self.mask_id, self.ordinary_ids
         )
-        batch = {
-            "input_ids": masked,
-            "token_type_ids": (columns > sep_1) & (columns <= sep_2),
+        return {
+            "input_ids": corrupted,
+            "token_type_ids": token_type_ids,
             "mlm_labels": labels,
-            "nsp_labels": is_random,
+            "nsp_labels": np.array(pair.is_random, dtype=np.int64),
         }
-        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in batch.items()}
 
-    def cut(self, place: np.ndarray, target: np.ndarray, u: np.ndarray) -> tuple:
-        """Where A starts, B starts, B ends: `target` tokens of the place's document, or all. A has
-        the place's sentence first, if enough follows; B any in between or, if none is, anything."""
-        starts = self.corpus.sentence_starts
-        first, last = around(self.corpus.document_starts, place)
-        latest = np.maximum(last - target, first)
-        a = np.where(place < latest, around(starts, place)[0], latest)
-        low = np.searchsorted(starts, a, side="right")
-        choices = np.searchsorted(starts, np.minimum(a + target, last)) - low
-        a = np.where(choices > 0, a, np.minimum(place, latest))
-        end = np.minimum(a + target, last)
-        anywhere = a + 1 + (u * (end - a - 1)).astype(np.int64)
-        return a, np.where(choices > 0, starts[low + (u * choices).astype(np.int64)], anywhere), end
+    def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
+        """Returns the examples with these indices as one padded batch; see `collate`."""
+        return collate([self[index] for index in indices], self.padding_idx)
 
-    def segments(self, index: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Starts and ends of A and B, (B, 2, 2), and which B are random. u: uniform, (6, B).
-        A and B fill T - 3 tokens, one time in ten fewer, for fine-tuning meets short texts too
-        ([BERT] A.2), or are the document. A random B is the B of a place in another document. It
-        ends that one if the true B ends its own, and the pair is as long, where both allow: so, in
-        documents longer than T, neither B alone nor the pair's form tells the label. Differs:
-        [Code]'s random B is drawn by another rule, maybe from the same document, and cut."""
-        documents, size, epoch = self.corpus.document_starts, len(self.corpus), len(self)
-        short, room = 2 + (u[2] * (self.longest - 4)).astype(np.int64), self.longest - 3
-        target = np.where(u[1] < 0.1, short, room)
-        place = index * size // epoch + (u[0] * (size // epoch)).astype(np.int64)
-        a, b, end = self.cut(place, target, u[3])
-        (first, last), length, is_random = around(documents, place), end - b, u[5] < 0.5
-        other = (u[4] * (size - (last - first))).astype(np.int64)  # a token of another document
-        low, high = around(documents, other := other + np.where(other >= first, last - first, 0))
-        other = low + (other - low) * np.maximum(high - low - end + a, 1) // (high - low)
-        ended = (u[4] * (len(documents) - 2)).astype(np.int64)  # or another document, at its end
-        ended = documents[ended + (ended >= np.searchsorted(documents, first)) + 1] - 1
-        low, high = around(documents, other := np.where(end == last, ended, other))
-        _, start, stop = self.cut(other, end - a, u[3])
-        fits = around(self.corpus.sentence_starts, np.maximum(high - length, low))[0]
-        start = np.where(end == last, start, np.minimum(start, fits))
-        stop = np.where(end == last, stop, np.minimum(start + length, high))
-        a = np.where(is_random, np.maximum(a - length + (stop - start), first), a)
-        of_b = np.where(is_random, (start, stop), (b, end))
-        return np.stack([a, b, *of_b], axis=1).reshape(-1, 2, 2), is_random
+
+def collate(examples: list[dict[str, np.ndarray]], padding_idx: int) -> dict[str, torch.Tensor]:
+    """Returns a batch: each array padded to the longest example, int64 (batch, seq).
+
+    `input_ids` are padded with `padding_idx`, `token_type_ids` with 0, `mlm_labels` with -100;
+    `nsp_labels` are (batch,).
+    """
+    padding = {"input_ids": padding_idx, "token_type_ids": 0, "mlm_labels": IGNORED_LABEL}
+    longest = max(len(example["input_ids"]) for example in examples)
+    batch = {"nsp_labels": np.array([example["nsp_labels"] for example in examples])}
+    for name, value in padding.items():
+        batch[name] = np.full((len(examples), longest), value)
+        for row, example in zip(batch[name], examples, strict=True):
+            row[: len(example[name])] = example[name]
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+# ---- The order of examples ----------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return generator(seed, 1, epoch).permutation(size)
+    return generator(seed, PURPOSE_ORDER, epoch).permutation(size)
 
 
 class EpochSampler(Sampler):
@@ -402,10 +665,10 @@ def get_split_dataloader(
     """Endless batches, from batch `start` on. Two workers feed a fast GPU; more only hold more
     memory: workers * 4 batches of 24 * B * T bytes wait, 6 MB for two at 256 x 128."""
     sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
-    return DataLoader(  # __getitems__ makes whole batches, which `dict` leaves as they are
+    return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=dict,
+        collate_fn=partial(collate, padding_idx=dataset.padding_idx),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
@@ -452,7 +715,7 @@ class SST2Batches:
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         size, lengths = len(self.rows), np.array([len(row) for row in self.rows])
-        shuffle, random = self.seed is not None, generator(self.seed or 0, 2, self.epoch)
+        shuffle, random = self.seed is not None, generator(self.seed or 0, PURPOSE_SST2, self.epoch)
         order = random.permutation(size) if shuffle else np.arange(size)
         pool = 64 * self.batch_size if shuffle else size
         pools = np.split(order, range(pool, size, pool))

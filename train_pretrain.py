@@ -18,7 +18,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,12 @@ from bert import SIZES, BertConfig, BertPretrainModel, fetch, tokenizer_hash
 from results.draw import draw_pretraining
 from support import stream
 from support.run import (
+    PRECISIONS,
     Run,
+    autocast,
     check_finite,
+    choose_device,
+    choose_precision,
     first_process_first,
     join_processes,
     leave_group,
@@ -48,15 +52,16 @@ from support.run import (
 )
 
 Batch = dict[str, Tensor]
-MAY_CHANGE = {
+MAY_CHANGE = {  # in a run that is resumed
     "out",
     "resume",
     "save_every",
+    "export_steps",
     "workers",
     "device",
     "compile",
     "checkpoint_activations",
-}  # in a run that is resumed
+}
 
 
 @dataclass
@@ -64,6 +69,7 @@ class PretrainOptions:
     out: str = option("runs/pretrain", "a new folder for all that the run writes")
     dataset: str = option("sample", "corpus: sample, a file, a directory or a hub id")
     dataset_name: str | None = option(None, "the corpus's configuration, where it has several")
+    split: str = option("train", "the split to train on, or several: train+unsupervised")
     streaming: bool = option(False, "read the corpus as it comes, not tokenized once to disk")
     text_column: str = option("text", "the corpus's column of text")
     rows_per_document: int = option(1, "rows that make a document; > 1 for a sentence a row", 1)
@@ -72,13 +78,23 @@ class PretrainOptions:
     weights: str | None = option(None, "directory of a model to start from")
     size: str = option("tiny", "published size, without --weights", choices=list(SIZES))
     max_seq_length: int = option(64, "tokens in a pair of segments, with [CLS] and two [SEP]", 5)
+    positions: int | None = option(
+        None, "rows of the position table, for longer pairs later; as many as --max-seq-length", 1
+    )
     whole_word_masking: bool = option(False, "mask all the pieces of a word or none")
     batch_size: int = option(32, "pairs in a micro-batch", 1)
     accumulate: int = option(1, "micro-batches in a step, dealt to the processes", 1)
-    steps: int = option(4000, "updates of the weights", 1)
+    steps: int = option(4000, "updates of the weights; 0 only evaluates --weights", 0)
     warmup_steps: int | None = option(None, "steps of rising learning rate; a tenth of all", 0)
     learning_rate: float = option(1e-3, "peak; base and large need 1e-4", 0)
+    dropout: float = option(
+        0.1, "hidden and attention dropout; 0 suits less than an epoch or two", 0
+    )
+    precision: str = option(
+        "auto", "of products of matrices; auto is the fastest here", choices=PRECISIONS
+    )
     save_every: int = option(500, "steps between checkpoints", 1)
+    export_steps: tuple[int, ...] = option((), "steps after which models/step-N is written", 0)
     resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_every: int = option(250, "steps between evaluations", 1)
     eval_batches: int = option(16, "batches of an evaluation, at most", 1)
@@ -147,21 +163,27 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: pin(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def forward(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """mlm_logits (N, V) and nsp_logits (B, 2); on a GPU, from bfloat16 to float32."""
-    device = batch["input_ids"].device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+def forward(
+    model: BertPretrainModel, batch: Batch, precision: str = "float32"
+) -> tuple[Tensor, Tensor]:
+    """Returns mlm_logits (masked, vocab) and nsp_logits (batch, 2), computed in this precision.
+
+    Losses need more digits than bfloat16 has, so its logits become float32.
+    """
+    with autocast(precision, batch["input_ids"].device.type):
         mlm_logits, nsp_logits = model(
             batch["input_ids"], batch["token_type_ids"], positions=batch["positions"]
         )
-    if device == "cuda":
+    if precision == "bfloat16":
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
     return mlm_logits, nsp_logits
 
 
-def sum_losses(model: BertPretrainModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """In nats: the sum over the batch's masked tokens, and that over its pairs."""
-    mlm_logits, nsp_logits = forward(model, batch)
+def sum_losses(
+    model: BertPretrainModel, batch: Batch, precision: str = "float32"
+) -> tuple[Tensor, Tensor]:
+    """Returns two losses in nats: summed over the batch's masked positions, and over its pairs."""
+    mlm_logits, nsp_logits = forward(model, batch, precision)
     return (
         F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum"),
         F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum"),
@@ -173,6 +195,7 @@ def add_gradients(
     batches: list[Batch],
     seeds: Sequence[Sequence[int]] = (),
     losses_of: Callable | None = None,
+    precision: str = "float32",
 ) -> Tensor:
     """Adds the gradient of a step, given in micro-batches; each process has some of them. Returns
     what these add to the step's two losses, (2,), in nats. `seeds`: of each one's dropout.
@@ -186,7 +209,7 @@ def add_gradients(
     for i, batch in enumerate(batches):
         if seeds:
             set_seed(*seeds[i])
-        mlm_sum, nsp_sum = (losses_of or sum_losses)(model, batch)
+        mlm_sum, nsp_sum = (losses_of or sum_losses)(model, batch, precision)
         loss = torch.stack([mlm_sum / masked, nsp_sum / pairs])
         loss.sum().backward()
         losses.append(loss.detach())
@@ -196,14 +219,16 @@ def add_gradients(
 
 
 @torch.no_grad()
-def evaluate(model: BertPretrainModel, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(
+    model: BertPretrainModel, batches: Iterable[Batch], precision: str = "float32"
+) -> dict[str, float]:
     """Means over all masked tokens and all pairs; losses in nats, perplexity of the MLM alone.
     `commonest_prediction`: the share of masked tokens that get the most frequent prediction, 1.0
     where the model says the same token everywhere."""
     model.eval()
     sums, predicted = np.zeros(6), []
     for batch in batches:
-        mlm_logits, nsp_logits = forward(model, batch)
+        mlm_logits, nsp_logits = forward(model, batch, precision)
         targets, labels = batch["mlm_targets"], batch["nsp_labels"]
         predicted.append(mlm_logits.argmax(dim=-1))
         sums += [
@@ -227,11 +252,13 @@ def evaluate(model: BertPretrainModel, batches: Iterable[Batch]) -> dict[str, fl
 
 
 @torch.no_grad()
-def probe(model: BertPretrainModel, batch: Batch, tokenizer: Tokenizer) -> str:
-    """What the model makes of the batch's first pair, to read."""
+def probe(
+    model: BertPretrainModel, batch: Batch, tokenizer: Tokenizer, precision: str = "float32"
+) -> str:
+    """Returns what the model makes of the batch's first pair, to read."""
     length = batch["input_ids"].size(1)
     mine = batch["positions"] < length  # positions count through the rows
-    predicted = forward(model.eval(), batch)[0].argmax(dim=-1)
+    predicted = forward(model.eval(), batch, precision)[0].argmax(dim=-1)
     model.train()
     row = batch["input_ids"][0]
     ids = {
@@ -251,15 +278,25 @@ def load_tokenizer(options: PretrainOptions) -> Tokenizer:
         return data.load_tokenizer(options.tokenizer)
     if options.streaming:
         raise ValueError("--streaming needs a --tokenizer: none can be learned from a stream")
-    texts = stream.read_texts(options.dataset, options.dataset_name, options.text_column)
+    texts = stream.read_texts(
+        options.dataset, options.dataset_name, options.text_column, options.split
+    )
     return data.train_tokenizer(texts, options.vocab_size)
 
 
-def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict:
-    """The corpus of each split; with --streaming, the rows to read instead of the first."""
+def load_corpora(
+    options: PretrainOptions,
+    tokenizer: Tokenizer,
+    splits: Sequence[str] = ("train", "validation"),
+) -> dict:
+    """Returns the corpus of each split; with --streaming, the rows to read for "train"."""
     if options.streaming:
         rows, texts = stream.open_stream(
-            options.dataset, options.dataset_name, options.text_column, options.rows_per_document
+            options.dataset,
+            options.dataset_name,
+            options.text_column,
+            options.rows_per_document,
+            options.split,
         )
         return {"train": rows, "validation": stream.tokenized(texts, 0, tokenizer)}
     return {
@@ -268,27 +305,46 @@ def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict:
             split,
             tokenizer,
             options.dataset_name,
+            options.split,
             text_column=options.text_column,
             processes=options.workers or None,
             rows_per_document=options.rows_per_document,
         )
-        for split in ("train", "validation")
+        for split in splits
     }
 
 
 def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainModel:
-    """Of the --weights, or new, with the initial weights of torch's seed."""
+    """Returns the model of --weights, or a new one with the initial weights of torch's seed.
+
+    Position embeddings are learned, so a pair cannot be longer than the position table, and rows
+    beyond --max-seq-length learn nothing until a later run with longer pairs. [BERT] A.2 trains so:
+    900,000 steps of 128 tokens, then 100,000 of 512.
+    """
+    dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
     if options.weights:
-        model = BertPretrainModel.from_pretrained(options.weights)
+        model = BertPretrainModel.from_pretrained(options.weights, **dropouts)
+        positions = model.config.max_seq_length
+        if options.positions not in (None, positions):
+            raise ValueError(f"--positions {options.positions}, but the weights have {positions}")
+        if options.max_seq_length > positions:
+            raise ValueError(
+                f"--max-seq-length {options.max_seq_length} exceeds the weights' {positions}"
+                " positions"
+            )
     else:
+        positions = options.positions or options.max_seq_length
+        if options.max_seq_length > positions:
+            raise ValueError(
+                f"--max-seq-length {options.max_seq_length} exceeds --positions {positions}"
+            )
         config = BertConfig.named(
             options.size,
             vocab_size=max(tokenizer.get_vocab().values()) + 1,
-            max_seq_length=options.max_seq_length,
+            max_seq_length=positions,
+            **dropouts,
         )
         model = BertPretrainModel(config, tokenizer.get_vocab()[data.PAD])
-    if options.max_seq_length > model.config.max_seq_length:
-        raise ValueError(f"--max-seq-length exceeds the weights' {model.config.max_seq_length}")
     if options.checkpoint_activations:  # of a layer, only what goes in is kept for the backward
         for layer in model.bert.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -346,8 +402,12 @@ def train(
     batches: Iterator[Batch],
     progress: dict,
     report: Callable[[int], None],
+    export: Callable[[int], None],
 ) -> None:
-    """All steps from the run's on. `progress`: of a stream, to be kept with each checkpoint."""
+    """Takes all steps from the run's on. `progress`: of a stream, kept with each checkpoint.
+
+    `report` evaluates and `export` writes the model as of a step; the first rank calls them.
+    """
     device, share = model.nsp.weight.device, options.accumulate // run.world_size
     losses_of = torch.compile(sum_losses, fullgraph=True) if options.compile else None
     warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
@@ -357,6 +417,8 @@ def train(
         if step > first and (last or stop or step % options.save_every == 0):
             check_finite(step - 1, norm)
             run.save(step, progress, model=model, optimizer=optimizer)
+        if run.rank == 0 and (stop or step in options.export_steps):
+            export(step)
         if stop:
             run.stop(step)
         if last or step % options.eval_every == 0:
@@ -370,7 +432,7 @@ def train(
         run.tokens += sum(total(*real))
         seeds = [(options.seed, step, run.rank + i * run.world_size) for i in range(share)]
         ready = [to_device(batch, device) for batch in micro_batches]
-        losses = add_gradients(model, ready, seeds, losses_of)
+        losses = add_gradients(model, ready, seeds, losses_of, options.precision)
         rate = learning_rate(step, options.learning_rate, warmup, options.steps)
         norm = update(model, optimizer, rate)
         run.bar.update()
@@ -381,11 +443,35 @@ def train(
             run.show(f"loss {mlm_loss + nsp_loss:.3f}")
 
 
+def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
+    """Prints the metrics of --weights on the validation split, and writes nothing."""
+    if not options.weights:
+        raise ValueError("--steps 0 evaluates a saved model: name it with --weights")
+    tokenizer = load_tokenizer(options)
+    (corpus,) = load_corpora(options, tokenizer, ["validation"]).values()
+    model = make_model(options, tokenizer).to(device)
+    validation = make_validation(options, corpus, tokenizer, device)
+    metrics = evaluate(model, validation, options.precision)
+    pairs = sum(len(batch["nsp_labels"]) for batch in validation)
+    print(f"{options.weights}, {pairs} pairs of the validation split, {options.precision}")
+    for name, value in metrics.items():
+        print(f"{name:<21}{value:.4f}")
+
+
 def pretrain(options: PretrainOptions) -> None:
     rank, world_size = join_processes(options.device)
     if options.accumulate % world_size:
         raise ValueError(f"--accumulate {options.accumulate} is no multiple of {world_size} ranks")
-    out, device = start_run(options)
+    if late := [step for step in options.export_steps if step > options.steps]:
+        raise ValueError(
+            f"--export-steps {late[0]} comes after the last of --steps {options.steps}"
+        )
+    device = choose_device(options.device)
+    options = replace(options, precision=choose_precision(options.precision, device))
+    if options.steps == 0:
+        evaluate_weights(options, device)
+        return
+    out = start_run(options)
     with first_process_first(rank):  # it tokenizes, the others find that done
         tokenizer = load_tokenizer(options)
         corpora = load_corpora(options, tokenizer)
@@ -416,15 +502,20 @@ def pretrain(options: PretrainOptions) -> None:
     run.begin(options)
     if rank == 0:
         print(stream.describe(corpora), *(f"{k} {v:.3f} nats" for k, v in baselines.items()))
+        print(f"precision {options.precision}, dropout {options.dropout:g}")
 
     def report(step: int) -> None:
-        metrics = evaluate(model, validation)
+        metrics = evaluate(model, validation, options.precision)
         run.write("validation", step, **metrics, **baselines)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-        run.bar.write(f"step {step}  {shown}\n{probe(model, validation[0], tokenizer)}")
+        example = probe(model, validation[0], tokenizer, options.precision)
+        run.bar.write(f"step {step}  {shown}\n{example}")
+
+    def export(step: int) -> None:
+        model.save_pretrained(out / "models" / f"step-{step}", tokenizer)
 
     batches = make_batches(options, corpora["train"], tokenizer, run, streams[rank])
-    train(options, run, model, optimizer, batches, streams[rank], report)
+    train(options, run, model, optimizer, batches, streams[rank], report, export)
     if rank == 0:
         model.save_pretrained(out / "model", tokenizer)
         draw_pretraining(out)

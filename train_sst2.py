@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,18 @@ from tokenizers import Tokenizer
 import data
 from bert import SIZES, BertConfig, SST2BertModel
 from results.draw import draw_sst2
-from support.run import option, progress_bar, run_script, set_seed, start_run, write_line
+from support.run import (
+    PRECISIONS,
+    autocast,
+    choose_device,
+    choose_precision,
+    option,
+    progress_bar,
+    run_script,
+    set_seed,
+    start_run,
+    write_line,
+)
 from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
 
 LABELS = ("negative", "positive")
@@ -51,6 +62,10 @@ class SST2Options:
     batch_size: int = option(32, "sentences in a batch", 1)
     epochs: int = option(3, "passes over the training split", 1)
     learning_rate: tuple[float, ...] = option((5e-5,), "peak; with several, a run for each", 0)
+    dropout: float = option(0.1, "hidden and attention dropout, whatever the weights had", 0)
+    precision: str = option(
+        "auto", "of products of matrices; auto is the fastest here", choices=PRECISIONS
+    )
     seeds: int = option(1, "runs of each learning rate, to have a mean and a deviation", 1)
     seed: int = option(0, "the first of them", 0)
     log_every: int = option(50, "steps between lines of metrics.jsonl", 1)
@@ -69,13 +84,18 @@ def make_tokenizer(options: SST2Options) -> Tokenizer:
 
 
 def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
-    """Pretrained, or with the initial weights of torch's seed."""
+    """Returns a pretrained model, or one with the initial weights of torch's seed.
+
+    --dropout counts, not the dropout in the weights' config: else a model that was pretrained
+    without would be fine-tuned without, and nobody would notice.
+    """
+    dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
     if options.weights:
-        model = SST2BertModel.from_pretrained(options.weights)
+        model = SST2BertModel.from_pretrained(options.weights, **dropouts)
     else:
         sizes = {"vocab_size": max(tokenizer.get_vocab().values()) + 1}
         sizes["max_seq_length"] = options.max_seq_length or 128
-        config = BertConfig.named(options.size, **sizes)
+        config = BertConfig.named(options.size, **sizes, **dropouts)
         model = SST2BertModel(config, tokenizer.get_vocab()[data.PAD])
     if (options.max_seq_length or 0) > model.config.max_seq_length:
         raise ValueError(
@@ -85,23 +105,27 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
     return model
 
 
-def forward(model: SST2BertModel, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits (B, 2), float32; in between bfloat16, if on a GPU."""
-    device = input_ids.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+def forward(
+    model: SST2BertModel, input_ids: torch.Tensor, precision: str = "float32"
+) -> torch.Tensor:
+    """Returns logits (batch, 2) in float32, computed in this precision."""
+    with autocast(precision, input_ids.device.type):
         return model(input_ids).float()
 
 
 @torch.no_grad()
 def evaluate(
-    model: SST2BertModel, batches: Iterable[dict[str, torch.Tensor]], device: torch.device
+    model: SST2BertModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    device: torch.device,
+    precision: str = "float32",
 ) -> dict[str, float]:
     """Means over all sentences: the loss in nats and the accuracy."""
     model.eval()
     loss = correct = count = 0.0
     for batch in batches:
         labels = batch["labels"].to(device)
-        logits = forward(model, batch["input_ids"].to(device))
+        logits = forward(model, batch["input_ids"].to(device), precision)
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         correct += (logits.argmax(dim=-1) == labels).sum().item()
         count += len(labels)
@@ -123,6 +147,7 @@ def fine_tune(
     seed: int,
     out: Path,
     log_every: int,
+    precision: str = "float32",
 ) -> tuple[SST2BertModel, float]:
     """One run. Returns the model as of its best epoch, and that epoch's validation accuracy."""
     device = next(model.parameters()).device
@@ -136,7 +161,7 @@ def fine_tune(
         train.epoch = epoch
         for batch in train:
             set_seed(seed, step)
-            logits = forward(model, batch["input_ids"].to(device, non_blocking=True))
+            logits = forward(model, batch["input_ids"].to(device, non_blocking=True), precision)
             loss = F.cross_entropy(logits, batch["labels"].to(device, non_blocking=True))
             loss.backward()
             update(model, optimizer, learning_rate(step, rate, steps // 10, steps))
@@ -145,7 +170,7 @@ def fine_tune(
             if step % log_every == 0:
                 write_line(out, split="train", step=step, **about, loss=loss.item())
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        metrics = evaluate(model, validation, device)
+        metrics = evaluate(model, validation, device, precision)
         accuracies.append(metrics["accuracy"])
         if best_epoch(accuracies) == epoch:
             best = copy.deepcopy(model)
@@ -162,7 +187,12 @@ def fine_tune(
 
 
 def train(options: SST2Options) -> None:
-    out, device = start_run(options)
+    device = choose_device(options.device)
+    options = replace(options, precision=choose_precision(options.precision, device))
+    if not options.learning_rate:
+        raise ValueError("--learning-rate needs a value, or several")
+    out = start_run(options)
+    print(f"precision {options.precision}, dropout {options.dropout:g}")
     (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
     tokenizer = make_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
@@ -187,7 +217,15 @@ def train(options: SST2Options) -> None:
             torch.manual_seed(seed)  # of the classifier's initial weights, or of all
             model = make_model(options, tokenizer).to(device)
             model, accuracy = fine_tune(
-                model, training, validation, options.epochs, rate, seed, out, options.log_every
+                model,
+                training,
+                validation,
+                options.epochs,
+                rate,
+                seed,
+                out,
+                options.log_every,
+                options.precision,
             )
             accuracies.append(accuracy)
             kept = max(kept, [model, accuracy], key=lambda pair: pair[1])
@@ -200,7 +238,7 @@ def train(options: SST2Options) -> None:
     model.save_pretrained(out / "model", tokenizer)
     draw_sst2(out)
     if test:
-        metrics = evaluate(model, test, device)
+        metrics = evaluate(model, test, device, options.precision)
         write_line(out, split="test", **metrics)
         print(f"test accuracy {metrics['accuracy']:.4f}, of the run with {accuracy:.4f}")
     print(f"{out}/model holds the best weights and their tokenizer")

@@ -340,7 +340,7 @@ def batches(corpus: data.TokenizedCorpus, documents: list[str], tokenizer) -> di
     real = {"ours": [], "theirs": []}  # type: dict[str, list[int]]
 
     def ours() -> None:
-        batch = dataset.__getitems__(next(numbers))
+        batch = dataset.batch(next(numbers))
         real["ours"].append(int((batch["input_ids"] != 0).sum()))
 
     def collated() -> None:
@@ -353,7 +353,7 @@ def batches(corpus: data.TokenizedCorpus, documents: list[str], tokenizer) -> di
     medians = take_turns({"ours": ours, "theirs": collated}, rounds=15)
     torch.set_num_threads(threads)
     rates = {name: statistics.mean(real[name]) / medians[name] for name in medians}
-    cells = [dataset.__getitems__(next(numbers))["input_ids"] for _ in range(20)]
+    cells = [dataset.batch(next(numbers))["input_ids"] for _ in range(20)]
     padding = sum(int((b == 0).sum()) for b in cells) / sum(b.numel() for b in cells)
     return {
         "batches, real tokens/s": rates["ours"],

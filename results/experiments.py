@@ -65,7 +65,7 @@ def trap(corpus: str, vocabulary: str, size: str = "mini", steps: int = 300) -> 
     examples = data.PretrainDataset(
         data.get_corpus(corpus, "validation", tokenizer, processes=2), tokenizer, LENGTH
     )
-    batch = to_device(examples.__getitems__([0]), torch.device("cpu"))
+    batch = to_device(examples.batch([0]), torch.device("cpu"))
     shares = batch["mlm_targets"].bincount() / len(batch["mlm_targets"])
     entropy = torch.special.entr(shares).sum().item()  # ln n, if the n tokens all differ
     for rate in (1e-2, 1e-3, 1e-4):

@@ -30,7 +30,7 @@ WORKERS, PREFETCH, BATCH, LENGTH = 16, 10, 256, 128
 class Lists(torch.utils.data.Dataset):
     """Lines of tokens in a list: 8 bytes for each, and 28 for the integer itself."""
 
-    seed = 0
+    seed, padding_idx = 0, 0
 
     def __init__(self, corpus: data.TokenizedCorpus) -> None:
         tokens = np.concatenate(corpus.chunks)[: len(corpus) // 10]
@@ -40,8 +40,11 @@ class Lists(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitems__(self, numbers: list[int]) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.tensor([self.lines[n % len(self)] for n in numbers])}
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        input_ids = np.array(self.lines[index % len(self)])
+        label = np.array(0)
+        names = ("input_ids", "token_type_ids", "mlm_labels")
+        return {**dict.fromkeys(names, input_ids), "nsp_labels": label}
 
 
 def kib(pid: int) -> int:

@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -96,22 +96,71 @@ def worker_died(error: Exception) -> bool:
     return bool(re.match(r"DataLoader worker \(pid", str(error))) or "_try_get_data" in places
 
 
-def start_run(options: Any) -> tuple[Path, torch.device]:
-    """The run's folder and its device; seeds the initialization."""
+def start_run(options: Any) -> Path:
+    """Returns the run's folder, a new one unless the run is resumed; seeds the initialization."""
     keep_freed_memory()
     out = Path(options.out)
     if (out / "metrics.jsonl").exists() and not getattr(options, "resume", False):
         raise ValueError(f"--out {out} holds another run; name a new folder, or --resume")
-    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    return out
+
+
+# ---- Device and precision -----------------------------------------------------------------------
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Returns the device of --device; without a name, the GPU if there is one."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}, but torch sees no GPU here")
     try:
-        device = torch.device(name)
+        return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name} is not cpu, cuda or cuda:0") from error
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
-    return out, device
+
+
+PRECISIONS = ["auto", "float32", "medium", "bfloat16"]
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """Returns which instruction sets this CPU has, by name; nothing where torch cannot tell."""
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
+    return get_capabilities()
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Returns a run's precision, "float32", "medium" or "bfloat16", and sets torch up for it.
+
+    - float32: all products of matrices in float32.
+    - medium: float32 in memory, but products of matrices may round their factors to bfloat16.
+    - bfloat16: autocast, see `autocast`.
+    - auto: what is fastest. A training step of mini and of base is so many times as fast as in
+      float32: on a CPU with AMX 1.64 and 1.72 with medium, 1.28 and 1.45 with bfloat16; on one with
+      AVX512-BF16 alone 1.0 and 1.0, 1.34 and 1.43. Other CPUs emulate bfloat16, forty times slower.
+    """
+    if name == "auto":
+        capabilities = cpu_capabilities() if device.type == "cpu" else {}
+        if device.type == "cuda":
+            name = "bfloat16"
+        elif capabilities.get("amx_bf16"):
+            name = "medium"
+        elif capabilities.get("avx512_bf16"):
+            name = "bfloat16"
+        else:
+            name = "float32"
+    torch.set_float32_matmul_precision("medium" if name == "medium" else "highest")
+    return name
+
+
+def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager:
+    """Returns the context of a forward pass. With bfloat16, products of matrices are computed in
+    it; weights, gradients and the optimizer's state stay float32."""
+    if precision == "bfloat16":
+        return torch.autocast(device_type, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def keep_freed_memory() -> None:

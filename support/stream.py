@@ -30,30 +30,39 @@ def is_held_out(text: Any) -> bool:
     return zlib.crc32(str(text).encode()) % 100 == 0
 
 
-def open_stream(path: str, name: str | None, column: str, rows_per_document: int = 1) -> tuple:
-    """The documents to train on, a `datasets.IterableDataset`, and a list of 64 to evaluate on: of
-    the split "validation", or held out of "train"."""
+def open_stream(
+    path: str,
+    name: str | None,
+    column: str,
+    rows_per_document: int = 1,
+    train_split: str = "train",
+) -> tuple:
+    """Returns the documents to train on, a `datasets.IterableDataset`, and a list of 64 to evaluate
+    on: of the split "validation", or held out of the split to train on, which must be a whole one.
+    """
     splits = data.get_dataset(path, name, split=None, streaming=True)
-    if "train" not in splits:
-        raise ValueError(f"{path} has no split train, only {', '.join(splits)}")
-    row: dict = next(iter(splits["train"]), {})
+    if train_split not in splits:
+        raise ValueError(
+            f"--streaming reads one whole split of {path}, one of {', '.join(splits)}; "
+            f"--split {train_split} is none of them"
+        )
+    row: dict = next(iter(splits[train_split]), {})
     if column not in row:
         raise ValueError(f"no --text-column {column} in the first row of {path}: {list(row)}")
     rows = {split: documents.select_columns(column) for split, documents in splits.items()}
     if rows_per_document > 1:
         rows = {split: documents.batch(rows_per_document) for split, documents in rows.items()}
+    train = rows[train_split]
     held_out = rows.get("validation")
-    if held_out is None:
-        held_out = rows["train"].filter(is_held_out, input_columns=column)
-        rows["train"] = rows["train"].filter(
-            lambda text: not is_held_out(text), input_columns=column
-        )
-    return rows["train"], [row[column] for row in islice(held_out, 64)]
+    if held_out is None or train_split == "validation":
+        held_out = train.filter(is_held_out, input_columns=column)
+        train = train.filter(lambda text: not is_held_out(text), input_columns=column)
+    return train, [row[column] for row in islice(held_out, 64)]
 
 
-def read_texts(path: str, name: str | None, column: str) -> Iterable[str]:
-    """All texts of a corpus on disk, checked to be texts."""
-    rows = data.get_dataset(path, name)
+def read_texts(path: str, name: str | None, column: str, split: str = "train") -> Iterable[str]:
+    """Returns all texts of a corpus on disk, checked to be texts."""
+    rows = data.get_dataset(path, name, split)
     if column not in rows.column_names:
         raise ValueError(f"no --text-column {column} in {rows.column_names}")
     kind = rows.features[column]
@@ -136,7 +145,7 @@ class StreamedBatches(IterableDataset):
             [(number * 2**20 + again) * len(order) + i for i in order] for again in range(2**20)
         )
         for _ in range(0, len(order), batch_size):
-            yield dataset.__getitems__(list(islice(passes, batch_size)))
+            yield dataset.batch(list(islice(passes, batch_size)))
 
 
 def read_block(documents: Iterator[tuple[dict, Any]]) -> tuple[list, dict]:

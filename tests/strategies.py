@@ -3,6 +3,8 @@
 Every strategy shrinks to the simplest case: one head, one layer, two tokens.
 """
 
+import math
+
 import datasets
 import numpy as np
 import torch
@@ -100,6 +102,65 @@ def documents(draw: st.DrawFn, most: int = 6, longest: int = 30) -> list[list[li
         [generator.integers(5, len(VOCABULARY), size).tolist() for size in sentences]
         for sentences in draw(st.lists(sizes, min_size=2, max_size=most))
     ]
+
+
+def original(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the ids before masking: the label where there is one."""
+    labels = batch["mlm_labels"]
+    return torch.where(labels == data.IGNORED_LABEL, batch["input_ids"], labels)
+
+
+def candidates_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns True where a token may be masked, bool (batch, seq): not at [CLS], [SEP], [PAD]."""
+    ids = original(batch)
+    special = [data.SPECIAL_TOKENS.index(name) for name in ("[PAD]", "[CLS]", "[SEP]")]
+    return ~torch.isin(ids, torch.tensor(special))
+
+
+def is_within(share: float, expected: float, draws: int) -> bool:
+    """Five standard deviations: a right share is outside once in 1.7 million times."""
+    return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / draws)
+
+
+def sentences_of_lengths(documents: list[list[int]]) -> list[list[list[int]]]:
+    """Returns documents whose sentences have these lengths, and one token, again and again."""
+    return [[[7] * length for length in lengths] for lengths in documents]
+
+
+def corpora_of_all_kinds(room: int) -> dict[str, list[list[int]]]:
+    """Returns the sentence lengths of the documents of corpora that differ in every respect which
+    the drawing of pairs of `room` tokens depends on, by the name of their kind.
+    """
+    rng = np.random.default_rng(0)
+
+    def document(tokens: int, shortest: int, longest: int) -> list[int]:
+        lengths = [min(shortest, tokens - 1)]
+        while sum(lengths) < tokens:
+            length = int(rng.integers(shortest, longest + 1))
+            lengths.append(min(length, tokens - sum(lengths)))
+        return lengths
+
+    def novel() -> list[int]:
+        """Stretches of dialogue and stretches of narration."""
+        stretches = [
+            document(int(rng.integers(60, 600)), *rng.choice([(2, 9), (15, 60)])) for _ in range(12)
+        ]
+        return [length for stretch in stretches for length in stretch]
+
+    return {
+        "novels": [novel() for _ in range(9)],
+        "mixed lengths": [
+            *(document(int(rng.integers(room, 2 * room)), 3, 30) for _ in range(200)),
+            *(document(16 * room, 3, 30) for _ in range(30)),
+        ],
+        "hardly longer than a pair": [document(room + 5, 3, 30) for _ in range(200)],
+        "shorter than a pair": [document(int(rng.integers(2, room)), 1, 12) for _ in range(500)],
+        "one-token sentences": [[1] * int(rng.integers(2, 3 * room)) for _ in range(150)],
+        "sentences longer than a pair": [
+            document(int(rng.integers(4 * room, 9 * room)), 2 * room, 4 * room) for _ in range(40)
+        ],
+        "two documents": [document(20 * room, 3, 30), document(3 * room, 2, 90)],
+    }
 
 
 def numbered(documents: list[list[list[int]]]) -> list[list[list[int]]]:

@@ -17,30 +17,16 @@ from strategies import (
     VOCABULARY,
     corpus_of,
     documents,
-    numbered,
-    place_tokenizer,
+    is_within,
     seeds,
     small_tokenizer,
 )
 
 import data
-from data import IGNORED_LABEL, PretrainDataset, TokenizedCorpus
+from data import PretrainDataset, TokenizedCorpus
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 lengths = st.integers(5, 40)
-
-
-def original(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The ids before masking: the label where there is one."""
-    labels = batch["mlm_labels"]
-    return torch.where(labels == IGNORED_LABEL, batch["input_ids"], labels)
-
-
-def segments(row: list[int]) -> tuple[list[int], list[int]]:
-    """A and B of a row before masking."""
-    end = len(row) - row[::-1].index(SEP)  # behind the last [SEP]
-    first = row.index(SEP)
-    return row[1:first], row[first + 1 : end - 1]
 
 
 def entropy(tokens: np.ndarray) -> float:
@@ -53,242 +39,7 @@ def numbers_of(dataset: PretrainDataset, epochs: int = 2) -> list[int]:
     return list(range(epochs * len(dataset)))
 
 
-# ---- Masks --------------------------------------------------------------------------------------
-
-
-def ordinary_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    ids = original(batch)
-    return (ids != PAD) & (ids != CLS) & (ids != SEP)
-
-
-@given(documents(), lengths, seeds, st.booleans())
-def test_labels_are_the_original_ids_where_chosen_and_nothing_else_changes(
-    docs, length, seed, whole
-):
-    """Wherever a token was not chosen, the input is the text itself."""
-    corpus = corpus_of(numbered(docs))
-    dataset = PretrainDataset(corpus, place_tokenizer(), length, seed, whole)
-    every = {int(t) for chunk in corpus.chunks for t in chunk}
-    for batch in (dataset.__getitems__([n]) for n in numbers_of(dataset)[:8]):
-        tokens = original(batch)[ordinary_of(batch)]
-        assert set(tokens.tolist()) <= every  # numbered: each id is a place of the corpus
-        a, b = segments(original(batch)[0].tolist())
-        for segment in (a, b):  # and the places follow each other
-            assert segment == list(range(segment[0], segment[0] + len(segment)))
-
-
-@given(documents(), lengths, seeds)
-def test_exactly_15_percent_of_the_ordinary_tokens_are_chosen_and_at_least_one(docs, length, seed):
-    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed)
-    batch = dataset.__getitems__(numbers_of(dataset)[:16])
-    chosen = (batch["mlm_labels"] != IGNORED_LABEL).sum(dim=1).tolist()
-    counts = ordinary_of(batch).sum(dim=1).tolist()
-    assert chosen == [max(1, round(0.15 * n)) for n in counts]
-
-
-@given(documents(), lengths, seeds, st.booleans())
-def test_special_tokens_are_never_chosen_and_never_drawn(docs, length, seed, whole):
-    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed, whole)
-    batch = dataset.__getitems__(numbers_of(dataset)[:16])
-    chosen = batch["mlm_labels"] != IGNORED_LABEL
-    assert not (chosen & ~ordinary_of(batch)).any()
-    inside = batch["input_ids"][ordinary_of(batch)]
-    assert set(inside.tolist()) <= {MASK, *range(5, len(VOCABULARY))}
-
-
-def within(share: float, expected: float, n: int) -> bool:
-    """Five standard deviations: a right share fails once in 1.7 million times."""
-    return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / n)
-
-
-def large_batch(**options) -> dict[str, torch.Tensor]:
-    """2,000 examples of 120 tokens, of which 36,000 are chosen, from 6,000 different ids."""
-    generator = np.random.default_rng(0)
-    docs = [[generator.integers(5, 6005, 15).tolist() for _ in range(40)] for _ in range(50)]
-    names = [*data.SPECIAL_TOKENS, *(f"t{i}" for i in range(5, 6005))]
-    tokenizer = data.wordpiece({token: i for i, token in enumerate(names)})
-    dataset = PretrainDataset(corpus_of(docs), tokenizer, 123, **options)
-    return dataset.__getitems__(list(range(2000)))
-
-
-def test_of_the_chosen_80_percent_are_masked_10_random_10_kept():
-    batch = large_batch()
-    chosen = batch["mlm_labels"] != IGNORED_LABEL
-    ids, labels = batch["input_ids"][chosen], batch["mlm_labels"][chosen]
-    n = len(ids)
-    assert n > 30_000
-    assert within((ids == MASK).double().mean().item(), 0.8, n)
-    assert within((ids == labels).double().mean().item(), 0.1 + 0.1 / 6000, n)
-    replaced = ids[(ids != MASK) & (ids != labels)]
-    assert within(len(replaced) / n, 0.1 - 0.1 / 6000, n)
-    # uniform over the vocabulary: mean of n uniform ids, and the extremes are reached
-    middle, spread = (5 + 6004) / 2, 6000 / math.sqrt(12)
-    assert abs(replaced.double().mean() - middle) < 5 * spread / math.sqrt(len(replaced))
-    assert replaced.min() < 30
-    assert replaced.max() > 5980
-
-
-def test_every_place_of_a_row_is_equally_likely_to_be_chosen():
-    """Columns 1 .. 50 are ordinary in nearly all rows; each is chosen with probability 0.15."""
-    batch = large_batch()
-    full = ordinary_of(batch)[:, 1:51]
-    chosen = (batch["mlm_labels"] != IGNORED_LABEL)[:, 1:51]
-    for column in range(50):
-        n = int(full[:, column].sum())
-        assert within(int(chosen[:, column].sum()) / n, 0.15, n)
-
-
-def test_half_of_the_pairs_are_random_and_a_tenth_are_short():
-    batch = large_batch()
-    assert within(batch["nsp_labels"].double().mean().item(), 0.5, 2000)
-    short = (original(batch) != PAD).sum(dim=1) < 123
-    assert within(short.double().mean().item(), 0.1 * 118 / 119, 2000)
-
-
-@given(documents(), lengths, seeds)
-def test_whole_word_masking_takes_all_pieces_of_a_word_or_none(docs, length, seed):
-    """A word never reaches across [SEP], whatever B begins with, and the limit is kept unless the
-    one word that is always taken exceeds it."""
-    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed, True)
-    batch = dataset.__getitems__(numbers_of(dataset)[:16])
-    chosen = batch["mlm_labels"] != IGNORED_LABEL
-    for row, row_chosen, inside in zip(
-        original(batch).tolist(), chosen.tolist(), ordinary_of(batch).tolist(), strict=True
-    ):
-        words: list[list[bool]] = []
-        for i, token in enumerate(row):
-            if not inside[i]:
-                continue
-            if VOCABULARY[token].startswith("##") and inside[i - 1]:
-                words[-1].append(row_chosen[i])
-            else:
-                words.append([row_chosen[i]])
-        assert all(len(set(word)) == 1 for word in words)
-        taken = [len(word) for word in words if word[0]]
-        assert taken
-        assert sum(taken) <= max(1, round(0.15 * sum(inside))) or len(taken) == 1
-
-
-# ---- Pairs --------------------------------------------------------------------------------------
-
-
-@given(documents(), lengths, seeds)
-def test_a_row_is_cls_a_sep_b_sep_and_then_padding(docs, length, seed):
-    """Segment ids are 0 up to the first [SEP], 1 up to the second, 0 on padding; the batch is as
-    wide as its longest row, and no row exceeds the limit."""
-    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed)
-    batch = dataset.__getitems__(numbers_of(dataset)[:16])
-    widths = []
-    for ids, types in zip(original(batch).tolist(), batch["token_type_ids"].tolist(), strict=True):
-        a, b = segments(ids)
-        assert a
-        assert b
-        assert not {PAD, CLS, SEP} & {*a, *b}
-        padding = len(ids) - len(a) - len(b) - 3
-        assert ids == [CLS, *a, SEP, *b, SEP] + [PAD] * padding
-        assert types == [0] * (len(a) + 2) + [1] * (len(b) + 1) + [0] * padding
-        widths.append(len(a) + len(b) + 3)
-    assert max(widths) == batch["input_ids"].size(1) <= length
-    assert {t.dtype for t in batch.values()} == {torch.int64}
-
-
-@given(documents(), lengths, seeds)
-def test_a_next_segment_follows_and_a_random_one_is_from_another_document(docs, length, seed):
-    corpus = corpus_of(numbered(docs))
-    dataset = PretrainDataset(corpus, place_tokenizer(), length, seed)
-    edges = corpus.document_starts + 1000
-    for batch in (dataset.__getitems__([n]) for n in numbers_of(dataset)[:16]):
-        a, b = segments(original(batch)[0].tolist())
-        document = [int(np.searchsorted(edges, segment[0], side="right")) for segment in (a, b)]
-        for segment, own in zip((a, b), document, strict=True):
-            assert edges[own - 1] <= segment[0] <= segment[-1] < edges[own]  # in one document
-        if batch["nsp_labels"].item() == 0:
-            assert b[0] == a[-1] + 1
-        else:
-            assert document[0] != document[1]
-
-
-def test_segments_start_with_sentences_where_sentences_are_short():
-    """B does, and so does A unless the pair ends with the document."""
-    corpus = corpus_of(numbered([[[0] * 5 for _ in range(30)] for _ in range(20)]))
-    dataset = PretrainDataset(corpus, place_tokenizer(), 64)
-    starts = set((corpus.sentence_starts + 1000).tolist())
-    for number in numbers_of(dataset, 4):
-        a, b = segments(original(dataset.__getitems__([number]))[0].tolist())
-        if len(a) + len(b) > 5:  # a pair shorter than a sentence is cut anywhere
-            assert b[0] in starts
-            is_last = a[0] + len(a) + len(b) in corpus.document_starts + 1000
-            assert a[0] in starts or is_last
-
-
-@pytest.mark.parametrize("sentences", [60, 9])
-def test_the_form_of_a_pair_says_nothing_about_its_label(sentences):
-    """Neither the lengths of its segments, nor whether A begins, B begins or B ends with a sentence
-    or with its document: in long documents, and in short ones of two or three pairs' length. The
-    means of both labels are within five standard errors, in 2,000 documents."""
-    generator = np.random.default_rng(0)
-    docs = [[[7] * int(n) for n in generator.integers(3, 20, sentences)] for _ in range(400)]
-    corpus = corpus_of(numbered(docs[: 60_000 // (sentences * 11)]))
-    dataset = PretrainDataset(corpus, place_tokenizer(65_000), 40)
-    batch = dataset.__getitems__(numbers_of(dataset, 8))
-    sentence_edges = set(corpus.sentence_starts.tolist())
-    edges = set(corpus.document_starts.tolist())
-    facts = []
-    for row in original(batch).tolist():
-        (a, *_), b = segments(row)
-        first, last = b[0] - 1000, b[-1] - 1000 + 1
-        facts.append([
-            len(b), len(segments(row)[0]) + len(b), a - 1000 in sentence_edges,
-            first in sentence_edges, last in sentence_edges, last in edges,
-        ])  # fmt: skip
-    is_random = batch["nsp_labels"].bool().numpy()
-    for fact in np.array(facts, float).T:
-        one, other = fact[is_random], fact[~is_random]
-        error = math.sqrt(one.var() / len(one) + other.var() / len(other))
-        assert abs(one.mean() - other.mean()) <= 5 * error + 0.02 * abs(fact.mean())
-
-
-def test_a_segment_alone_says_nothing_about_the_label():
-    """A random B comes from where a true one could: from stretches of short and of long sentences,
-    from short and long documents, from their starts and ends as often, if all are longer than a
-    pair. Drawn among sentences, it would come from dialogue too often. Means of both labels are
-    within five standard errors."""
-    generator = np.random.default_rng(0)
-    docs = []
-    for _ in range(130):
-        stretches = generator.choice([3, 30], size=generator.integers(2, 8))
-        docs.append([[7] * int(n) for n in stretches for _ in range(90 // n)])
-    corpus = corpus_of(numbered(docs))
-    dataset = PretrainDataset(corpus, place_tokenizer(65_000), 32)
-    batch = dataset.__getitems__(numbers_of(dataset, 12))
-    lengths, sizes = np.diff(corpus.sentence_starts), np.diff(corpus.document_starts)
-    facts = []
-    for row in original(batch).tolist():
-        fact = []
-        for segment in segments(row):
-            place = segment[0] - 1000
-            sentence = np.searchsorted(corpus.sentence_starts, place, side="right") - 1
-            document = np.searchsorted(corpus.document_starts, place, side="right") - 1
-            where = (place - corpus.document_starts[document]) / sizes[document]
-            fact += [lengths[sentence], sizes[document], where]
-        facts.append(fact)
-    is_random = batch["nsp_labels"].bool().numpy()
-    assert len(facts) > 20_000
-    for fact in np.array(facts, float).T:
-        one, other = fact[is_random], fact[~is_random]
-        error = math.sqrt(one.var() / len(one) + other.var() / len(other))
-        assert abs(one.mean() - other.mean()) <= 5 * error
-
-
-@given(documents(most=3, longest=12), st.integers(5, 12), seeds)
-def test_nothing_of_a_document_is_out_of_reach(docs, length, seed):
-    """Every token is seen in 200 epochs. The rarest, a document's first, is where an example begins
-    with probability 1 / 9 an epoch, and is missed by all with probability 6e-11."""
-    corpus = corpus_of(numbered(docs))
-    dataset = PretrainDataset(corpus, place_tokenizer(), length, seed)
-    batch = dataset.__getitems__(numbers_of(dataset, 200))
-    seen = set(original(batch)[ordinary_of(batch)].tolist())
-    assert seen == set(range(1000, 1000 + len(corpus)))
+# ---- The corpus ---------------------------------------------------------------------------------
 
 
 def test_documents_of_one_sentence_are_left_out_and_counted():
@@ -335,9 +86,9 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_an_example_does_not_depend_on_its_batch_or_on_what_came_before(docs, length, seed, draw):
     dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed)
     numbers = draw.draw(st.lists(st.sampled_from(numbers_of(dataset)), min_size=1, max_size=6))
-    batch = dataset.__getitems__(numbers)
+    batch = dataset.batch(numbers)
     for row, number in enumerate(numbers):
-        alone = {name: v[0] for name, v in dataset.__getitems__([number]).items()}
+        alone = {name: v[0] for name, v in dataset.batch([number]).items()}
         for name, values in batch.items():
             width = alone[name].numel()
             assert torch.equal(values[row].flatten()[:width], alone[name].flatten())
@@ -350,9 +101,9 @@ def test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise():
     other = PretrainDataset(corpus, small_tokenizer(), 32, seed=2)
     epoch = list(range(len(first)))
     later = [n + len(first) for n in epoch]
-    assert equal(first.__getitems__(epoch), again.__getitems__(epoch))
-    assert not equal(first.__getitems__(epoch), first.__getitems__(later))
-    assert not equal(first.__getitems__(epoch), other.__getitems__(epoch))
+    assert equal(first.batch(epoch), again.batch(epoch))
+    assert not equal(first.batch(epoch), first.batch(later))
+    assert not equal(first.batch(epoch), other.batch(epoch))
 
 
 def digest(batches) -> str:
@@ -367,11 +118,11 @@ def test_what_a_seed_means_never_changes():
     found = []
     for whole in (False, True):
         dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), 24, 7, whole)
-        found.append(digest(dataset.__getitems__([k, k + 100]) for k in range(2000)))
+        found.append(digest(dataset.batch([k, k + 100]) for k in range(2000)))
     orders = itertools.islice(data.EpochSampler(9, 4, 7), 9)
     found.append(digest({"numbers": torch.tensor(numbers)} for numbers in orders))
     found.append(digest(batches_of([1 + i % 9 for i in range(400)], 3, 7)))
-    assert found == ["f72fb1c6ecaff452", "309c42729059d06e", "cff1525f1a196109", "a1e52559a37d0b5a"]
+    assert found == ["9e95dbecac036025", "5f335817ff68d88c", "cff1525f1a196109", "a1e52559a37d0b5a"]
 
 
 def test_random_numbers_of_neighbouring_examples_do_not_overlap():
@@ -430,11 +181,11 @@ def test_the_loader_gives_the_batches_of_its_process_from_its_start_on():
     loader = data.get_split_dataloader(dataset, 4, start=2, rank=1, world_size=3, workers=0)
     sampler = data.EpochSampler(len(dataset), 4, 3, start=2, rank=1, world_size=3)
     for batch, numbers in zip(itertools.islice(loader, 5), sampler, strict=False):
-        assert equal(batch, dataset.__getitems__(numbers))
+        assert equal(batch, dataset.batch(numbers))
     alone = data.get_split_dataloader(dataset, 4, workers=0)
     sampler = data.EpochSampler(len(dataset), 4, 3, start=0, rank=0, world_size=1)
     for batch, numbers in zip(itertools.islice(alone, 3), sampler, strict=False):
-        assert equal(batch, dataset.__getitems__(numbers))
+        assert equal(batch, dataset.batch(numbers))
 
 
 def test_no_more_batches_wait_in_memory_than_documented():
@@ -638,8 +389,8 @@ def test_blank_lines_do_not_end_a_document():
     paragraphs = "\n\n".join(f"{c}{c} is one paragraph" for c in LETTERS)
     corpus = TokenizedCorpus(data.tokenize_dataset(rows_of([paragraphs] * 4), small_tokenizer()))
     assert len(corpus.document_starts) - 1 == 4
-    batch = PretrainDataset(corpus, small_tokenizer(), 32).__getitems__(list(range(1000)))
-    assert within(batch["nsp_labels"].double().mean().item(), 0.5, 1000)
+    batch = PretrainDataset(corpus, small_tokenizer(), 32).batch(list(range(1000)))
+    assert is_within(batch["nsp_labels"].double().mean().item(), 0.5, 1000)
 
 
 def test_a_poisoned_row_surfaces_with_its_number():

@@ -11,6 +11,8 @@ import warnings
 import pytest
 import test_bert
 import test_data
+import test_masks
+import test_pairs
 import test_reference
 import test_sst2
 import test_streaming
@@ -25,7 +27,16 @@ import train_sst2
 from support import stream
 
 
-USERS = (test_bert, test_data, test_reference, test_sst2, test_training, train_sst2)
+USERS = (
+    test_bert,
+    test_data,
+    test_masks,
+    test_pairs,
+    test_reference,
+    test_sst2,
+    test_training,
+    train_sst2,
+)
 
 
 def plant(monkeypatch, owner, name: str, old: str, new: str) -> None:
@@ -48,7 +59,9 @@ class CaughtError(Exception):
 
 
 def run(test, arguments: dict) -> None:
-    """Runs a test as it is, but a property without the search for its simplest counterexample."""
+    """Runs a test as it is, but a property without the search for its simplest counterexample.
+    Arguments that are functions make what a fixture would have made, with the bug in place."""
+    arguments = {k: v() if inspect.isfunction(v) else v for k, v in arguments.items()}
     if hasattr(test, "hypothesis"):
         quick = settings(settings.default, phases=[Phase.explicit, Phase.generate], database=None,
                          max_examples=60, print_blob=False)  # fmt: skip
@@ -65,9 +78,8 @@ CPU = torch.device("cpu")
 LAYER = (bert.EncoderLayer, "forward")
 PRETRAIN = (bert.BertPretrainModel, "forward")
 ATTENTION = (bert.MultiHeadAttention, "forward")
-BATCH = (data.PretrainDataset, "__getitems__")
+EXAMPLE = (data.PretrainDataset, "__getitem__")
 FEED_FORWARD = "self.feed_forward_norm(x + self.dropout(self.contract(F.gelu(self.expand(x)))))"
-ORDINARY = "(columns > 0) & (columns < sep_2) & (columns != sep_1)"
 ENCODE = "encode_plain(tokenizer, split_sentences(text))"
 
 BUGS = {
@@ -109,35 +121,36 @@ BUGS = {
         test_data.test_blank_lines_do_not_end_a_document, {},
     ),
     "8 a random segment of the same document": (
-        data.PretrainDataset, "segments", "np.where(other >= first, last - first, 0)", "0",
-        test_data.test_a_next_segment_follows_and_a_random_one_is_from_another_document,
-        {},
+        data, "draw_outside", "return position + (end - start)", "return position",
+        test_pairs.test_a_true_segment_b_follows_and_a_random_one_is_from_another_document, {},
     ),
     "9 special tokens as random replacements": (
-        data.PretrainDataset, "__init__", " - set(self.ids.values())", "",
-        test_data.test_special_tokens_are_never_chosen_and_never_drawn, {},
+        data.PretrainDataset, "__init__", "set(vocabulary.values()) - special_ids",
+        "set(vocabulary.values())",
+        test_masks.test_special_tokens_are_never_masked_and_never_drawn, {},
     ),
-    "10 special tokens can be chosen": (
-        *BATCH, ORDINARY, "columns <= sep_2",
-        test_data.test_special_tokens_are_never_chosen_and_never_drawn, {},
+    "10 special tokens can be masked": (
+        *EXAMPLE, "np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])", "columns",
+        test_masks.test_special_tokens_are_never_masked_and_never_drawn, {},
     ),
     "11 independent draws: 81, 10, 9": (
-        data, "mask_tokens", "action < 0.8,", "action < 0.81,",
-        test_data.test_of_the_chosen_80_percent_are_masked_10_random_10_kept, {},
+        data, "mask_tokens", "draw < 0.8,", "draw < 0.81,",
+        test_masks.test_of_the_masked_80_percent_become_mask_10_a_random_token_and_10_stay,
+        {"large_batch": test_masks.make_large_batch},
     ),
-    "12 each token chosen with probability 0.15": (
-        data, "mask_tokens", "columns < wanted", "np.take_along_axis(keys, order, 1) < 0.15",
-        test_data.test_exactly_15_percent_of_the_ordinary_tokens_are_chosen_and_at_least_one, {},
+    "12 each token masked with probability 0.15": (
+        data, "choose_tokens", "rng.permutation(candidates)[: masked_count(candidates)]",
+        "candidates[rng.random(len(candidates)) < 0.15]",
+        test_masks.test_exactly_15_percent_of_the_candidates_are_masked_and_at_least_one, {},
     ),
     "13 a whole word across [SEP]": (
-        data, "mask_tokens", "continues[input_ids] & ordinary & np.roll(ordinary, 1, axis=1)",
-        "(continues[input_ids] | ~ordinary) & (columns > 0)",
-        test_data.test_whole_word_masking_takes_all_pieces_of_a_word_or_none, {},
+        *EXAMPLE, "continues_word = follows_candidate & ",
+        "follows_candidate[1:] = True; continues_word = follows_candidate & ",
+        test_masks.test_a_word_never_reaches_across_sep, {},
     ),
     "14 the last [SEP] is cut off": (
-        *BATCH, "array.astype(np.int64)",
-        "array.astype(np.int64)[..., : -1 if array.ndim > 1 else None]",
-        test_data.test_a_row_is_cls_a_sep_b_sep_and_then_padding, {},
+        *EXAMPLE, "\"input_ids\": corrupted", "\"input_ids\": corrupted[:-1]",
+        test_pairs.test_a_row_is_cls_a_sep_b_sep_and_then_padding, {},
     ),
     "15 no attention mask": (
         *ATTENTION, "(q, k, v, mask, dropout)\n    else", "(q, k, v, None, dropout)\n    else",
@@ -217,6 +230,34 @@ BUGS = {
         stream.StreamedBatches, "__iter__", '{**place, "batch": done}',
         '{**behind, "block": place["block"] + 1, "batch": 0}',
         test_streaming.test_a_stream_goes_on_where_it_was_left, {"workers": 0, "block": 10**9},
+    ),
+    "31 a random pair is cut to fit both documents, a true one its own": (
+        data, "place_pair",
+        "room_after = min(", "of_b = (seam, other)[coin_b]\n"
+        "    room_after = of_b.document_end - of_b.position if coin_a == coin_b else min(",
+        test_pairs.test_both_lengths_tell_nothing_about_the_label,
+        {"drawn": lambda: test_pairs.draw_kind("hardly longer than a pair")},
+    ),
+    "31 segment A is always from where the position was drawn, and only B may be elsewhere": (
+        data, "draw_pair", "coin_a = int(rng.integers(2))", "coin_a = 0",
+        test_pairs.test_segment_b_tells_nothing_about_the_label,
+        {"drawn": lambda: test_pairs.draw_kind("two documents")},
+    ),
+    "31 a random segment B starts a sentence, wherever A breaks off": (
+        data, "find_other_seam", "other.starts_sentence == seam.starts_sentence", "True",
+        test_pairs.test_where_sentences_break_tells_nothing_about_the_label,
+        {"drawn": lambda: test_pairs.draw_kind("novels")},
+    ),
+    "32 the corpus is divided by a floored quotient": (
+        data, "draw_pair", "(index + 1) * len(corpus) // examples_per_epoch",
+        "(index + 1) * (len(corpus) // examples_per_epoch)",
+        test_pairs.test_the_examples_of_an_epoch_share_the_corpus_and_leave_nothing_out, {},
+    ),
+    "33 a drawn position is where segment A starts": (
+        data, "draw_pair", "seam = find_seam(corpus, position, reach)",
+        "last = corpus.document_around(position)[1] - 1\n"
+        "    seam = find_seam(corpus, min(position + target // 2, last), reach)",
+        test_pairs.test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_4_times_the_mean, {},
     ),
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ def some_batches(number: int, size: int = 3, seed: int = 0) -> list[dict[str, to
         [[5 + (i * j + i) % 26 for i in range(3 + j)] for j in range(2, 6 + d)] for d in range(5)
     ]
     dataset = data.PretrainDataset(corpus_of(docs), small_tokenizer(), 40, seed)
-    return [dataset.__getitems__(range(i * size, (i + 1) * size)) for i in range(number)]
+    return [dataset.batch(range(i * size, (i + 1) * size)) for i in range(number)]
 
 
 # ---- Learning rate and optimizer ----------------------------------------------------------------
