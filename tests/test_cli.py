@@ -197,7 +197,7 @@ def folder(tmp_path_factory) -> Path:
         (
             "train_pretrain.py",
             "--dataset corpus.jsonl --weights model --max-seq-length 17",
-            "--max-seq-length exceeds the weights' 16",
+            "--max-seq-length 17 exceeds the weights' 16 positions",
         ),
         ("train_pretrain.py", "--weights corpus.jsonl", "corpus.jsonl is no directory"),
         ("train_pretrain.py", "--size huge", "argument --size: invalid choice: 'huge'"),
