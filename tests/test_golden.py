@@ -1,0 +1,104 @@
+"""Two short runs whose losses are recorded: what is computed does not change unnoticed.
+
+    PYTHONPATH=. python tests/test_golden.py      # records golden.json anew
+
+Both scripts on the sample: tiny, 30 steps, float32, one thread. They cover everything between the
+text and the loss: tokenizer, pairs, masks, order, initial weights, dropout, model, loss, schedule,
+optimizer. Rewriting code must not move these numbers. They may be renewed only where a result is
+meant to change, with an entry in CHANGELOG.md that says so.
+
+Tolerance: another CPU sums in another order. On one CPU, with torch's kernels for SSE and for AVX2
+and with one thread and two, these losses differ by 5e-6 of themselves at most; four times that is
+allowed. What a change of the computation does, in the larger of the two runs: Adam's eps 1e-8 for
+1e-6 0.3; LayerNorm's eps 1e-5 for 1e-12 7e-3; no weight decay 7e-4; GELU by a tanh 5e-5.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from results.draw import read_lines
+from train_pretrain import PretrainOptions, pretrain
+from train_sst2 import SST2Options, main
+
+GOLDEN = Path(__file__).with_name("golden.json")
+TOLERANCE = 2e-5
+
+
+def golden_pretraining(out: Path) -> dict[str, list[float]]:
+    options = PretrainOptions(
+        out=str(out), steps=30, batch_size=8, max_seq_length=32, eval_every=15, eval_batches=4,
+        log_every=1, workers=0, precision="float32", device="cpu",
+    )  # fmt: skip
+    pretrain(options)
+    train, validation = read_lines(out, "train"), read_lines(out, "validation")
+    return {
+        "training mlm_loss": train["mlm_loss"],
+        "training nsp_loss": train["nsp_loss"],
+        "validation mlm_loss": validation["mlm_loss"],
+        "validation nsp_loss": validation["nsp_loss"],
+        "unigram_entropy": validation["unigram_entropy"][:1],
+    }
+
+
+def golden_fine_tuning(out: Path) -> dict[str, list[float]]:
+    options = SST2Options(
+        out=str(out), batch_size=40, epochs=3, learning_rate=(2e-3,), log_every=1,
+        precision="float32", device="cpu",
+    )  # fmt: skip
+    main(options)
+    train, validation = read_lines(out, "train"), read_lines(out, "validation")
+    return {"training loss": train["loss"], "validation loss": validation["loss"]}
+
+
+RUNS = {"pretraining": golden_pretraining, "fine-tuning": golden_fine_tuning}
+
+
+def losses_of(run: str, out: Path) -> dict[str, list[float]]:
+    """Returns a golden run's losses, computed by one thread, to six digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            found = RUNS[run](out)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: [float(f"{loss:.6g}") for loss in losses] for name, losses in found.items()}
+
+
+def has_constrained_versions() -> bool:
+    """Returns whether every library that takes part is of the version in constraints.txt."""
+    text = GOLDEN.parents[1].joinpath("constraints.txt").read_text()
+    versions = dict(re.findall(r"^([\w-]+)==([\w.]+)$", text, re.M))
+    names = ("torch", "numpy", "tokenizers", "datasets")
+    return all(importlib.metadata.version(name).split("+")[0] == versions[name] for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS)
+def test_a_golden_run_has_its_recorded_losses(run, tmp_path):
+    """With other versions of the libraries it runs, and learns, without the numbers."""
+    found = losses_of(run, tmp_path / "run")
+    expected = json.loads(GOLDEN.read_text())[run]
+    assert {name: len(losses) for name, losses in found.items()} == {
+        name: len(losses) for name, losses in expected.items()
+    }
+    assert all(math.isfinite(loss) for losses in found.values() for loss in losses)
+    if has_constrained_versions():
+        for name, losses in found.items():
+            assert losses == pytest.approx(expected[name], rel=TOLERANCE), name
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        golden = {run: losses_of(run, Path(folder) / run) for run in RUNS}
+    GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
