@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data
 from bert import BertConfig, BertPretrainModel, SST2BertModel
 from contest import contest
-from support.run import keep_freed_memory
+from support.run import autocast, choose_precision, keep_freed_memory
 from train_pretrain import (
     add_gradients,
     make_optimizer,
@@ -105,10 +105,11 @@ def their_model(config: BertConfig, kind: str = "BertForPreTraining") -> torch.n
 
 def our_step(
     changes: dict, rows: int, length: int, device: str = "cpu", checkpointed: bool = False,
-    compiled: bool = False,
+    compiled: bool = False, precision: str = "auto",
 ) -> Callable[[], None]:  # fmt: skip
-    """As train_pretrain.py runs it, allocator included."""
+    """As train_pretrain.py runs it, allocator and precision included."""
     keep_freed_memory()
+    precision = choose_precision(precision, torch.device(device))
     torch.manual_seed(0)
     model = BertPretrainModel(BertConfig.named(**changes), 0).to(device).train()
     if checkpointed:
@@ -120,7 +121,8 @@ def our_step(
     losses_of = torch.compile(sum_losses, fullgraph=True) if compiled else None
 
     def step() -> None:
-        add_gradients(model, [to_device(batch, torch.device(device))], [], losses_of)
+        ready = [to_device(batch, torch.device(device))]
+        add_gradients(model, ready, [], losses_of, precision)
         update(model, optimizer, 1e-4)
 
     step.model = model  # type: ignore[attr-defined]  # for tests
@@ -129,11 +131,12 @@ def our_step(
 
 def their_step(
     changes: dict, rows: int, length: int, device: str = "cpu", same_allocator: bool = False,
-    compiled: bool = False,
+    compiled: bool = False, precision: str = "float32",
 ) -> Callable[[], None]:  # fmt: skip
-    """transformers' BertForPreTraining, with our optimizer and batch."""
+    """transformers' BertForPreTraining, with our optimizer and batch; in float32, as it comes."""
     if same_allocator:
         keep_freed_memory()
+    precision = choose_precision(precision, torch.device(device))
     torch.manual_seed(0)
     config = BertConfig.named(**changes)
     model = their_model(config).to(device).train()
@@ -145,7 +148,7 @@ def their_step(
 
     def step() -> None:
         here = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with autocast(precision, device):
             loss = run(
                 here["input_ids"], here["input_ids"] != 0, here["token_type_ids"],
                 labels=here["mlm_labels"], next_sentence_label=here["nsp_labels"],
@@ -172,21 +175,37 @@ def matrix_products() -> Callable[[], None]:
 
 
 def training_steps(size: str, rows: int, length: int, rounds: int) -> dict[str, float]:
-    """A step beside transformers', and the machine's peak in the same rounds."""
+    """A step beside transformers', and the float32 peak of the machine in the same rounds.
+
+    Ours as it comes beside transformers as it comes; both in float32 with the same allocator; and,
+    where --precision auto is another one, both in that.
+    """
     sizes = {"size": size, "vocab_size": VOCABULARY}
+    auto = choose_precision("auto", torch.device("cpu"))
     found = contest(
         {
             "ours": (our_step, sizes, rows, length),
             "transformers": (their_step, sizes, rows, length),
-            "transformers, our allocator": (their_step, sizes, rows, length, "cpu", True),
             "peak": (matrix_products,),
         },
         rounds,
     )
+    for precision in dict.fromkeys(["float32", auto]):
+        same = ("cpu", True, False, precision)
+        theirs = f"transformers, both {precision} with our allocator"
+        pair = contest(
+            {
+                "ours": (our_step, sizes, rows, length, "cpu", False, False, precision),
+                theirs: (their_step, sizes, rows, length, *same),
+            },
+            rounds,
+        )
+        found[theirs] = pair[theirs]
     peak = 10 * 2 * PRODUCT**3 / found.pop("peak")["seconds"]
     config = BertConfig.named(**sizes)
     flops = useful_flops(config, row_lengths(rows, length), masked_tokens(rows, length))
     what, tokens = f"{size}, {rows} x {length}", sum(row_lengths(rows, length))
+    print(f"{what}: --precision auto is {auto}")
     results = {f"{what}: matrix product peak, GFLOP/s": peak / 1e9}
     for name, of in found.items():
         results[f"{what}: {name}, tokens/s"] = tokens / of["seconds"]
@@ -328,7 +347,8 @@ def tokenizing(documents: list[str], tokenizer) -> dict[str, float]:
 
 
 def batches(corpus: data.TokenizedCorpus, documents: list[str], tokenizer) -> dict[str, float]:
-    """256 pairs of 128 tokens in one thread, beside a loop that tokenizes and masks on the fly."""
+    """256 pairs of 128 tokens in one thread, collation included, beside a loop that tokenizes and
+    masks on the fly."""
     import transformers
 
     dataset = data.PretrainDataset(corpus, tokenizer, 128)
@@ -374,6 +394,7 @@ def waiting(
     changes = {"vocab_size": max(tokenizer.get_vocab().values()) + 1, **changes}
     model = BertPretrainModel(BertConfig.named(**changes), 0).to(device).train()
     optimizer, here = make_optimizer(model), torch.device(device)
+    precision = choose_precision("auto", here)
     waited, started = 0.0, time.perf_counter()
     for step in range(15 + steps):
         if step == 15:
@@ -383,7 +404,7 @@ def waiting(
         before = time.perf_counter()
         batch = next(loader)
         waited += time.perf_counter() - before
-        add_gradients(model, [to_device(batch, here)])
+        add_gradients(model, [to_device(batch, here)], precision=precision)
         update(model, optimizer, 1e-4)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -482,7 +503,7 @@ def gpu_steps(
     flops = useful_flops(BertConfig.named(**sizes), lengths, masked_tokens(rows, length))
     contestants = {
         f"{name}{', compiled' * with_compiler}": make(
-            sizes, rows, length, device, compiled=with_compiler
+            sizes, rows, length, device, compiled=with_compiler, precision="auto"
         )
         for with_compiler in compiled
         for name, make in makers.items()
