@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/sample
 # The whole of `make run` in a few seconds, as CI does it: make run STEPS=20 EPOCHS=1 SEEDS=1
-STEPS ?= 2000
+STEPS ?= 2400
 EPOCHS ?= 10
 SEEDS ?= 3
 FINE = --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS)
@@ -13,7 +13,7 @@ FINE = --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS)
 
 run: $(VENV)/ready
 	rm -rf $(RUN)
-	$(BIN)/python train_pretrain.py --steps $(STEPS) --max-seq-length 48 --batch-size 64 --learning-rate 2e-3 --eval-every 50 --out $(RUN)/pretrain
+	$(BIN)/python train_pretrain.py --steps $(STEPS) --max-seq-length 48 --batch-size 64 --learning-rate 2e-3 --eval-every 50 --dropout 0 --out $(RUN)/pretrain
 	$(BIN)/python bert.py $(RUN)/pretrain/model "The plot is wonderfully [MASK] and the [MASK] looks sublime."
 	$(BIN)/python bert.py $(RUN)/pretrain/model "The plot is painfully [MASK] and the [MASK] looks tedious."
 	$(BIN)/python train_sst2.py --weights $(RUN)/pretrain/model $(FINE) --out $(RUN)/pretrained
