@@ -11,6 +11,7 @@ B batch, T sequence, V vocabulary. A place in the corpus is the number of tokens
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial, reduce
 from itertools import chain, count, pairwise
@@ -216,6 +217,13 @@ class TokenizedCorpus:
         """Returns the tokens at positions start .. end, which are of one document."""
         chunk = self.chunk_starts.searchsorted(start, side="right") - 1
         return self.chunks[chunk][start - self.chunk_starts[chunk] : end - self.chunk_starts[chunk]]
+
+    def checksum(self) -> int:
+        """Returns a number that changes with any token, and any start of a sentence or document."""
+        value = zlib.crc32(self.document_starts.data, zlib.crc32(self.sentence_starts.data))
+        for chunk in self.chunks:
+            value = zlib.crc32(np.ascontiguousarray(chunk).data, value)
+        return value
 
     def unigram_entropy(self) -> float:
         """Nats: the MLM loss of a model that knows how often each token occurs, and no more."""

@@ -12,21 +12,24 @@ at any moment, a run goes on with --resume as if nothing had happened.
 B batch, V vocabulary, N masked tokens.
 """
 
+import contextlib
 import gc
 import itertools
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -35,19 +38,19 @@ from results.draw import draw_pretraining
 from support import stream
 from support.run import (
     PRECISIONS,
+    FiniteGuard,
     Run,
     autocast,
-    check_finite,
     choose_device,
     choose_precision,
     first_process_first,
     join_processes,
+    keep_freed_memory,
     leave_group,
     option,
+    run_folder,
     run_script,
     set_seed,
-    start_run,
-    sum_over_processes,
     total,
 )
 
@@ -142,11 +145,15 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
-    """One step with the gradients that are there, clipped to norm 1 as in [Code]; clears them.
-    Returns their norm before that, which is finite only if the loss was, in every process."""
+    """Clips the accumulated gradients to norm 1 ([Code]), takes one step and zeroes them.
+
+    Returns the norm before clipping, (). If it is not finite, the step is skipped: fused AdamW
+    reads `found_inf` on the device, so the CPU need not wait for the norm.
+    """
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -190,17 +197,33 @@ def sum_losses(
     )
 
 
+class PretrainLosses(nn.Module):
+    """Both losses of a batch as one module: what is compiled, and what is then wrapped in
+    DistributedDataParallel, which averages the gradients of all ranks during `backward`.
+    """
+
+    def __init__(self, model: BertPretrainModel, precision: str = "float32") -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return sum_losses(self.model, batch, self.precision)
+
+
 def add_gradients(
-    model: BertPretrainModel,
-    batches: list[Batch],
-    seeds: Sequence[Sequence[int]] = (),
-    losses_of: Callable | None = None,
-    precision: str = "float32",
+    losses_of: Callable, batches: list[Batch], seeds: Sequence[Sequence[int]] = ()
 ) -> Tensor:
-    """Adds the gradient of a step, given in micro-batches; each process has some of them. Returns
-    what these add to the step's two losses, (2,), in nats. `seeds`: of each one's dropout.
-    Loss = mean over all masked tokens of the step + mean over its pairs. [BERT] A.2. A mean of the
-    micro-batches' means would be another loss: their numbers of masked tokens differ."""
+    """Accumulates the gradient of a step over this rank's micro-batches. [BERT] A.2.
+
+    losses_of: `PretrainLosses`, maybe compiled, maybe in DistributedDataParallel; seeds: of each
+    micro-batch's dropout. Returns what these micro-batches add to the step's losses, (2,), in nats.
+
+    The loss of a step is the mean over all its masked tokens plus the mean over all its pairs. A
+    mean of the micro-batches' means would be another loss: their numbers of masked tokens differ.
+    So each sum is divided by the count of the whole step, over all micro-batches of all ranks.
+    """
+    wrapped = losses_of if isinstance(losses_of, DistributedDataParallel) else None
+    ranks = dist.get_world_size() if wrapped else 1
     masked, pairs = total(
         sum(len(batch["positions"]) for batch in batches),
         sum(len(batch["nsp_labels"]) for batch in batches),
@@ -209,12 +232,14 @@ def add_gradients(
     for i, batch in enumerate(batches):
         if seeds:
             set_seed(*seeds[i])
-        mlm_sum, nsp_sum = (losses_of or sum_losses)(model, batch, precision)
-        loss = torch.stack([mlm_sum / masked, nsp_sum / pairs])
-        loss.sum().backward()
+        is_last = i + 1 == len(batches)
+        # Gradients travel between the ranks once a step, with the last micro-batch.
+        with contextlib.nullcontext() if wrapped is None or is_last else wrapped.no_sync():
+            mlm_sum, nsp_sum = losses_of(batch)
+            loss = torch.stack([mlm_sum / masked, nsp_sum / pairs])
+            # DistributedDataParallel divides by the number of ranks; the step's loss is a sum.
+            (loss.sum() * ranks).backward()
         losses.append(loss.detach())
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    sum_over_processes(grads)  # the sum, since each loss is a part of one mean
     return torch.stack(losses).sum(dim=0)
 
 
@@ -409,35 +434,49 @@ def train(
     `report` evaluates and `export` writes the model as of a step; the first rank calls them.
     """
     device, share = model.nsp.weight.device, options.accumulate // run.world_size
-    losses_of = torch.compile(sum_losses, fullgraph=True) if options.compile else None
+    losses_of: Any = PretrainLosses(model, options.precision)
+    if options.compile:
+        losses_of = torch.compile(losses_of, fullgraph=True)
+    if dist.is_initialized():
+        losses_of = DistributedDataParallel(losses_of)
+    guard = FiniteGuard(device)
     warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
-    first, norm = run.step, torch.zeros(())
-    for step in range(first, options.steps + 1):
-        last, stop = step == options.steps, run.asked_to_stop()
-        if step > first and (last or stop or step % options.save_every == 0):
-            check_finite(step - 1, norm)
+
+    for step in range(run.step, options.steps + 1):
+        # Save, export, evaluate: the model after `step` updates. A checkpoint of step 0 comes
+        # first, so that a run can be resumed from its beginning on.
+        is_last, stop = step == options.steps, run.asked_to_stop()
+        is_due = step == 0 or step % options.save_every == 0
+        if step > run.saved_step and (is_due or is_last or stop):
+            guard.check(model)
             run.save(step, progress, model=model, optimizer=optimizer)
         if run.rank == 0 and (stop or step in options.export_steps):
+            guard.check(model)
             export(step)
         if stop:
             run.stop(step)
-        if last or step % options.eval_every == 0:
-            check_finite(step - 1, norm)
+        if is_last or step % options.eval_every == 0:
+            guard.check()
             if run.rank == 0:
                 report(step)
-        if last:
+        if is_last:
             break
+
+        # This rank's micro-batches of the step.
         micro_batches = [next(batches) for _ in range(share)]
         real = (int((b["input_ids"] != model.padding_idx).sum()) for b in micro_batches)
         run.tokens += sum(total(*real))
         seeds = [(options.seed, step, run.rank + i * run.world_size) for i in range(share)]
         ready = [to_device(batch, device) for batch in micro_batches]
-        losses = add_gradients(model, ready, seeds, losses_of, options.precision)
+
+        losses = add_gradients(losses_of, ready, seeds)
         rate = learning_rate(step, options.learning_rate, warmup, options.steps)
         norm = update(model, optimizer, rate)
+        guard.note(step, norm)
+
         run.bar.update()
         if step % options.log_every == 0 or step + 1 == options.steps:  # else no wait for a GPU
-            check_finite(step, norm)
+            guard.check()
             mlm_loss, nsp_loss = run.add_up(losses)
             run.write("train", step, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
             run.show(f"loss {mlm_loss + nsp_loss:.3f}")
@@ -459,6 +498,7 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
 
 
 def pretrain(options: PretrainOptions) -> None:
+    """Pretrains a model, or evaluates one with --steps 0; the whole of this script."""
     rank, world_size = join_processes(options.device)
     if options.accumulate % world_size:
         raise ValueError(f"--accumulate {options.accumulate} is no multiple of {world_size} ranks")
@@ -471,7 +511,16 @@ def pretrain(options: PretrainOptions) -> None:
     if options.steps == 0:
         evaluate_weights(options, device)
         return
-    out = start_run(options)
+    keep_freed_memory()
+    with run_folder(options, rank) as out:
+        run_pretraining(options, out, device, rank, world_size)
+
+
+def run_pretraining(
+    options: PretrainOptions, out: Path, device: torch.device, rank: int, world_size: int
+) -> None:
+    """Prepares corpus, model and run, trains, and writes the model. Every rank does so."""
+    torch.manual_seed(options.seed)
     with first_process_first(rank):  # it tokenizes, the others find that done
         tokenizer = load_tokenizer(options)
         corpora = load_corpora(options, tokenizer)
@@ -483,18 +532,15 @@ def pretrain(options: PretrainOptions) -> None:
         "ln_vocab_size": math.log(model.config.vocab_size),
         "unigram_entropy": known.unigram_entropy(),
     }
-    run = Run(
-        out,
-        rank,
-        world_size,
-        options.steps,
-        {
-            **{name: value for name, value in asdict(options).items() if name not in MAY_CHANGE},
-            "tokenizer_hash": tokenizer_hash(tokenizer),
-            "sentences": zlib.crc32(known.sentence_starts.data),
-            **baselines,
-        },
-    )
+    identity = {name: v for name, v in asdict(options).items() if name not in MAY_CHANGE}
+    identity |= {
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "corpus_checksum": known.checksum(),
+        **baselines,
+    }
+    if options.streaming:  # of the rest of a stream nothing is known before it has been read
+        identity["shards"] = corpora["train"].num_shards
+    run = Run(out, rank, world_size, options.steps, identity)
     readers = options.workers if options.streaming else 0  # map-style batches need no memory
     streams = [stream.new_state(readers) for _ in range(world_size)]
     if options.resume:

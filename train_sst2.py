@@ -31,15 +31,19 @@ from bert import SIZES, BertConfig, SST2BertModel
 from results.draw import draw_sst2
 from support.run import (
     PRECISIONS,
+    FiniteGuard,
     autocast,
     choose_device,
     choose_precision,
+    keep_freed_memory,
+    need_one_process,
     option,
     progress_bar,
+    run_folder,
     run_script,
     set_seed,
-    start_run,
     write_line,
+    write_whole,
 )
 from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
 
@@ -156,6 +160,7 @@ def fine_tune(
     steps, step, started = epochs * len(train), 0, time.perf_counter()
     accuracies, best = [], model
     about = {"learning_rate": rate, "seed": seed}
+    guard = FiniteGuard(device)
     bar = progress_bar(steps, f"lr {rate:g} seed {seed}")
     for epoch in range(epochs):
         train.epoch = epoch
@@ -164,12 +169,15 @@ def fine_tune(
             logits = forward(model, batch["input_ids"].to(device, non_blocking=True), precision)
             loss = F.cross_entropy(logits, batch["labels"].to(device, non_blocking=True))
             loss.backward()
-            update(model, optimizer, learning_rate(step, rate, steps // 10, steps))
+            norm = update(model, optimizer, learning_rate(step, rate, steps // 10, steps))
+            guard.note(step, norm)
             step += 1
             bar.update()
             if step % log_every == 0:
+                guard.check()
                 write_line(out, split="train", step=step, **about, loss=loss.item())
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        guard.check(model)
         metrics = evaluate(model, validation, device, precision)
         accuracies.append(metrics["accuracy"])
         if best_epoch(accuracies) == epoch:
@@ -187,13 +195,21 @@ def fine_tune(
 
 
 def train(options: SST2Options) -> None:
+    need_one_process()
     device = choose_device(options.device)
     options = replace(options, precision=choose_precision(options.precision, device))
     if not options.learning_rate:
         raise ValueError("--learning-rate needs a value, or several")
-    out = start_run(options)
+    keep_freed_memory()
+    with run_folder(options) as out:
+        run_fine_tuning(options, out, device)
+
+
+def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> None:
+    """Trains a model for each learning rate and seed, writes the best one, and scores it once."""
+    torch.manual_seed(options.seed)
     print(f"precision {options.precision}, dropout {options.dropout:g}")
-    (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
+    write_whole(out / "config.json", json.dumps(asdict(options), indent=2) + "\n")
     tokenizer = make_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
     model = make_model(options, tokenizer)

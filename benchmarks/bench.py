@@ -34,9 +34,9 @@ from bert import BertConfig, BertPretrainModel, SST2BertModel
 from contest import contest
 from support.run import autocast, choose_precision, keep_freed_memory
 from train_pretrain import (
+    PretrainLosses,
     add_gradients,
     make_optimizer,
-    sum_losses,
     to_device,
     update,
 )
@@ -118,11 +118,13 @@ def our_step(
     optimizer, batch = make_optimizer(model), random_batch(rows, length, model.config.vocab_size)
     if device == "cuda":  # as the DataLoader does
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    losses_of = torch.compile(sum_losses, fullgraph=True) if compiled else None
+    losses_of = PretrainLosses(model, precision)
+    if compiled:
+        losses_of = torch.compile(losses_of, fullgraph=True)
 
     def step() -> None:
         ready = [to_device(batch, torch.device(device))]
-        add_gradients(model, ready, [], losses_of, precision)
+        add_gradients(losses_of, ready)
         update(model, optimizer, 1e-4)
 
     step.model = model  # type: ignore[attr-defined]  # for tests
@@ -394,7 +396,7 @@ def waiting(
     changes = {"vocab_size": max(tokenizer.get_vocab().values()) + 1, **changes}
     model = BertPretrainModel(BertConfig.named(**changes), 0).to(device).train()
     optimizer, here = make_optimizer(model), torch.device(device)
-    precision = choose_precision("auto", here)
+    losses_of = PretrainLosses(model, choose_precision("auto", here))
     waited, started = 0.0, time.perf_counter()
     for step in range(15 + steps):
         if step == 15:
@@ -404,7 +406,7 @@ def waiting(
         before = time.perf_counter()
         batch = next(loader)
         waited += time.perf_counter() - before
-        add_gradients(model, [to_device(batch, here)], precision=precision)
+        add_gradients(losses_of, [to_device(batch, here)])
         update(model, optimizer, 1e-4)
     if device == "cuda":
         torch.cuda.synchronize()

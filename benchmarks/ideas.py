@@ -23,7 +23,7 @@ from bench import VOCABULARY, random_batch
 
 from bert import BertConfig, BertPretrainModel
 from support.run import keep_freed_memory
-from train_pretrain import add_gradients, make_optimizer, to_device, update
+from train_pretrain import PretrainLosses, add_gradients, make_optimizer, to_device, update
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def step_of(model: BertPretrainModel, batch: dict, **optimizer_options) -> Calla
         group |= optimizer_options
 
     def step() -> None:
-        add_gradients(model, [to_device(batch, CPU)])
+        add_gradients(PretrainLosses(model), [to_device(batch, CPU)])
         update(model, optimizer, 1e-4)
 
     return step

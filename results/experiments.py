@@ -28,7 +28,14 @@ from tokenizers import Tokenizer
 
 import data
 from bert import BertConfig, BertPretrainModel
-from train_pretrain import add_gradients, evaluate, make_optimizer, to_device, update
+from train_pretrain import (
+    PretrainLosses,
+    add_gradients,
+    evaluate,
+    make_optimizer,
+    to_device,
+    update,
+)
 
 LENGTH = 128
 
@@ -80,7 +87,7 @@ def trap(corpus: str, vocabulary: str, size: str = "mini", steps: int = 300) -> 
                 line = {"learning_rate": rate, "step": step, "masked": len(batch["mlm_targets"])}
                 line |= {name: metrics[name] for name in ("mlm_loss", "commonest_prediction")}
                 yield {"size": size, **line, "entropy_of_targets": entropy}
-            add_gradients(model, [batch])
+            add_gradients(PretrainLosses(model), [batch])
             update(model, optimizer, rate)
 
 

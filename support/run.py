@@ -6,7 +6,9 @@ Nothing here knows of BERT. Both training scripts import it.
 import argparse
 import contextlib
 import ctypes
+import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -59,8 +61,11 @@ def parse_options(cls: type, arguments: Sequence[str] | None = None) -> Any:
     for f in fields(cls):
         value, least = chosen[f.name], f.metadata["least"]
         values = value if isinstance(value, list | tuple) else [value]
+        flag = f"--{f.name.replace('_', '-')}"
         if least is not None and any(v is not None and not v >= least for v in values):
-            fail(f"--{f.name.replace('_', '-')} must be at least {least}, got {value}")
+            fail(f"{flag} must be at least {least}, got {value}")
+        if any(isinstance(v, float) and math.isinf(v) for v in values):
+            fail(f"{flag} must be finite, got {value}")
     return cls(**chosen)
 
 
@@ -70,8 +75,24 @@ def fail(message: str) -> NoReturn:
 
 
 def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None) -> None:
-    """A user's mistake is a ValueError, a machine's an OSError: one line. The rest is ours."""
+    """Runs a script's main function with the options of its command line.
+
+    A user's mistake is a ValueError and a machine's an OSError: they become one message and exit
+    status 2. Anything else is a bug and keeps its traceback. Ctrl-C and SIGTERM end quietly, with
+    status 130 and 143, and end the processes that tokenize: these inherit the handler. (Training
+    replaces it: see `note_signals`.)
+    """
     options = parse_options(cls, arguments)
+    received: list[int] = []
+    main_process = os.getpid()
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        if os.getpid() != main_process:  # one that tokenizes: nothing of it is to be kept
+            os._exit(128 + number)
+        received.append(number)
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         try:
             main(options)
@@ -80,6 +101,8 @@ def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None
     except UnicodeDecodeError as error:
         fail(f"--dataset {options.dataset} has a text that is not UTF-8: {error}")
     except Exception as error:
+        if received:  # processes that tokenize were ended, and whoever waited for one complains
+            sys.exit(128 + received[0])
         if worker_died(error):
             cause = str(error).strip(" .") or "end of its messages"
             fail(f"a DataLoader worker died ({cause}). Out of memory? Try fewer --workers, and "
@@ -87,6 +110,9 @@ def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None
         if isinstance(error, ValueError | OSError):  # a worker's comes with its whole traceback
             fail(re.sub(r"(?s)^Caught \w+ in DataLoader worker.*\n\w+: ", "", str(error).strip()))
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def worker_died(error: Exception) -> bool:
@@ -96,15 +122,62 @@ def worker_died(error: Exception) -> bool:
     return bool(re.match(r"DataLoader worker \(pid", str(error))) or "_try_get_data" in places
 
 
-def start_run(options: Any) -> Path:
-    """Returns the run's folder, a new one unless the run is resumed; seeds the initialization."""
-    keep_freed_memory()
+# ---- The folder of a run ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_folder(options: Any, rank: int = 0) -> Iterator[Path]:
+    """Holds the folder --out for one run: no other process can use it at the same time.
+
+    A new run needs a folder that holds no run, --resume one that holds a checkpoint. Raises
+    ValueError, and changes nothing, otherwise. Only the first rank locks the folder.
+    """
     out = Path(options.out)
-    if (out / "metrics.jsonl").exists() and not getattr(options, "resume", False):
+    resume = getattr(options, "resume", False)
+    if resume and not out.exists():
+        raise ValueError(f"--resume: --out {out} does not exist; start a run without --resume")
+    if resume and not checkpoint_paths(out):
+        raise ValueError(
+            f"--resume: --out {out} holds no checkpoint of a run of pretraining, and is left as it"
+            " is; start a run in a new folder, without --resume"
+        )
+    with contextlib.ExitStack() as stack:
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(out))
+            if not resume:
+                check_holds_no_run(out)
+        yield out
+
+
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Holds a lock on a folder that ends with this process, however it ends.
+
+    A POSIX record lock: unlike that of `flock`, forked data workers do not inherit it, so they
+    cannot keep it when the process is killed.
+    """
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"--out {out} is in use by another process") from error
+        yield
+
+
+def check_holds_no_run(out: Path) -> None:
+    """Raises ValueError if a folder has anything that a new run would overwrite."""
+    metrics = out / "metrics.jsonl"
+    has_metrics = metrics.exists() and metrics.stat().st_size > 0
+    if has_metrics or (out / "model").exists() or checkpoint_paths(out):
         raise ValueError(f"--out {out} holds another run; name a new folder, or --resume")
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
-    return out
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that is whole or, if the process is killed, as it was before."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 # ---- Device and precision -----------------------------------------------------------------------
@@ -186,35 +259,93 @@ def progress_bar(steps: int, name: str | None = None, **more: Any) -> tqdm:
 
 
 def write_line(out: Path, **values: Any) -> None:
-    """Adds a line to the run's metrics.jsonl."""
+    """Adds a line to the run's metrics.jsonl. JSON has no infinity: such a number becomes null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
-def check_finite(step: int, norm: torch.Tensor) -> None:
-    """Waits for a GPU, so only where something is written down."""
-    if not norm.isfinite():
-        raise ValueError(
-            f"step {step} or shortly before: the gradient is {norm}. The last checkpoint is good; "
-            "try a lower --learning-rate or more --warmup-steps"
-        )
+class FiniteGuard:
+    """Remembers the first step whose gradient was not finite, on the device: no step waits for it.
+
+    `note` after every step; `check` before anything is written down, which waits for a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def note(self, step: int, norm: torch.Tensor) -> None:
+        is_first = (self.first_bad_step < 0) & ~norm.isfinite()
+        self.first_bad_step.masked_fill_(is_first, step)
+
+    def check(self, model: torch.nn.Module | None = None) -> None:
+        """Raises ValueError if there was such a step, or if a weight of `model` is not finite."""
+        advice = "the last checkpoint is good; try a lower --learning-rate or more --warmup-steps"
+        step = int(self.first_bad_step)
+        if step >= 0:
+            raise ValueError(
+                f"step {step}: the gradient was not finite, so it was skipped; {advice}"
+            )
+        for name, parameter in model.named_parameters() if model else ():
+            if not parameter.isfinite().all():
+                raise ValueError(f"a weight in {name} is no longer finite; {advice}")
 
 
 # ---- Processes and signals ----------------------------------------------------------------------
 
 
-def join_processes(device: str | None = None) -> tuple[int, int]:
-    """This process's rank and their number, as torchrun has it; without torchrun, 0 and 1."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        import torch.distributed.nn  # later, its default arguments would keep the group for ever
+def process_group_backend(device: str | None, has_cuda: bool) -> str:
+    """Returns the backends of the group of ranks: gloo for tensors on the CPU, nccl for GPUs.
 
-        if torch.cuda.is_available() and device != "cpu":
-            if (own := int(os.environ["LOCAL_RANK"])) >= (gpus := torch.cuda.device_count()):
-                raise ValueError(f"--nproc_per_node: {gpus} GPUs for {own + 1} processes or more")
-            torch.cuda.set_device(own)
-        dist.init_process_group(timeout=timedelta(days=1))  # one tokenizes while the others wait
+    Both are named. Without a name, torch would register the accelerator's alone, and every sum of
+    numbers on the CPU would fail.
+    """
+    if has_cuda and device != "cpu":
+        return "cpu:gloo,cuda:nccl"
+    return "gloo"
+
+
+def join_processes(device: str | None = None) -> tuple[int, int]:
+    """Returns this process's rank and the number of ranks, as torchrun set them, and forms their
+    group; without torchrun, 0 and 1. A single rank forms a group, too, so that one GPU tests nccl.
+    """
+    variables = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if not variables:
+        return 0, 1
+    if len(variables) == 1:
+        raise ValueError(
+            f"{variables[0]} is set in the environment, but RANK and WORLD_SIZE belong together:"
+            " use torchrun, or unset it"
+        )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world_size > 1 and device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"--device {device} would put all {world_size} ranks on one GPU; with --device cuda"
+            " each takes its own"
+        )
+
+    import torch.distributed.nn  # later, its default arguments would keep the group for ever
+
+    if torch.cuda.is_available() and device != "cpu":
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise ValueError(f"--nproc_per_node: {gpus} GPUs for {local_rank + 1} ranks or more")
+        torch.cuda.set_device(local_rank)
+    backend = process_group_backend(device, torch.cuda.is_available())
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for a tokenizer
     return rank, world_size
+
+
+def need_one_process() -> None:
+    """Raises ValueError under torchrun with several ranks: all would do and write the same."""
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise ValueError(
+            f"fine-tuning runs in one process, not in {world_size}: start it with python"
+        )
 
 
 @contextlib.contextmanager
@@ -228,19 +359,12 @@ def first_process_first(rank: int) -> Iterator[None]:
 
 
 def total(*numbers: int) -> list[int]:
-    """Their sums over all processes; on the CPU, so that no GPU is waited for."""
+    """Returns each number's sum over all ranks; on the CPU, so that no GPU is waited for."""
     if not dist.is_initialized():
         return list(numbers)
-    dist.all_reduce(sums := torch.tensor(numbers))
+    sums = torch.tensor(numbers)
+    dist.all_reduce(sums)
     return sums.tolist()
-
-
-def sum_over_processes(tensors: list[torch.Tensor]) -> None:
-    """Each becomes its sum over all processes; in one message, for each costs a turn."""
-    if dist.is_initialized():
-        dist.all_reduce(flat := torch.cat([tensor.flatten() for tensor in tensors]))
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
 
 
 def note_signals() -> list[int]:
@@ -259,6 +383,14 @@ def leave_group(worker: int) -> None:
 
 
 # ---- Checkpoints --------------------------------------------------------------------------------
+
+CHECKPOINT_NAME = re.compile(r"step-[0-9]{9}\.pt")  # any other file is not one of ours
+
+
+def checkpoint_paths(out: Path) -> list[Path]:
+    """Returns the checkpoints in a run's folder, the oldest first."""
+    folder = out / "checkpoints"
+    return sorted(path for path in folder.glob("*") if CHECKPOINT_NAME.fullmatch(path.name))
 
 
 def save_checkpoint(out: Path, state: dict) -> None:
@@ -281,29 +413,44 @@ def save_checkpoint(out: Path, state: dict) -> None:
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)  # the new name, too
     os.close(directory)
-    for old in sorted(folder.glob("step-*.pt"))[:-2]:
+    for old in checkpoint_paths(out)[:-2]:
         old.unlink()
 
 
-def load_checkpoint(out: Path, run: dict) -> dict | None:
-    """The newest that is whole; None before the first. `run`: what must be as it was."""
-    paths = sorted((out / "checkpoints").glob("step-*.pt"), reverse=True)
-    for path in paths:
+def read_checkpoint(path: Path, names: Sequence[str]) -> dict:
+    """Returns what a checkpoint holds. Raises an error of many kinds if it is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()  # torch checks no checksums
+    if broken:
+        raise OSError(f"{broken} has another checksum")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    missing = set(names) - set(state)
+    if missing:
+        raise OSError(f"it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def load_checkpoint(out: Path, identity: dict, names: Sequence[str]) -> dict:
+    """Returns the newest checkpoint that is whole, with all these names.
+
+    Raises ValueError if there is none, or if it is of a run with another identity.
+    """
+    for path in reversed(checkpoint_paths(out)):
         try:
-            with zipfile.ZipFile(path) as archive:
-                if broken := archive.testzip():  # torch checks no checksums
-                    raise OSError(f"{broken} has another checksum")
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds
+            state = read_checkpoint(path, names)
+        except Exception as error:  # torch, zipfile and pickle raise many kinds
             warnings.warn(f"{path} is damaged ({type(error).__name__})", stacklevel=2)
             continue
         then = state["run"]
-        if changed := [f"{k} {then.get(k)}, not {v}" for k, v in run.items() if then.get(k) != v]:
+        changed = [
+            f"{name} {then.get(name)}, not {value}"
+            for name, value in identity.items()
+            if then.get(name) != value
+        ]
+        if changed:
             raise ValueError(f"--resume: the run in {out} has {'; '.join(changed)}")
         return state
-    if paths:
-        raise ValueError(f"--resume: all checkpoints in {out} are damaged")
-    return None
+    raise ValueError(f"--resume: all checkpoints in {out} are damaged")
 
 
 # ---- A run of many steps ------------------------------------------------------------------------
@@ -316,15 +463,16 @@ class Run:
         """`identity`: what may not change when the run is resumed."""
         self.out, self.rank, self.world_size, self.steps = out, rank, world_size, steps
         self.identity, self.step, self.tokens = identity, 0, 0
+        self.saved_step = -1
         self.seconds_before, self.metrics_bytes = 0.0, 0
         self.signals: list[int] = []
 
     def resume(self, **parts: Any) -> list:
-        """Sets run and `parts` to the newest whole checkpoint, if there is one; returns what each
-        process had of its own."""
-        if not (state := load_checkpoint(self.out, self.identity)):
-            return []
-        self.step, self.tokens = state["step"], state["tokens"]
+        """Sets run and `parts` to the newest whole checkpoint; returns each rank's own state."""
+        names = ("step", "tokens", "seconds", "metrics_bytes", "run", "own", *parts)
+        state = load_checkpoint(self.out, self.identity, names)
+        self.step = self.saved_step = state["step"]
+        self.tokens = state["tokens"]
         self.seconds_before, self.metrics_bytes = state["seconds"], state["metrics_bytes"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -335,10 +483,10 @@ class Run:
         checkpoint knows of, signals are noted from here on, and the clock runs."""
         if total(self.step) != [self.step * self.world_size]:
             raise ValueError(
-                f"--resume: not all processes see the checkpoint of step {self.step} in {self.out}"
+                f"--resume: not all ranks see the checkpoint of step {self.step} in {self.out}"
             )
         if self.rank == 0:
-            (self.out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
+            write_whole(self.out / "config.json", json.dumps(asdict(options), indent=2) + "\n")
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.truncate(min(self.metrics_bytes, file.tell()))
         self.signals = note_signals()
@@ -370,19 +518,21 @@ class Run:
             state |= {"run": self.identity, "own": gathered}
             state |= {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(self.out, state)
+        self.saved_step = step
 
     def asked_to_stop(self) -> bool:
         """By Ctrl-C or SIGTERM, in any of the processes."""
         return total(len(self.signals)) != [0]
 
     def add_up(self, numbers: torch.Tensor) -> list[float]:
-        """Their sums over all processes."""
-        sum_over_processes([numbers])
+        """Returns each number's sum over all ranks."""
+        if dist.is_initialized():
+            dist.all_reduce(numbers)
         return numbers.tolist()
 
     def end(self) -> None:
         self.bar.close()
-        if self.world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     def stop(self, step: int) -> NoReturn:

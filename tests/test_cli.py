@@ -167,9 +167,15 @@ def folder(tmp_path_factory) -> Path:
         (
             "train_pretrain.py",
             "--dataset corpus.jsonl --vocab-size 60 --learning-rate 1e30 --steps 2 --out nan",
-            "the gradient is nan. The last checkpoint is good; try a lower --learning-rate",
+            "step 1: the gradient was not finite, so it was skipped; the last checkpoint is good",
         ),
         ("train_pretrain.py", "--learning-rate nan", "--learning-rate must be at least 0, got nan"),
+        ("train_pretrain.py", "--learning-rate inf", "--learning-rate must be finite, got inf"),
+        (
+            "train_sst2.py",
+            "--learning-rate 1e-3 inf",
+            "--learning-rate must be finite, got [0.001, ",
+        ),
         (
             "train_pretrain.py",
             "--dataset corpus.jsonl --streaming",

@@ -32,11 +32,12 @@ GRADIENTS = """
 import sys, torch
 from test_distributed import model_and_batches
 from support.run import join_processes
-from train_pretrain import add_gradients, to_device
+from torch.nn.parallel import DistributedDataParallel
+from train_pretrain import PretrainLosses, add_gradients, to_device
 rank, world_size = join_processes("cpu")
 model, batches = model_and_batches()
 mine = [to_device(batch, torch.device("cpu")) for batch in batches[rank::world_size]]
-losses = add_gradients(model, mine)
+losses = add_gradients(DistributedDataParallel(PretrainLosses(model)), mine)
 torch.distributed.all_reduce(losses)
 if rank == 0:
     torch.save([losses] + [p.grad for p in model.parameters()], sys.argv[1])
@@ -113,7 +114,7 @@ def test_two_processes_have_the_curve_of_one_and_only_the_first_writes(flags, al
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert_close(lines(tmp_path), alone)
-    names = {"config.json", "metrics.jsonl", "checkpoints", "model", "curves.png"}
+    names = {"config.json", "metrics.jsonl", "checkpoints", "model", "curves.png", ".lock"}
     assert {path.name for path in tmp_path.iterdir()} <= names
     assert output.count("documents left out") == 2  # one line for each split, from one process
 
@@ -128,7 +129,8 @@ def test_a_run_goes_on_with_another_number_of_processes(flags, alone, tmp_path):
     """Two are killed, four go on and are killed, one ends it: the same global batches."""
     metrics = tmp_path / "metrics.jsonl"
     for number, until in ((2, 6), (4, 10)):
-        process = torchrun(number, *flags, "--out", str(tmp_path), "--resume")
+        resume = ["--resume"] if metrics.exists() else []
+        process = torchrun(number, *flags, "--out", str(tmp_path), *resume)
         while not metrics.exists() or f'"train", "step": {until - 1}' not in metrics.read_text():
             time.sleep(0.01)
             assert process.poll() is None

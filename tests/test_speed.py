@@ -17,7 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_pretrain
 from bert import Bert, BertConfig, BertPretrainModel
 from results.draw import read_lines
-from train_pretrain import PretrainOptions, add_gradients, make_optimizer, to_device, update
+from train_pretrain import (
+    PretrainLosses,
+    PretrainOptions,
+    add_gradients,
+    make_optimizer,
+    to_device,
+    update,
+)
 
 CPU = torch.device("cpu")
 STILL = replace(SMALL, dropout=0.0, attention_dropout=0.0)
@@ -26,7 +33,10 @@ STILL = replace(SMALL, dropout=0.0, attention_dropout=0.0)
 def gradients(model: BertPretrainModel, batches: list[dict], losses_of=None) -> list[torch.Tensor]:
     """Both losses, and the gradient of every parameter."""
     model.zero_grad()
-    losses = add_gradients(model, [to_device(batch, CPU) for batch in batches], [], losses_of)
+    ready = [to_device(batch, CPU) for batch in batches]
+    if losses_of is None:
+        losses_of = PretrainLosses(model)
+    losses = add_gradients(losses_of, ready)
     return [losses, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
@@ -38,8 +48,8 @@ def test_forward_and_losses_compile_as_one_graph():
     masked tokens: after the second, that number is free."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(train_pretrain.sum_losses, fullgraph=True, backend=counter)
     model = BertPretrainModel(STILL, PADDING).train()
+    compiled = torch.compile(PretrainLosses(model), fullgraph=True, backend=counter)
     for batch in some_batches(5):
         for one, other in zip(
             gradients(model, [batch], compiled), gradients(model, [batch]), strict=True
@@ -50,13 +60,13 @@ def test_forward_and_losses_compile_as_one_graph():
 
 def test_checkpointed_layers_compile_into_it(tmp_path):
     torch._dynamo.reset()
-    compiled = torch.compile(train_pretrain.sum_losses, fullgraph=True, backend="aot_eager")
     (batch,) = some_batches(1)
     found = []
     for how in (False, True):
         torch.manual_seed(0)
         options = PretrainOptions(str(tmp_path), checkpoint_activations=how)
         model = train_pretrain.make_model(options, small_tokenizer()).eval()
+        compiled = torch.compile(PretrainLosses(model), fullgraph=True, backend="aot_eager")
         found.append(gradients(model, [batch], compiled if how else None))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
@@ -77,7 +87,9 @@ def test_compile_is_a_flag_of_the_training_script(tmp_path, monkeypatch):
     train_pretrain.pretrain(options)
     assert not graphs
     train_pretrain.pretrain(replace(options, out=str(tmp_path / "compiled"), compile=True))
-    assert graphs == [(train_pretrain.sum_losses, {"fullgraph": True})]
+    ((losses_of, how),) = graphs
+    assert isinstance(losses_of, PretrainLosses)
+    assert how == {"fullgraph": True}
     eager, compiled = (read_lines(tmp_path / name, "train") for name in ("eager", "compiled"))
     assert compiled["mlm_loss"] == pytest.approx(eager["mlm_loss"], rel=1e-4)
 
@@ -120,7 +132,7 @@ def test_nothing_in_a_step_waits_for_a_gpu():
         ready = [to_device(batch, CPU)]
     assert "nonzero" in before.names
     with Recorder() as step:
-        losses = add_gradients(model, ready, [(0, 0)])
+        losses = add_gradients(PretrainLosses(model), ready, [(0, 0)])
         norm = update(model, optimizer, 1e-3)
     assert "addmm" in step.names
     assert not step.names & WAITING
@@ -142,7 +154,7 @@ def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
         ready = [to_device(batch, device)]
         torch.cuda.set_sync_debug_mode("error")
         try:
-            add_gradients(model, ready, [(0, 0)])
+            add_gradients(PretrainLosses(model), ready, [(0, 0)])
             update(model, optimizer, 1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -161,7 +173,7 @@ def test_bfloat16_learns_as_float32_does(device):
         found = []
         for _ in range(40):
             ready = [to_device(batches[0], device)]
-            found.append(add_gradients(model, ready, precision=precision).sum())
+            found.append(add_gradients(PretrainLosses(model, precision), ready).sum())
             update(model, optimizer, 2e-3)
         return torch.stack(found).cpu()
 

@@ -13,8 +13,10 @@ import data
 import train_pretrain
 from results.draw import read_lines
 from bert import BertConfig, BertPretrainModel
+from support.run import FiniteGuard
 from train_pretrain import (
     PretrainOptions,
+    PretrainLosses,
     add_gradients,
     evaluate,
     learning_rate,
@@ -79,10 +81,51 @@ def test_an_update_clips_the_gradient_to_norm_one_and_clears_it():
     model = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
     model.weight.grad = torch.tensor([[30.0, 40.0]])
-    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
     update(model, sgd, rate=1.0)
     torch.testing.assert_close(model.weight.data, torch.tensor([[-0.6, -0.8]]))
     assert model.weight.grad is None
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_step_whose_gradient_is_not_finite_is_skipped(bad):
+    """No weight, moment or count of steps changes, and the next step is as if it had not been."""
+    models = [BertPretrainModel(FIXED, PADDING) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, is_hit in zip(models, (False, True), strict=True):
+        optimizer = make_optimizer(model)
+        for step in range(3):
+            if step == 1 and not is_hit:
+                continue
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 0.01)
+            if step == 1:
+                next(model.parameters()).grad[0] = bad
+            norm = update(model, optimizer, rate=0.1)
+            assert norm.isfinite() == (step != 1)
+    for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(one, other)
+    steps = [float(state["step"]) for state in optimizer.state.values()]
+    assert set(steps) == {2.0}
+
+
+def test_the_guard_remembers_the_first_bad_step():
+    guard = FiniteGuard(torch.device("cpu"))
+    for step, norm in enumerate((1.0, 2.0, math.nan, 1.0, math.inf)):
+        if step == 2:
+            guard.check(BertPretrainModel(FIXED, PADDING))
+        guard.note(step, torch.tensor(norm))
+    with pytest.raises(ValueError, match="step 2: the gradient was not finite, so it was skipped"):
+        guard.check()
+
+
+def test_the_guard_finds_a_weight_that_is_not_finite():
+    """A finite gradient and a huge learning rate make one."""
+    model = BertPretrainModel(FIXED, PADDING)
+    with torch.no_grad():
+        model.nsp.bias[1] = math.inf
+    with pytest.raises(ValueError, match=r"a weight in nsp\.bias is no longer finite"):
+        FiniteGuard(torch.device("cpu")).check(model)
 
 
 # ---- The loss -----------------------------------------------------------------------------------
@@ -90,7 +133,8 @@ def test_an_update_clips_the_gradient_to_norm_one_and_clears_it():
 
 def gradients(model, batches):
     model.zero_grad()
-    losses = add_gradients(model, [to_device(batch, torch.device("cpu")) for batch in batches])
+    ready = [to_device(batch, torch.device("cpu")) for batch in batches]
+    losses = add_gradients(PretrainLosses(model), ready)
     return [p.grad.clone() for p in model.parameters()], [loss.item() for loss in losses]
 
 
@@ -218,7 +262,7 @@ def overfit(size: str, rate: float, steps: int, device: torch.device) -> tuple[f
     model = BertPretrainModel(config, PADDING).to(device).train()
     optimizer, batch = make_optimizer(model), one_sample(device)
     for _ in range(steps):
-        add_gradients(model, [batch])
+        add_gradients(PretrainLosses(model), [batch])
         update(model, optimizer, rate)
     with torch.no_grad():
         mlm_logits, _ = train_pretrain.forward(model.eval(), batch)
