@@ -69,6 +69,19 @@ def test_a_pair_needs_five_tokens():
         PretrainDataset(corpus_of([[[5], [6]]] * 2), small_tokenizer(), 4)
 
 
+def test_the_checksum_of_a_corpus_changes_with_every_token_and_start():
+    docs = [[[5, 6], [7]], [[8], [9, 10]]]
+    same = corpus_of(docs).checksum()
+    assert corpus_of(docs).checksum() == same
+    others = [
+        [[[5, 6], [7]], [[8], [9, 11]]],  # another token
+        [[[6, 5], [7]], [[8], [9, 10]]],  # another order
+        [[[5], [6, 7]], [[8], [9, 10]]],  # a sentence that starts elsewhere
+        [[[5, 6], [7], [8]], [[9], [10]]],  # a document that starts elsewhere
+    ]
+    assert len({corpus_of(other).checksum() for other in others} | {same}) == 5
+
+
 @given(documents())
 def test_unigram_entropy_is_that_of_the_tokens(docs):
     corpus = corpus_of(docs)

@@ -11,9 +11,11 @@ import warnings
 import pytest
 import test_bert
 import test_data
+import test_devices
 import test_masks
 import test_pairs
 import test_reference
+import test_run_folder
 import test_sst2
 import test_streaming
 import test_training
@@ -24,17 +26,21 @@ import bert
 import data
 import train_pretrain
 import train_sst2
+import support.run
 from support import stream
 
 
 USERS = (
     test_bert,
     test_data,
+    test_devices,
     test_masks,
     test_pairs,
     test_reference,
+    test_run_folder,
     test_sst2,
     test_training,
+    train_pretrain,
     train_sst2,
 )
 
@@ -259,6 +265,24 @@ BUGS = {
         "    seam = find_seam(corpus, min(position + target // 2, last), reach)",
         test_pairs.test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_4_times_the_mean, {},
     ),
+    "34 the group of ranks has the accelerator's backend alone": (
+        support.run, "process_group_backend", "cpu:gloo,cuda:nccl", "nccl",
+        test_devices.test_numbers_on_the_cpu_have_a_backend_on_every_machine,
+        {"device": None, "has_cuda": True, "backend": "cpu:gloo,cuda:nccl"},
+    ),
+    "38 resuming without a checkpoint starts anew": (
+        support.run, "run_folder", "if resume and not checkpoint_paths(out):", "if False:",
+        test_run_folder.test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing, {},
+    ),
+    "39 a foreign file is the newest checkpoint": (
+        support.run, "checkpoint_paths", "CHECKPOINT_NAME.fullmatch(path.name)",
+        "path.name.startswith('step-') and path.suffix == '.pt'",
+        test_run_folder.test_only_exact_names_are_checkpoints_and_foreign_files_are_left_alone, {},
+    ),
+    "40 another corpus of the same lengths is taken for the same": (
+        data.TokenizedCorpus, "checksum", "value = zlib.crc32(np.", "zlib.crc32(np.",
+        test_data.test_the_checksum_of_a_corpus_changes_with_every_token_and_start, {},
+    ),
 }  # fmt: skip
 
 
@@ -272,7 +296,13 @@ def test_planted_bug_is_caught(bug, monkeypatch, tmp_path):
     def run_in(folder: str) -> None:
         (tmp_path / folder).mkdir()
         shards = test_streaming.write_shards(tmp_path / "shards")
-        fixtures = {"tmp_path": tmp_path / folder, "folder": shards, "monkeypatch": monkeypatch}
+        corpus = test_run_folder.write_corpus(tmp_path / folder)
+        fixtures = {
+            "tmp_path": tmp_path / folder,
+            "folder": shards,
+            "monkeypatch": monkeypatch,
+            "options": test_run_folder.make_options(corpus, tmp_path / folder / "run"),
+        }
         given = {name: fixture for name, fixture in fixtures.items() if name in needed}
         run(test, {**arguments, **given})
 

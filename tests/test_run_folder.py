@@ -26,9 +26,8 @@ from train_sst2 import SST2Options
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
+def write_corpus(folder: Path) -> Path:
+    """Writes a small corpus and its tokenizer; returns the folder."""
     texts = ["\n\n".join(f"{a} {b} {a} {a} {b}" for b in LETTERS[:9]) for a in LETTERS]
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "corpus.jsonl").write_text(rows)
@@ -36,13 +35,22 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def options(corpus, tmp_path) -> PretrainOptions:
+def make_options(corpus: Path, out: Path) -> PretrainOptions:
     return PretrainOptions(
-        out=str(tmp_path / "run"), dataset=f"{corpus}/corpus.jsonl", tokenizer=str(corpus),
+        out=str(out), dataset=f"{corpus}/corpus.jsonl", tokenizer=str(corpus),
         max_seq_length=16, batch_size=2, steps=4, eval_every=4, eval_batches=1, log_every=1,
         save_every=2, workers=0, device="cpu",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def options(corpus, tmp_path) -> PretrainOptions:
+    return make_options(corpus, tmp_path / "run")
 
 
 def run(options: PretrainOptions) -> None:
