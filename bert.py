@@ -12,8 +12,11 @@ B batch, T sequence, H = d_model, A heads, D one head's size, V vocabulary, N sc
 import hashlib
 import json
 import math
+import pickle
 import re
+import sys
 import warnings
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -54,12 +57,16 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
             if type(value) is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
             if name.startswith("attention_d_") and value % max(1, self.head_num):
                 raise ValueError(f"{name}={value} is not divisible by head_num={self.head_num}")
             if name.endswith("dropout") and not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
+            if name in ("layer_norm_eps", "initializer_range") and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
 
     @classmethod
     def named(cls, size: str, **changes: Any) -> Self:
@@ -165,24 +172,26 @@ class EncoderLayer(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.contract(F.gelu(self.expand(x)))))
 
 
-# Part of our name -> part of the published one, in this order. A map of the paper's matrices.
+# Our name of a module -> the published one; * is a layer's number. A map of the paper's matrices.
 PUBLISHED_NAMES = {
     "embeddings.token": "embeddings.word_embeddings",  # the decoder of the masked LM, too
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.segment": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
-    "layers.": "encoder.layer.",
-    "attention.": "attention.self.",  # .query, .key, .value: W^Q, W^K, W^V
-    "attention.self.output": "attention.output.dense",  # W^O
-    "attention_norm": "attention.output.LayerNorm",
-    "expand": "intermediate.dense",  # W_1
-    "contract": "output.dense",  # W_2
-    "feed_forward_norm": "output.LayerNorm",
+    "layers.*.attention.query": "encoder.layer.*.attention.self.query",  # W^Q
+    "layers.*.attention.key": "encoder.layer.*.attention.self.key",  # W^K
+    "layers.*.attention.value": "encoder.layer.*.attention.self.value",  # W^V
+    "layers.*.attention.output": "encoder.layer.*.attention.output.dense",  # W^O
+    "layers.*.attention_norm": "encoder.layer.*.attention.output.LayerNorm",
+    "layers.*.expand": "encoder.layer.*.intermediate.dense",  # W_1
+    "layers.*.contract": "encoder.layer.*.output.dense",  # W_2
+    "layers.*.feed_forward_norm": "encoder.layer.*.output.LayerNorm",
+    "pooler": "pooler.dense",
     "mlm_dense": "cls.predictions.transform.dense",
     "mlm_norm": "cls.predictions.transform.LayerNorm",
     "mlm_bias": "cls.predictions.bias",
-    "pooler": "pooler.dense",
     "nsp": "cls.seq_relationship",
+    "classifier": "classifier",
 }
 PUBLISHED_FIELDS = {  # of BertConfig -> of config.json, where the names differ
     "max_seq_length": "max_position_embeddings",
@@ -201,56 +210,193 @@ EVERY_BERT = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # one file, or several shards
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
+COPIES = {  # published names of what other tensors hold already
+    "embeddings.position_ids",
+    "cls.predictions.decoder.weight",
+    "cls.predictions.decoder.bias",
+}
 
 
 def published_name(name: str) -> str:
-    """`layers.3.expand.bias` -> `encoder.layer.3.intermediate.dense.bias`."""
-    for ours, theirs in PUBLISHED_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
+    """Returns the published name of a parameter of ours, by whole dotted parts.
+
+    Example: `bert.layers.3.expand.bias` -> `bert.encoder.layer.3.intermediate.dense.bias`.
+    """
+    prefix = "bert." if name.startswith("bert.") else ""
+    parts = name.removeprefix("bert.").split(".")
+    numbers = [part for part in parts if part.isdigit()]
+    pattern = ".".join("*" if part.isdigit() else part for part in parts)
+    if pattern in PUBLISHED_NAMES:  # a parameter that is no module's: mlm_bias
+        published = PUBLISHED_NAMES[pattern]
+    else:
+        module, _, kind = pattern.rpartition(".")  # kind: weight or bias
+        published = f"{PUBLISHED_NAMES[module]}.{kind}"
+    return prefix + published.replace("*", numbers[0] if numbers else "")
+
+
+def is_hub_id(source: str) -> bool:
+    """Returns whether a name can be a hub id, `name` or `owner/name`, and is no path here.
+
+    A mistyped `runs/bas` is a path where there is a folder runs: it must not be asked for.
+    """
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        return False
+    return "/" not in source or not Path(Path(source).parts[0]).exists()
 
 
 def fetch(source: str | Path) -> Path:
-    """A model's directory: the `source` itself, or a copy of what the hub has under that id."""
-    if (directory := Path(source)).is_dir():
+    """Returns a model's directory: `source` itself, or a copy of what the hub has under that id."""
+    directory = Path(source)
+    if directory.is_dir():
         return directory
+    needed = "name a directory with config.json, model.safetensors and tokenizer.json"
+    if not is_hub_id(str(source)):
+        raise ValueError(f"{source} is no directory, and no id of the hub: {needed}")
     from huggingface_hub import snapshot_download
 
+    print(f"fetching {source} from the hub", file=sys.stderr)
     try:
-        for weights in WEIGHTS:
+        for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
             files = ["config.json", "tokenizer*.json", "vocab.txt", weights]
             directory = Path(snapshot_download(str(source), allow_patterns=files))
             if any(directory.glob(weights)):
                 break
     except (OSError, ValueError) as error:  # no network, or no such id
         raise ValueError(
-            f"{source} is no directory, and the hub does not give it: name a directory"
-            " with config.json, model.safetensors and tokenizer.json"
+            f"{source} is no directory, and the hub does not give it: {needed}"
         ) from error
     return directory
 
 
+def find_weights(directory: Path) -> list[Path]:
+    """Returns the files that hold a model's tensors: one, or the shards that an index names.
+
+    Other files beside them are not the model's: optimizers, adapters, older exports.
+    """
+    for name in WEIGHTS:
+        index = directory / f"{name}.index.json"
+        stem, _, suffix = name.rpartition(".")
+        shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
+        if (directory / name).exists():
+            return [directory / name]
+        if index.exists():
+            shards = sorted(
+                {directory / shard for shard in read_json(index)["weight_map"].values()}
+            )
+        lost = [shard.name for shard in shards if not shard.exists()]
+        if lost:
+            raise ValueError(f"of the shards that {index.name} names, {', '.join(lost)} is missing")
+        if shards:
+            return shards
+    raise ValueError(f"it has neither {' nor '.join(WEIGHTS)}")
+
+
+def read_json(path: Path) -> dict:
+    """Returns what a JSON file holds. Raises ValueError or OSError if it cannot be read."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All of a model's, by published name without `bert.`. A pickle may hold tensors, no code."""
+    """Returns all tensors of a model, by published name without `bert.`. A pickle may hold tensors,
+    but no code.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files = [*directory.glob(WEIGHTS[0])] or [*directory.glob(WEIGHTS[1])]
     tensors: dict[str, Tensor] = {}
-    for file in files or [directory / "model.safetensors"]:
-        tensors |= (
-            load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, map_location="cpu", weights_only=True)
-        )
-    for old, new in {r"^bert\.": "", "gamma$": "weight", "beta$": "bias"}.items():  # TensorFlow's
+    for file in find_weights(directory):
+        try:
+            if file.suffix == ".safetensors":
+                tensors |= load_file(file)
+            else:
+                tensors |= torch.load(file, map_location="cpu", weights_only=True)
+        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
+            raise ValueError(f"{file.name}: {error or type(error).__name__}") from error
+    renamed = {r"^bert\.": "", r"\.gamma$": ".weight", r"\.beta$": ".bias"}  # TensorFlow's names
+    for old, new in renamed.items():
         tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
     return tensors
 
 
+def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, int]:
+    """Returns the config of a published BERT, with `changes`, and its padding id. Raises ValueError
+    if it is of another model, or inconsistent.
+    """
+    published = read_json(directory / "config.json")
+    for key, value in EVERY_BERT.items():
+        if published.get(key, value) != value:
+            raise ValueError(f"{key} is {published[key]!r}, not {value!r}")
+    if "hidden_size" not in published:
+        raise ValueError("config.json has no 'hidden_size'")
+    known = dict.fromkeys(("attention_d_k", "attention_d_v"), published["hidden_size"])
+    for name in BertConfig.__annotations__:
+        key = PUBLISHED_FIELDS.get(name, name)
+        if key in published:
+            known[name] = published[key]
+    config = BertConfig(**{**known, **changes})
+    padding_idx = published.get("pad_token_id") or 0
+    if not 0 <= padding_idx < config.vocab_size:
+        raise ValueError(f"pad_token_id is {padding_idx}, of {config.vocab_size} tokens")
+    return config, padding_idx
+
+
+def check_tensors(tensors: dict[str, Tensor], known: Container[str]) -> list[str]:
+    """Returns the heads among a file's tensors that a model has no place for, by published name.
+
+    Raises ValueError if a part of the encoder has no place, or if a tensor that is used is not made
+    of finite floating-point numbers.
+    """
+    unused = [name for name in tensors if name not in known and name not in COPIES]
+    lost = [name for name in unused if name.startswith(("embeddings.", "encoder."))]
+    if lost:
+        raise ValueError(f"the config has no place for {', '.join(sorted(lost))}")
+    for name, tensor in tensors.items():
+        if name in known and not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype}, not of floating-point numbers")
+        if name in known and not tensor.isfinite().all():
+            raise ValueError(f"{name} has a number that is not finite")
+    return sorted({".".join(name.split(".")[:2]) for name in unused})
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """Returns sixteen hexadecimal digits that change with any token or id of the vocabulary."""
+    vocabulary = repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Sixteen hexadecimal digits that change with any token or id of the vocabulary."""
-    return hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    """Returns a hash of all that decides which ids a text gets: the vocabulary and the normalizer.
+
+    Two files that make the same tokenizer have the same hash: what a BertNormalizer leaves open,
+    strip_accents, is as its lowercase. Models that were saved before have the hash of their
+    vocabulary alone, without "v2-"; it is still accepted, as far as it goes.
+    """
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    if normalizer.get("type") == "BertNormalizer" and normalizer["strip_accents"] is None:
+        normalizer["strip_accents"] = normalizer["lowercase"]
+    effective = json.dumps(normalizer, sort_keys=True)
+    digest = hashlib.sha256((vocabulary_hash(tokenizer) + effective).encode()).hexdigest()
+    return f"v2-{digest[:16]}"
+
+
+def is_tokenizer_of(tokenizer: Any, expected: str) -> bool:
+    """Returns whether a tokenizer has the hash that was saved with a model, of either form."""
+    if expected.startswith("v2-"):
+        return tokenizer_hash(tokenizer) == expected
+    return vocabulary_hash(tokenizer) == expected
+
+
+def check_padding(model: "PretrainedModel", tokenizer: Any) -> None:
+    """Raises ValueError if model and tokenizer have different padding ids: the model would attend
+    to padding.
+    """
+    padding_id = tokenizer.get_vocab()["[PAD]"]
+    if model.padding_idx != padding_id:
+        raise ValueError(
+            f"the model takes id {model.padding_idx} for padding (pad_token_id in config.json), the"
+            f" tokenizer's [PAD] is id {padding_id}"
+        )
 
 
 class PretrainedModel(nn.Module):
@@ -261,6 +407,7 @@ class PretrainedModel(nn.Module):
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
         super().__init__()
         self.config, self.padding_idx = config, padding_idx
+        self.initialized: list[str] = []  # parameters that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02), biases 0; a LayerNorm is born as (1, 0). Embeddings of N(0, 1), tied to the
@@ -272,28 +419,33 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **changes: Any) -> Self:
-        """A published BERT, by directory or hub id; `changes` replace fields of its config. What is
-        damaged, incomplete or another model is a `ValueError`; heads it lacks are a warning."""
+        """Returns a published BERT, by directory or hub id; `changes` replace fields of its config.
+
+        Raises ValueError if it is damaged, incomplete or another model. Heads that the files lack
+        have initial weights: `initialized` names their parameters, and a warning does. Heads that
+        this class has no use for are named in one warning.
+        """
         directory = fetch(source)
         try:
-            published = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            for key, value in EVERY_BERT.items():
-                if published.get(key, value) != value:
-                    raise ValueError(f"{key} is {published[key]!r}, not {value!r}")
-            known = dict.fromkeys(("attention_d_k", "attention_d_v"), published["hidden_size"])
-            keys = {name: PUBLISHED_FIELDS.get(name, name) for name in BertConfig.__annotations__}
-            known |= {name: published[key] for name, key in keys.items() if key in published}
-            model = cls(BertConfig(**{**known, **changes}), published.get("pad_token_id") or 0)
-            ours = {published_name(n).removeprefix("bert."): n for n in model.state_dict()}
-            found = {ours[n]: t for n, t in read_tensors(directory).items() if n in ours}
-            missing = model.load_state_dict(found, strict=False).missing_keys
-            if lost := [name for name in missing if re.search("embeddings|layers", name)]:
+            model = cls(*read_config(directory, changes))
+            names = {
+                published_name(name).removeprefix("bert."): name for name in model.state_dict()
+            }
+            tensors = read_tensors(directory)
+            unused = check_tensors(tensors, names)
+            found = {names[name]: tensor for name, tensor in tensors.items() if name in names}
+            model.initialized = model.load_state_dict(found, strict=False).missing_keys
+            lost = [name for name in model.initialized if re.search(r"embeddings\.|layers\.", name)]
+            if lost:
                 raise ValueError(f"a part of the encoder is missing: {', '.join(lost)}")
-        except Exception as error:  # each library raises its own; their first sentence will do
+        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: shapes that differ
             reason = " ".join(str(error).split(". ")[0].split())
             raise ValueError(f"no BERT can be read from {directory}: {reason}") from error
-        if missing:
-            warnings.warn(f"initialized, not in {directory}: {', '.join(missing)}", stacklevel=2)
+        if model.initialized:
+            names_of_new = ", ".join(model.initialized)
+            warnings.warn(f"initialized, not in {directory}: {names_of_new}", stacklevel=2)
+        if unused:
+            warnings.warn(f"not used, of {directory}: {', '.join(unused)}", stacklevel=2)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, tokenizer: Any) -> None:

@@ -8,12 +8,14 @@ So masks differ in every epoch, and neither workers nor processes nor a restart 
 B batch, T sequence, V vocabulary. A place in the corpus is the number of tokens before it.
 """
 
+import json
 import math
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import lru_cache, partial, reduce
+from functools import lru_cache, partial
 from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,21 +38,57 @@ KINDS = {".txt", ".json", ".jsonl", ".parquet"}
 STAGE_1 = 1  # in the cache's key: to be raised when stage 1 changes
 
 
-def wordpiece(vocabulary: dict[str, int] | None) -> Tokenizer:
-    """Uncased WordPiece over a vocabulary, adding [CLS] and [SEP]. [Code] tokenization.py."""
-    return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, lowercase=True).to_str())
+def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> Tokenizer:
+    """Returns WordPiece over a vocabulary, adding [CLS] and [SEP]. [Code] tokenization.py.
+
+    normalizer: `lowercase` (True), `strip_accents` (as lowercase), `handle_chinese_chars` (True).
+    """
+    return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
+
+
+def read_normalizer(path: Path) -> dict[str, bool | None]:
+    """Returns how a published tokenizer_config.json says that text is normalized; a vocab.txt alone
+    does not tell whether it is cased.
+    """
+    if not path.exists():
+        return {}
+    names = {  # ours -> those of the file
+        "lowercase": "do_lower_case",
+        "strip_accents": "strip_accents",
+        "handle_chinese_chars": "tokenize_chinese_chars",
+    }
+    published = json.loads(path.read_text(encoding="utf-8"))
+    return {ours: published[name] for ours, name in names.items() if name in published}
+
+
+def is_hub_id(source: str) -> bool:
+    """Returns whether a name can be a hub id, `name` or `owner/name`, and is no path here.
+
+    A mistyped `runs/bas` is a path where there is a folder runs: it must not be asked for.
+    """
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        return False
+    return "/" not in source or not Path(Path(source).parts[0]).exists()
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """From vocab.txt (uncased), tokenizer.json, a directory with one of them, or a hub id."""
+    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory with one of them, or that
+    of a hub id. A vocab.txt is uncased unless the tokenizer_config.json beside it says otherwise.
+    """
+    path = Path(path)
     try:
-        if not (path := Path(path)).exists() and path.suffix not in {".txt", ".json"}:
-            path = Path(snapshot_download(str(path), allow_patterns=["tokenizer.json", "vocab.*"]))
+        if path.suffix not in {".txt", ".json"} and is_hub_id(str(path)):
+            print(f"fetching {path} from the hub", file=sys.stderr)
+            files = ["tokenizer.json", "tokenizer_config.json", "vocab.*"]
+            path = Path(snapshot_download(str(path), allow_patterns=files))
         if path.is_dir():
             path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
         if path.suffix == ".txt":
             tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            tokenizer = wordpiece({token: i for i, token in enumerate(tokens)})
+            vocabulary = {token: i for i, token in enumerate(tokens)}
+            tokenizer = wordpiece(
+                vocabulary, **read_normalizer(path.with_name("tokenizer_config.json"))
+            )
         else:
             tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
@@ -99,8 +137,10 @@ def get_dataset(
         options["sample_by"] = "document"
     if where.is_file():
         where, options["data_files"] = where.resolve().parent, {"train": where.name}
-    elif not where.exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):  # not a hub id
+    elif not where.exists() and not is_hub_id(path):
         raise ValueError(f"{path} does not exist")
+    elif not where.exists():
+        print(f"fetching {path} from the hub", file=sys.stderr)
     try:
         return datasets.load_dataset(
             str(where) if where.is_dir() else path,
@@ -160,7 +200,8 @@ def tokenize_dataset(
     dataset = dataset.select_columns(text_column)
     if rows_per_document > 1:
         dataset = dataset.batch(rows_per_document)
-    tokens = List(Value("uint16" if tokenizer.get_vocab_size() <= 2**16 else "uint32"))
+    largest_id = max(tokenizer.get_vocab().values())  # a vocabulary may have holes
+    tokens = List(Value("uint16" if largest_id < 2**16 else "uint32"))
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
     return dataset.map(
         tokenize_documents,
@@ -226,8 +267,11 @@ class TokenizedCorpus:
         return value
 
     def unigram_entropy(self) -> float:
-        """Nats: the MLM loss of a model that knows how often each token occurs, and no more."""
-        counts = reduce(np.add, (np.bincount(chunk, minlength=2**18) for chunk in self.chunks))
+        """Returns, in nats, the MLM loss of a model that knows how often each token occurs, and no
+        more.
+        """
+        size = 1 + max(int(chunk.max(initial=0)) for chunk in self.chunks)
+        counts = np.sum([np.bincount(chunk, minlength=size) for chunk in self.chunks], axis=0)
         shares = counts[counts > 0] / len(self)
         return float(-(shares * np.log(shares)).sum())
 

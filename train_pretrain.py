@@ -33,7 +33,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import data
-from bert import SIZES, BertConfig, BertPretrainModel, fetch, tokenizer_hash
+from bert import (
+    SIZES,
+    BertConfig,
+    BertPretrainModel,
+    check_padding,
+    fetch,
+    is_tokenizer_of,
+    tokenizer_hash,
+)
 from results.draw import draw_pretraining
 from support import stream
 from support.run import (
@@ -120,7 +128,7 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
         raise ValueError(f"{weights}: more tokens than the {config['vocab_size']} of the weights")
     expected = config.get("tokenizer_hash", tokenizer_hash(own))  # only our own files have it
     for source in (tokenizer or directory, directory):
-        if tokenizer_hash(data.load_tokenizer(source)) != expected:
+        if not is_tokenizer_of(data.load_tokenizer(source), expected):
             raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
     return own
 
@@ -370,6 +378,7 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
             **dropouts,
         )
         model = BertPretrainModel(config, tokenizer.get_vocab()[data.PAD])
+    check_padding(model, tokenizer)
     if options.checkpoint_activations:  # of a layer, only what goes in is kept for the backward
         for layer in model.bert.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 import data
-from bert import SIZES, BertConfig, SST2BertModel
+from bert import SIZES, BertConfig, SST2BertModel, check_padding
 from results.draw import draw_sst2
 from support.run import (
     PRECISIONS,
@@ -101,6 +101,7 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
         sizes["max_seq_length"] = options.max_seq_length or 128
         config = BertConfig.named(options.size, **sizes, **dropouts)
         model = SST2BertModel(config, tokenizer.get_vocab()[data.PAD])
+    check_padding(model, tokenizer)
     if (options.max_seq_length or 0) > model.config.max_seq_length:
         raise ValueError(
             f"--max-seq-length {options.max_seq_length}: the weights have "

@@ -88,10 +88,11 @@ def look(source: str, text: str, attention: str | None) -> None:
 
     directory = bert.fetch(source)
     tokenizer = load_tokenizer(directory)
-    with warnings.catch_warnings(record=True) as missing:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is missing is looked at below
         model = BertPretrainModel.from_pretrained(directory, fused_attention=False)
-    has_head = not any("mlm_" in str(warning.message) for warning in missing)
+    bert.check_padding(model, tokenizer)
+    has_head = not any(name.startswith("mlm_") for name in model.initialized)
     counts = parameter_counts(model if has_head else model.bert)
     for part, count in (*counts.items(), ("in all", counts.total())):
         print(f"{count:>13,}  {part}")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import warnings
 
 import pytest
@@ -470,7 +471,9 @@ def test_every_way_to_publish_weights_loads_the_same(stem, shards, tmp_path):
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     files[-1].unlink()
-    with pytest.raises(ValueError, match=r"part of the encoder is missing|model\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"it has neither model\.safetensors nor|-00003-of-00003\.\w+ is missing"
+    ):
         BertPretrainModel.from_pretrained(tmp_path)
 
 
@@ -597,7 +600,7 @@ def test_the_hash_of_a_tokenizer_changes_with_any_token_or_id():
     hashes = [tokenizer_hash(data.wordpiece(v)) for v in (tokens, swapped, renamed)]
     assert hashes[0] == tokenizer_hash(small_tokenizer())
     assert len(set(hashes)) == 3
-    assert {len(h) for h in hashes} == {16}
+    assert all(re.fullmatch("v2-[0-9a-f]{16}", found) for found in hashes)
 
 
 @pytest.mark.parametrize(("written", "read"), [(3, 3), (None, 0), ("absent", 0)])

@@ -249,7 +249,7 @@ def test_a_mistake_ends_in_one_clear_line_and_status_2(
     [
         ("train_pretrain.py", "--dataset no/such/file", "no/such/file does not exist"),
         ("train_sst2.py", "--predict hello", "--predict needs --weights"),
-        ("bert.py", "corpus.jsonl text", "corpus.jsonl is no directory, and the hub does not"),
+        ("bert.py", "corpus.jsonl text", "corpus.jsonl is no directory, and no id of the hub"),
     ],
 )
 def test_a_person_sees_no_traceback(folder, script, line, message):

@@ -570,7 +570,7 @@ def test_documents_that_cannot_be_used_do_not_count_as_held_out(tmp_path):
 def test_a_folder_without_a_train_split_is_refused(tmp_path):
     """`datasets` makes splits of names, and would drop the others without a word."""
     (tmp_path / "test.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
-    with pytest.raises(ValueError, match="no split train, only test$"):
+    with pytest.raises(ValueError, match="no split train, only test; see --split$"):
         data.get_corpus(str(tmp_path), "train", small_tokenizer())
 
 

@@ -119,12 +119,13 @@ def test_a_tokenizer_comes_from_the_hub_without_the_weights(hub, tmp_path):
     code = "from data import load_tokenizer as t; print(t('someone/tiny-bert').encode('abc').ids)"
     ended = python("-c", code, HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "home"))
     assert ended.stdout.strip() == str(small_tokenizer().encode("abc").ids), ended.stderr
-    assert sorted(Hub.served) == ["tokenizer.json", "vocab.txt"]
+    assert sorted(Hub.served) == ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+    assert ended.stderr.startswith("fetching someone/tiny-bert from the hub\n")
 
 
 @pytest.mark.parametrize("network", [True, False])
 def test_what_the_hub_does_not_give_is_said_with_what_to_name_instead(network, hub, tmp_path):
-    """No such repository, or no network: one line, status 2."""
+    """No such repository, or no network: one message after the name asked for, and status 2."""
     environment = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub}
     if not network:
         environment["HF_HUB_OFFLINE"] = "1"
@@ -132,6 +133,9 @@ def test_what_the_hub_does_not_give_is_said_with_what_to_name_instead(network, h
     for line in ("bert.py no/such a", f"train_sst2.py --weights no/such --out {out}"):
         ended = python(*line.split(), **environment)
         assert ended.returncode == 2, ended.stderr
-        assert ended.stderr.startswith("error: no/such is no directory, and the hub does not give")
-        assert "name a directory with config.json, model.safetensors" in ended.stderr
-        assert ended.stderr.count("\n") == 1
+        first, error = ended.stderr.splitlines()
+        assert first == "fetching no/such from the hub"
+        assert error.startswith(
+            "error: no/such is no directory, and the hub does not give it: name"
+        )
+        assert "name a directory with config.json, model.safetensors" in error

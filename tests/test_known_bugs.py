@@ -19,6 +19,7 @@ import test_run_folder
 import test_sst2
 import test_streaming
 import test_training
+import test_weights
 import torch
 from hypothesis import Phase, settings
 
@@ -40,6 +41,7 @@ USERS = (
     test_run_folder,
     test_sst2,
     test_training,
+    test_weights,
     train_pretrain,
     train_sst2,
 )
@@ -194,12 +196,13 @@ BUGS = {
         test_bert.test_what_is_saved_is_what_is_loaded, {"cls": bert.Bert},
     ),
     "20 another prefix, and nothing is loaded": (
-        bert.PretrainedModel, "from_pretrained", 'published_name(n).removeprefix("bert.")',
-        "published_name(n)",
+        bert.PretrainedModel, "from_pretrained",
+        'published_name(name).removeprefix("bert.")', "published_name(name)",
         test_bert.test_the_encoder_survives_from_pretraining_to_fine_tuning, {},
     ),
     "21 another tokenizer for fine-tuning": (
-        train_pretrain, "matching_tokenizer", "!= expected", "is None",
+        train_pretrain, "matching_tokenizer",
+        "if not is_tokenizer_of(data.load_tokenizer(source), expected):", "if False:",
         test_sst2.test_another_tokenizer_than_that_of_the_weights_is_refused, {},
     ),
     "22 a bad row is swallowed": (
@@ -270,6 +273,19 @@ BUGS = {
         test_devices.test_numbers_on_the_cpu_have_a_backend_on_every_machine,
         {"device": None, "has_cuda": True, "backend": "cpu:gloo,cuda:nccl"},
     ),
+    "35 the model's padding id is not that of the batches": (
+        bert, "check_padding", "model.padding_idx != padding_id", "False",
+        test_weights.test_two_padding_ids_are_an_error_that_names_both, {},
+    ),
+    "36 a cased checkpoint without tokenizer.json is lowercased": (
+        data, "read_normalizer", "if not path.exists():", "if True:",
+        test_weights.test_a_vocabulary_is_cased_if_its_config_says_so,
+        {"tokenizer_config": {"do_lower_case": False}, "ids": ["A", "é"]},
+    ),
+    "37 layers that the config has no place for are dropped": (
+        bert, "check_tensors", "if lost:", "if False:",
+        test_weights.test_a_part_of_the_encoder_that_the_config_has_no_place_for_is_named, {},
+    ),
     "38 resuming without a checkpoint starts anew": (
         support.run, "run_folder", "if resume and not checkpoint_paths(out):", "if False:",
         test_run_folder.test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing, {},
@@ -296,11 +312,12 @@ def test_planted_bug_is_caught(bug, monkeypatch, tmp_path):
     def run_in(folder: str) -> None:
         (tmp_path / folder).mkdir()
         shards = test_streaming.write_shards(tmp_path / "shards")
-        corpus = test_run_folder.write_corpus(tmp_path / folder)
+        corpus = test_run_folder.write_corpus(tmp_path / folder / "corpus")
         fixtures = {
             "tmp_path": tmp_path / folder,
             "folder": shards,
             "monkeypatch": monkeypatch,
+            "published": test_weights.publish(tmp_path / folder / "published"),
             "options": test_run_folder.make_options(corpus, tmp_path / folder / "run"),
         }
         given = {name: fixture for name, fixture in fixtures.items() if name in needed}

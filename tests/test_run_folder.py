@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 def write_corpus(folder: Path) -> Path:
     """Writes a small corpus and its tokenizer; returns the folder."""
+    folder.mkdir(exist_ok=True)
     texts = ["\n\n".join(f"{a} {b} {a} {a} {b}" for b in LETTERS[:9]) for a in LETTERS]
     rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (folder / "corpus.jsonl").write_text(rows)
