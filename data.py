@@ -8,12 +8,14 @@ So masks differ in every epoch, and neither workers nor processes nor a restart 
 B batch, T sequence, V vocabulary. A place in the corpus is the number of tokens before it.
 """
 
+import glob
 import json
 import math
 import os
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import chain, count, pairwise
@@ -125,30 +127,62 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return ids
 
 
+def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
+    """Returns what `datasets.load_dataset` needs to know of a file, or of a directory of files.
+
+    The kind of a directory is that of most of its files. Hidden files do not count. `datasets`
+    takes a file for the same if its path and time are the same; here its size counts, too, by a
+    cache directory of its own.
+    """
+    folder = where.resolve().parent if where.is_file() else where
+    if set("[]*?") & set(str(folder)):
+        raise ValueError(f"{folder}: the library takes [ ] * ? in a folder's name for a pattern")
+    files = [where] if where.is_file() else sorted(where.glob("**/*"))
+    visible = [
+        file
+        for file in files
+        if file.suffix in KINDS
+        and not any(part.startswith((".", "__")) for part in file.relative_to(where).parts)
+    ]
+    kinds = Counter(".json" if file.suffix == ".jsonl" else file.suffix for file in visible)
+    ranked = kinds.most_common()
+    if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
+        raise ValueError(
+            f"{where} has as many {ranked[0][0]} as {ranked[1][0]} files: name a file, or a folder"
+            " of files of one kind"
+        )
+
+    options: dict[str, Any] = {}
+    if ranked and ranked[0][0] == ".txt":
+        options["sample_by"] = "document"
+    sizes = [(str(file.resolve()), file.stat().st_size) for file in visible]
+    cache = f"files-{datasets.fingerprint.Hasher.hash(sizes)}"
+    options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / cache)
+    if where.is_file():
+        options["data_files"] = {"train": glob.escape(where.name)}
+    return str(folder), options
+
+
 def get_dataset(
     path: str, name: str | None = None, split: str | None = "train", streaming: bool = False
 ) -> Any:
-    """One row = one document, or a sentence of SST-2. A hub id, or a directory or file of parquet,
-    jsonl or text; a .txt is one document. Names with train, validation or test make those splits,
-    as `datasets` has it; without such names, all is train. With split=None, a dict of all."""
-    options: dict[str, Any] = {}
+    """Returns a split of a data set, or with split=None a dict of all. One row is one document, or
+    a sentence of SST-2.
+
+    path: "sample", a hub id, or a directory or file of parquet, jsonl or text; a .txt is one
+    document. Names with train, validation or test make those splits, as `datasets` has it; without
+    such names, all is train. Raises ValueError if there is nothing to read.
+    """
     where = SAMPLE / "corpus" if path == "sample" else Path(path)
-    if {file.suffix for file in (where, *where.glob("**/*.*"))} & KINDS == {".txt"}:
-        options["sample_by"] = "document"
-    if where.is_file():
-        where, options["data_files"] = where.resolve().parent, {"train": where.name}
-    elif not where.exists() and not is_hub_id(path):
-        raise ValueError(f"{path} does not exist")
-    elif not where.exists():
+    if where.exists():
+        source, options = describe_files(where)
+    elif is_hub_id(path):
         print(f"fetching {path} from the hub", file=sys.stderr)
+        source, options = path, {}
+    else:
+        raise ValueError(f"{path} does not exist")
     try:
-        return datasets.load_dataset(
-            str(where) if where.is_dir() else path,
-            name,
-            split=split,
-            streaming=streaming,
-            **options,
-        )
+        return datasets.load_dataset(source, name, split=split, streaming=streaming, **options)
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as e:
         raise ValueError(f"cannot read {path}: {e.__cause__ or str(e) or 'it is empty'}") from e
 
@@ -173,9 +207,11 @@ def tokenize_documents(rows: dict, numbers: list[int], tokenizer: Tokenizer, col
     """Stage 1 for a few documents: see `tokenize_dataset`."""
     out: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
     for number, text in zip(numbers, rows[column], strict=True):
-        text = "\n\n".join(filter(None, text)) if isinstance(text, list) else text or ""
-        if not isinstance(text, str):
-            raise ValueError(f"row {number}: {column} is {type(text).__name__}, not text")
+        parts = text if isinstance(text, list) else [text]  # a list: rows that were joined
+        for part in parts:
+            if not isinstance(part, str | None):
+                raise ValueError(f"row {number}: {column} is {type(part).__name__}, not text")
+        text = "\n\n".join(filter(None, parts))
         ids = [sentence for sentence in encode_plain(tokenizer, split_sentences(text)) if sentence]
         kept = ids if len(ids) > 1 else []
         lengths = np.fromiter(map(len, kept), np.int64)
@@ -222,6 +258,8 @@ class TokenizedCorpus:
     memory, 8 bytes for each sentence and document. `skipped` counts what was left out."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
+        if rows._indices is not None:  # shuffled or filtered: the table itself has another order
+            rows = rows.flatten_indices()
         tokens, starts = (rows.data.column(name).chunks for name in ("tokens", "starts"))
         self.rows, found = rows, np.asarray(rows["sentences"][:], np.int64)
         none, one, more = np.bincount(np.minimum(found, 2), minlength=3).tolist()
@@ -733,11 +771,18 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
     column = next((name for name in ("sentence", "text") if name in rows.column_names), None)
     if column is None or "label" not in rows.column_names:
         raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
-    if None in set(rows[column]):
-        raise ValueError(f"{path}, {split}: row {rows[column][:].index(None)} has no {column}")
-    if wrong := set(rows["label"]) - {0, 1}:
-        raise ValueError(f"{path}, {split}: labels {wrong}, not 0 and 1; SetFit/sst2 has a test")
-    return list(rows[column]), list(rows["label"])
+    texts, labels = list(rows[column]), list(rows["label"])
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{path}, {split}: row {row} has the {column} {text!r}, which is no text"
+            )
+        if type(label) is not int or label not in (0, 1):  # True, 1.0 and "1" are no labels
+            raise ValueError(
+                f"{path}, {split}: row {row} has the label {label!r}, not 0 or 1 (SetFit/sst2 has a"
+                " test split with labels)"
+            )
+    return texts, labels
 
 
 def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> list[list[int]]:

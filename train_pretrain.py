@@ -45,6 +45,8 @@ from bert import (
 from results.draw import draw_pretraining
 from support import stream
 from support.run import (
+    LARGEST_SEED,
+    LARGEST_SIZE,
     PRECISIONS,
     FiniteGuard,
     Run,
@@ -88,12 +90,17 @@ class PretrainOptions:
     vocab_size: int = option(2000, "of the tokenizer that is learned without --tokenizer", 1)
     weights: str | None = option(None, "directory of a model to start from")
     size: str = option("tiny", "published size, without --weights", choices=list(SIZES))
-    max_seq_length: int = option(64, "tokens in a pair of segments, with [CLS] and two [SEP]", 5)
+    max_seq_length: int = option(
+        64, "tokens in a pair of segments, with [CLS] and two [SEP]", 5, at_most=LARGEST_SIZE
+    )
     positions: int | None = option(
-        None, "rows of the position table, for longer pairs later; as many as --max-seq-length", 1
+        None,
+        "rows of the position table, for longer pairs later; as many as --max-seq-length",
+        1,
+        at_most=LARGEST_SIZE,
     )
     whole_word_masking: bool = option(False, "mask all the pieces of a word or none")
-    batch_size: int = option(32, "pairs in a micro-batch", 1)
+    batch_size: int = option(32, "pairs in a micro-batch", 1, at_most=LARGEST_SIZE)
     accumulate: int = option(1, "micro-batches in a step, dealt to the processes", 1)
     steps: int = option(4000, "updates of the weights; 0 only evaluates --weights", 0)
     warmup_steps: int | None = option(None, "steps of rising learning rate; a tenth of all", 0)
@@ -111,7 +118,7 @@ class PretrainOptions:
     eval_batches: int = option(16, "batches of an evaluation, at most", 1)
     log_every: int = option(10, "steps between lines of metrics.jsonl", 1)
     workers: int = option(2, "processes that prepare data", 0)
-    seed: int = option(0, "of everything random", 0)
+    seed: int = option(0, "of everything random", 0, at_most=LARGEST_SEED)
     compile: bool = option(False, "torch.compile: minutes at the start, then faster on a GPU")
     checkpoint_activations: bool = option(False, "compute layers twice instead of keeping them")
     device: str | None = option(None, "cpu or cuda; the GPU if there is one")
@@ -506,15 +513,24 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
         print(f"{name:<21}{value:.4f}")
 
 
+def check_steps(options: PretrainOptions) -> None:
+    """Raises ValueError if a step that is named comes after the last one."""
+    late = [step for step in options.export_steps if step > options.steps]
+    if late:
+        raise ValueError(
+            f"--export-steps {late[0]} comes after the last of --steps {options.steps}"
+        )
+    warmup = options.warmup_steps or 0
+    if warmup > options.steps > 0:
+        raise ValueError(f"--warmup-steps {warmup} is more than --steps {options.steps}")
+
+
 def pretrain(options: PretrainOptions) -> None:
     """Pretrains a model, or evaluates one with --steps 0; the whole of this script."""
     rank, world_size = join_processes(options.device)
     if options.accumulate % world_size:
         raise ValueError(f"--accumulate {options.accumulate} is no multiple of {world_size} ranks")
-    if late := [step for step in options.export_steps if step > options.steps]:
-        raise ValueError(
-            f"--export-steps {late[0]} comes after the last of --steps {options.steps}"
-        )
+    check_steps(options)
     device = choose_device(options.device)
     options = replace(options, precision=choose_precision(options.precision, device))
     if options.steps == 0:

@@ -11,12 +11,11 @@ that epoch's weights. Writes under --out: config.json, metrics.jsonl, model/, cu
 """
 
 import copy
-import itertools
 import json
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ import data
 from bert import SIZES, BertConfig, SST2BertModel, check_padding
 from results.draw import draw_sst2
 from support.run import (
+    LARGEST_SEED,
+    LARGEST_SIZE,
     PRECISIONS,
     FiniteGuard,
     autocast,
@@ -62,16 +63,20 @@ class SST2Options:
     vocab_size: int = option(2000, "of a tokenizer learned from the dataset", 1)
     weights: str | None = option(None, "directory of a pretrained model; none: from scratch")
     size: str = option("tiny", "published size, without --weights", choices=list(SIZES))
-    max_seq_length: int | None = option(None, "of a sentence; all that --weights has, or 128", 3)
-    batch_size: int = option(32, "sentences in a batch", 1)
+    max_seq_length: int | None = option(
+        None, "of a sentence; all that --weights has, or 128", 3, at_most=LARGEST_SIZE
+    )
+    batch_size: int = option(32, "sentences in a batch", 1, at_most=LARGEST_SIZE)
     epochs: int = option(3, "passes over the training split", 1)
     learning_rate: tuple[float, ...] = option((5e-5,), "peak; with several, a run for each", 0)
     dropout: float = option(0.1, "hidden and attention dropout, whatever the weights had", 0)
     precision: str = option(
         "auto", "of products of matrices; auto is the fastest here", choices=PRECISIONS
     )
-    seeds: int = option(1, "runs of each learning rate, to have a mean and a deviation", 1)
-    seed: int = option(0, "the first of them", 0)
+    seeds: int = option(
+        1, "runs of each learning rate, to have a mean and a deviation", 1, at_most=LARGEST_SIZE
+    )
+    seed: int = option(0, "the first of them", 0, at_most=LARGEST_SEED - LARGEST_SIZE)
     log_every: int = option(50, "steps between lines of metrics.jsonl", 1)
     device: str | None = option(None, "cpu or cuda; the GPU if there is one")
     predict: tuple[str, ...] = option((), "texts to classify with --weights; - reads lines")
@@ -261,22 +266,38 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     print(f"{out}/model holds the best weights and their tokenizer")
 
 
+def texts_to_predict(texts: Sequence[str]) -> Iterator[str]:
+    """Yields the texts; for "-", the lines of standard input."""
+    for text in texts:
+        if text != "-":
+            yield text
+            continue
+        for number, line in enumerate(sys.stdin.buffer, start=1):
+            try:
+                yield line.decode().rstrip("\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"--predict -: line {number} is not UTF-8: {error}") from error
+
+
 @torch.no_grad()
 def predict(options: SST2Options) -> None:
     """Prints a line for each text: its label, the probability of that, the text."""
     if not options.weights:
         raise ValueError("--predict needs --weights: the model/ of a run on SST-2")
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
     tokenizer = make_tokenizer(options)
-    with warnings.catch_warnings(record=True) as missing:
-        model = SST2BertModel.from_pretrained(options.weights)
-    if missing:
-        raise ValueError(f"--predict needs the model/ of a run on SST-2: {missing[0].message}")
-    for text in itertools.chain.from_iterable(
-        (line.rstrip("\n") for line in sys.stdin) if text == "-" else [text]
-        for text in options.predict
-    ):
-        ids = data.encode_sentences(tokenizer, [text], model.config.max_seq_length)
-        probs = model(torch.tensor(ids)).softmax(dim=-1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is missing is looked at below
+        model = make_model(options, tokenizer).eval().to(device)
+    if model.initialized:  # a head that nobody has trained would guess, with a probability
+        raise ValueError(
+            f"--predict needs the model/ of a run on SST-2; {options.weights} has no"
+            f" {', '.join(model.initialized)}"
+        )
+    for text in texts_to_predict(options.predict):
+        rows = data.encode_sentences(tokenizer, [text], model.config.max_seq_length)
+        probs = forward(model, torch.tensor(rows, device=device), precision).softmax(dim=-1)[0]
         print(f"{LABELS[probs.argmax()]}  {probs.max():.3f}  {text}")
 
 

@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -86,6 +87,8 @@ def draw_attention(probs: Tensor, tokens: list[str]) -> Any:
 def look(source: str, text: str, attention: str | None) -> None:
     from data import load_tokenizer  # here, since --help need not wait for it
 
+    if attention and not Path(attention).resolve().parent.is_dir():
+        raise ValueError(f"--attention {attention}: its folder does not exist")
     directory = bert.fetch(source)
     tokenizer = load_tokenizer(directory)
     with warnings.catch_warnings():
@@ -113,6 +116,6 @@ def main() -> None:
     parser.add_argument("--attention", metavar="PNG", help="draw every head's attention to a file")
     try:
         look(**vars(parser.parse_args()))
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

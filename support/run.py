@@ -31,9 +31,20 @@ from tqdm import tqdm
 # ---- The command line ---------------------------------------------------------------------------
 
 
-def option(default: Any, help: str, at_least: float | None = None, choices: Any = None) -> Any:
-    """A field of an options class, with what its `--flag` says and accepts."""
-    return field(default=default, metadata={"help": help, "least": at_least, "choices": choices})
+LARGEST_SEED = 2**63 - 1  # what torch and numpy both take
+LARGEST_SIZE = 1_000_000  # of a batch, a sequence, a table: more is a slip of the keyboard
+
+
+def option(
+    default: Any,
+    help: str,
+    at_least: float | None = None,
+    choices: Any = None,
+    at_most: float | None = None,
+) -> Any:
+    """Returns a field of an options class, with what its `--flag` says and accepts."""
+    accepts = {"least": at_least, "most": at_most, "choices": choices}
+    return field(default=default, metadata={"help": help, **accepts})
 
 
 def parse_options(cls: type, arguments: Sequence[str] | None = None) -> Any:
@@ -64,6 +75,9 @@ def parse_options(cls: type, arguments: Sequence[str] | None = None) -> Any:
         flag = f"--{f.name.replace('_', '-')}"
         if least is not None and any(v is not None and not v >= least for v in values):
             fail(f"{flag} must be at least {least}, got {value}")
+        most = f.metadata["most"]
+        if most is not None and any(v is not None and v > most for v in values):
+            fail(f"{flag} must be at most {most}, got {value}")
         if any(isinstance(v, float) and math.isinf(v) for v in values):
             fail(f"{flag} must be finite, got {value}")
     return cls(**chosen)
@@ -187,12 +201,14 @@ def choose_device(name: str | None) -> torch.device:
     """Returns the device of --device; without a name, the GPU if there is one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name} is not cpu, cuda or cuda:0")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}, but torch sees no GPU here")
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name} is not cpu, cuda or cuda:0") from error
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}, but torch sees {torch.cuda.device_count()} GPUs here")
+    return device
 
 
 PRECISIONS = ["auto", "float32", "medium", "bfloat16"]

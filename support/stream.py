@@ -57,7 +57,14 @@ def open_stream(
     if held_out is None or train_split == "validation":
         held_out = train.filter(is_held_out, input_columns=column)
         train = train.filter(lambda text: not is_held_out(text), input_columns=column)
-    return train, [row[column] for row in islice(held_out, 64)]
+    texts = [row[column] for row in islice(held_out, 64)]
+    if len(texts) < 2:
+        raise ValueError(
+            f"--streaming: {path} has {len(texts)} documents to evaluate on, and 2 are needed: a"
+            " split named validation, or one of a hundred documents to train on; a small corpus"
+            " needs no --streaming"
+        )
+    return train, texts
 
 
 def read_texts(path: str, name: str | None, column: str, split: str = "train") -> Iterable[str]:

@@ -189,7 +189,7 @@ def folder(tmp_path_factory) -> Path:
         (
             "train_pretrain.py",
             "--dataset one.jsonl --streaming --tokenizer vocab.txt",
-            "0 documents have a next sentence, 2 are needed",
+            "one.jsonl has 0 documents to evaluate on, and 2 are needed",
         ),
         ("train_pretrain.py", "--dataset broken.jsonl", "cannot read broken.jsonl"),
         (
@@ -214,13 +214,13 @@ def folder(tmp_path_factory) -> Path:
         ("train_pretrain.py", "--device cuda:9", "--device cuda:9"),
         ("train_sst2.py", "--dataset nothing/at/all", "nothing/at/all does not exist"),
         ("train_sst2.py", "--dataset corpus.jsonl", "no columns sentence (or text) and label"),
-        ("train_sst2.py", "--dataset labels.jsonl", "labels {-1}, not 0 and 1; SetFit/sst2"),
-        ("train_sst2.py", "--dataset two.jsonl", "labels {2}, not 0 and 1; SetFit/sst2"),
-        ("train_sst2.py", "--dataset words.jsonl", "labels {'positive'}, not 0 and 1"),
+        ("train_sst2.py", "--dataset labels.jsonl", "train: row 0 has the label -1, not 0 or 1"),
+        ("train_sst2.py", "--dataset two.jsonl", "train: row 0 has the label 2, not 0 or 1"),
+        ("train_sst2.py", "--dataset words.jsonl", "train: row 0 has the label 'positive', not"),
         (
             "train_sst2.py",
             "--dataset wordless.jsonl",
-            "wordless.jsonl, train: row 1 has no sentence",
+            "wordless.jsonl, train: row 1 has the sentence None, which is no text",
         ),
         (
             "train_sst2.py",

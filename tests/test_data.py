@@ -775,14 +775,6 @@ def test_sentences_are_cls_sentence_sep_cut_to_the_longest_allowed(tmp_path):
     assert MASK not in long
 
 
-@pytest.mark.parametrize("label", [-1, 2])
-def test_labels_other_than_0_and_1_are_refused(tmp_path, label):
-    path = tmp_path / "train.jsonl"
-    path.write_text(json.dumps({"text": "a", "label": label}) + "\n")
-    with pytest.raises(ValueError, match=rf"labels \{{{label}\}}, not 0 and 1; SetFit/sst2"):
-        data.get_reviews(str(path), "train")
-
-
 def test_sst2_needs_its_columns(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"review": "a", "label": 1}) + "\n")

@@ -176,7 +176,9 @@ def test_documents_are_held_out_where_there_is_no_validation_split(tmp_path):
 
 def test_rows_are_joined_to_documents(tmp_path):
     texts = ["aa ba. ca da.", "ea fa. ga ha.", "ia ja."] * 200
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    for split in ("train", "validation"):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{split}.jsonl").write_text(rows)
     rows, _ = stream.open_stream(str(tmp_path), None, "text", rows_per_document=3)
     assert next(iter(rows))["text"] == texts[:3]
     corpus = stream.tokenized([texts[:3]] * 2, 0, small_tokenizer())
