@@ -1,11 +1,12 @@
-"""BERT's data: tokenize once, build on the fly, every example a function of (corpus, seed, number).
+"""BERT's data: tokenize once, build on the fly, every example a function of (corpus, seed, index).
 
 Stage 1, once: documents -> sentences -> token ids, cached on disk and memory-mapped. Stage 2, in
-the DataLoader's workers: pairs are cut out of that array and masked, a batch at a time, in numpy.
-So masks differ in every epoch, and neither workers nor processes nor a restart change a token.
+the DataLoader's workers: a pair is cut out of that array and masked, one example at a time. So
+masks differ in every epoch, and neither workers nor ranks nor a resume change a token.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-B batch, T sequence, V vocabulary. A place in the corpus is the number of tokens before it.
+A position in the corpus is the number of tokens before it. The start of a span belongs to it, its
+end does not.
 """
 
 import glob
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from datasets import Features, List, Value
 from huggingface_hub import snapshot_download
+from numpy.random.bit_generator import ISeedSequence
 from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -34,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-IGNORED_LABEL = -100  # the label of a token that was not chosen, cross_entropy's ignore_index
+IGNORED_LABEL = -100  # the label of a token that is not to be predicted; cross_entropy skips it
 SAMPLE = Path(__file__).with_name("sample")
 KINDS = {".txt", ".json", ".jsonl", ".parquet"}
 STAGE_1 = 1  # in the cache's key: to be raised when stage 1 changes
@@ -309,7 +311,9 @@ class TokenizedCorpus:
         more.
         """
         size = 1 + max(int(chunk.max(initial=0)) for chunk in self.chunks)
-        counts = np.sum([np.bincount(chunk, minlength=size) for chunk in self.chunks], axis=0)
+        counts = np.zeros(size, dtype=np.int64)
+        for chunk in self.chunks:
+            counts += np.bincount(chunk, minlength=size)
         shares = counts[counts > 0] / len(self)
         return float(-(shares * np.log(shares)).sum())
 
@@ -352,13 +356,27 @@ def get_corpus(
 PURPOSE_EXAMPLE, PURPOSE_ORDER, PURPOSE_SST2 = 0, 1, 2
 
 
+class PhiloxKey(ISeedSequence):
+    """A seed that is Philox's key as it is. `Philox(key=seed)` is the same and four times as slow:
+    it also gathers entropy from the operating system, and leaves it unused.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.words = np.array([seed, 0], dtype=np.uint64)
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray:
+        return self.words
+
+
 def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
     """Returns a generator whose numbers depend on the arguments alone.
 
     Philox is counter-based: it computes its k-th block of numbers from (seed, counter + k). The
     counter's lowest word counts the blocks, so it starts at 0 and two generators never overlap.
     """
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, index, epoch, purpose]))
+    key: Any = PhiloxKey(seed)
+    philox = np.random.Philox(key, counter=[0, index, epoch, purpose])
+    return np.random.Generator(philox)
 
 
 # ---- A sentence pair ----------------------------------------------------------------------------

@@ -138,6 +138,13 @@ def test_what_a_seed_means_never_changes():
     assert found == ["9e95dbecac036025", "5f335817ff68d88c", "cff1525f1a196109", "a1e52559a37d0b5a"]
 
 
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2), st.integers(0, 2**40), st.integers(0, 2**40))
+def test_a_generator_is_philox_with_the_seed_as_its_key(seed, purpose, epoch, index):
+    found = data.generator(seed, purpose, epoch, index)
+    philox = np.random.Philox(key=seed, counter=[0, index, epoch, purpose])
+    assert np.array_equal(found.random(9), np.random.Generator(philox).random(9))
+
+
 def test_random_numbers_of_neighbouring_examples_do_not_overlap():
     """A counter-based generator counts in its lowest word: an index there would make example
     i + 1 repeat what example i drew a little later."""

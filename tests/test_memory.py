@@ -71,6 +71,7 @@ def shards(tmp_path_factory) -> Path:
         texts = (" ".join(LETTERS[i % 20 :][:5]) + "ab. " for i in range(400))
         rows = [json.dumps({"text": text * 40}) for text in texts]
         (folder / f"train-{shard}.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "validation.jsonl").write_text("\n".join(rows[:2]) + "\n")
     return folder
 
 
