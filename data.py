@@ -19,7 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import lru_cache, partial
-from itertools import chain, count, pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,28 +105,47 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """WordPiece learned from texts; the same texts give the same ids. The library's ties fall in a
-    hash table's order of characters: so it gets them sorted, alone and as ## pieces, fixed."""
-    texts, blank = list(filter(None, texts)), wordpiece(None)
-    letters = sorted({*chain.from_iterable(map(blank.normalizer.normalize_str, texts))} - {" "})
-    fixed = [*SPECIAL_TOKENS, *letters, *("##" + letter for letter in letters)]
-    if vocab_size < len(fixed):
-        raise ValueError(f"--vocab-size {vocab_size}: the text's characters alone are {len(fixed)}")
-    blank.train_from_iterator(
-        texts,
-        trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=fixed, show_progress=False),
+    """Returns uncased WordPiece learned from texts; the same texts give the same ids, in any order.
+
+    The trainer breaks ties between characters in hash order, which differs between runs. Passing
+    every character, sorted, alone and as a ## piece, as a fixed token makes it deterministic.
+    """
+    texts = [text for text in texts if text]
+    untrained = wordpiece(None)
+    characters = set()
+    for text in texts:
+        characters.update(untrained.normalizer.normalize_str(text))
+    letters = sorted(characters - {" "})
+    pieces = ["##" + letter for letter in letters]
+    fixed_tokens = [*SPECIAL_TOKENS, *letters, *pieces]
+    if vocab_size < len(fixed_tokens):
+        raise ValueError(
+            f"--vocab-size {vocab_size}: the text's characters alone are {len(fixed_tokens)}"
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=fixed_tokens, show_progress=False
     )
-    return wordpiece(blank.get_vocab())
+    untrained.train_from_iterator(texts, trainer)
+    return wordpiece(untrained.get_vocab())
 
 
 def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids without [CLS] and [SEP]. A "[MASK]" that stands in a text is three ordinary tokens."""
+    """Returns the ids of each text, without [CLS] and [SEP].
+
+    A "[MASK]" that stands in a text is three ordinary tokens. At most 1,000 texts are encoded at a
+    time, because the library's encodings take far more memory than their ids.
+    """
     tokenizer.encode_special_tokens = True
-    parts = (texts[i : i + 1000] for i in range(0, len(texts), 1000))  # encodings are large
-    encoded = (tokenizer.encode_batch_fast(part, add_special_tokens=False) for part in parts)
-    ids = [encoding.ids for encoding in chain.from_iterable(encoded)]
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), 1000):
+        part = texts[start : start + 1000]
+        encodings = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+        ids.extend(encoding.ids for encoding in encodings)
     tokenizer.encode_special_tokens = False
     return ids
+
+
+# ---- Files and rows -----------------------------------------------------------------------------
 
 
 def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
@@ -189,6 +208,8 @@ def get_dataset(
         raise ValueError(f"cannot read {path}: {e.__cause__ or str(e) or 'it is empty'}") from e
 
 
+# ---- Stage 1: text -> sentences -> tokens -------------------------------------------------------
+
 SENTENCE_END = re.compile(  # not after an initial or a title; closing quotes are the sentence's
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
     r"""|[。！？]|\n\s*\n"""
@@ -197,30 +218,42 @@ PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)  # what never ends i
 
 
 def split_sentences(text: str) -> list[str]:
-    """Spans between ends of sentences and blank lines, less white space around them. A rough rule
-    will do: a "sentence" may be any contiguous span of text. [BERT] §3"""
-    ends = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
-    spans = (text[start:end] for start, end in pairwise(ends))
-    pieces = (PIECE.findall(span) if len(span) > 1000 else [span] for span in spans)
-    return [piece.strip() for piece in chain.from_iterable(pieces) if not piece.isspace() and piece]
+    """Cuts a text after the ends of sentences and at blank lines; white space around is dropped.
+
+    A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). A span of
+    more than 1,000 characters is cut at white space.
+    """
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    sentences: list[str] = []
+    for start, end in pairwise([0, *ends, len(text)]):
+        span = text[start:end]
+        pieces = PIECE.findall(span) if len(span) > 1000 else [span]
+        sentences.extend(piece.strip() for piece in pieces)
+    return [sentence for sentence in sentences if sentence]
 
 
 def tokenize_documents(rows: dict, numbers: list[int], tokenizer: Tokenizer, column: str) -> dict:
-    """Stage 1 for a few documents: see `tokenize_dataset`."""
-    out: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
+    """Tokenizes a few documents: the function that `tokenize_dataset` maps over all of them.
+
+    numbers: of these rows, for errors. Raises ValueError with the number of a row that is no text.
+    """
+    columns: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
     for number, text in zip(numbers, rows[column], strict=True):
         parts = text if isinstance(text, list) else [text]  # a list: rows that were joined
         for part in parts:
             if not isinstance(part, str | None):
                 raise ValueError(f"row {number}: {column} is {type(part).__name__}, not text")
-        text = "\n\n".join(filter(None, parts))
-        ids = [sentence for sentence in encode_plain(tokenizer, split_sentences(text)) if sentence]
-        kept = ids if len(ids) > 1 else []
-        lengths = np.fromiter(map(len, kept), np.int64)
-        out["tokens"].append(np.fromiter(chain.from_iterable(kept), np.uint32, lengths.sum()))
-        out["starts"].append(np.cumsum(lengths) - lengths)
-        out["sentences"].append(len(ids))
-    return out
+        text = "\n\n".join(part for part in parts if part)
+
+        ids = encode_plain(tokenizer, split_sentences(text))
+        sentences = [sentence for sentence in ids if sentence]
+        kept = sentences if len(sentences) > 1 else []
+        lengths = np.array([len(sentence) for sentence in kept], dtype=np.int64)
+        tokens = [token for sentence in kept for token in sentence]
+        columns["tokens"].append(np.array(tokens, dtype=np.uint32))
+        columns["starts"].append(np.cumsum(lengths) - lengths)
+        columns["sentences"].append(len(sentences))
+    return columns
 
 
 def tokenize_dataset(
@@ -230,9 +263,16 @@ def tokenize_dataset(
     rows_per_document: int = 1,
     processes: int | None = None,
 ) -> datasets.Dataset:
-    """Stage 1: row i has document i's `tokens`, the `starts` of its sentences among them, and its
-    number of `sentences`; with fewer than two, no tokens: none is next. Cached by (corpus,
-    tokenizer), 2 bytes a token, 4 where V > 65,536. `rows_per_document`: for a sentence a row."""
+    """Returns stage 1: a table with a row for each document.
+
+    - `tokens`: all its tokens, 2 bytes each, 4 where an id is above 65,535;
+    - `starts`: where its sentences start among them;
+    - `sentences`: how many it has. Documents with fewer than two get no tokens, because no sentence
+      follows another.
+
+    The table is a file in the library's cache, by (data set, tokenizer, column): the second start
+    reads it. rows_per_document: > 1 joins so many rows, for corpora with a sentence a row.
+    """
     if text_column not in dataset.column_names:
         raise ValueError(f"no column {text_column!r}: --text-column is of {dataset.column_names}")
     dataset = dataset.select_columns(text_column)
@@ -256,27 +296,47 @@ def tokenize_dataset(
 
 
 class TokenizedCorpus:
-    """The documents with a next sentence as one array of `len(corpus)` tokens, mapped from disk; in
-    memory, 8 bytes for each sentence and document. `skipped` counts what was left out."""
+    """All documents with two sentences or more as one array of tokens, mapped from disk.
+
+        tokens            6 3 7 9 . 4 4 . 8 1 5 . 2 2 .     all documents, end to end
+        sentence_starts   0         5     8       12    15  the last entry is the end of the corpus
+        document_starts   0               8             15  two documents here
+
+    sentence_starts, document_starts: int64, in memory, 8 bytes an entry; skipped: how many
+    documents were left out, and why. Raises ValueError if there are fewer than two documents, since
+    a random segment B is from another one.
+    """
 
     def __init__(self, rows: datasets.Dataset) -> None:
         if rows._indices is not None:  # shuffled or filtered: the table itself has another order
             rows = rows.flatten_indices()
-        tokens, starts = (rows.data.column(name).chunks for name in ("tokens", "starts"))
-        self.rows, found = rows, np.asarray(rows["sentences"][:], np.int64)
-        none, one, more = np.bincount(np.minimum(found, 2), minlength=3).tolist()
-        self.skipped = {"no sentence": none, "one sentence": one}
-        if more < 2:
-            raise ValueError(f"{more} documents have a next sentence, 2 are needed; {self.skipped}")
-        self.chunks = [chunk.flatten().to_numpy() for chunk in tokens]  # views of the files
+        self.rows = rows
+        sentences = np.asarray(rows["sentences"][:], dtype=np.int64)  # (rows,), of each document
+        without, with_one, with_more = np.bincount(np.minimum(sentences, 2), minlength=3).tolist()
+        self.skipped = {"no sentence": without, "one sentence": with_one}
+        if with_more < 2:
+            raise ValueError(
+                f"{with_more} documents have a next sentence, 2 are needed; {self.skipped}"
+            )
+
+        # The library stores a column in chunks; the tokens of each are one array, a view of a file.
+        token_chunks = rows.data.column("tokens").chunks
+        start_chunks = rows.data.column("starts").chunks
+        self.chunks = [chunk.flatten().to_numpy() for chunk in token_chunks]
         self.chunk_starts = np.cumsum([0, *map(len, self.chunks)])
-        lengths = np.concatenate([chunk.value_lengths() for chunk in tokens]).astype(np.int64)
-        first, within = np.cumsum(lengths) - lengths, np.concatenate([c.flatten() for c in starts])
-        own = np.repeat(first, np.where(lengths > 0, found, 0))  # start of the sentence's document
-        # Both end with the end of the corpus, so that the end of each is the start of the next.
-        self.sentence_starts = np.append(own + within, lengths.sum())
-        self.document_starts = np.append(first[lengths > 0], lengths.sum())
+
+        lengths = np.concatenate([chunk.value_lengths() for chunk in token_chunks])  # (rows,)
+        lengths = lengths.astype(np.int64)
         self.size = int(lengths.sum())
+        ends = np.cumsum(lengths)
+        starts = ends - lengths  # (rows,), positions; skipped documents have length 0
+        is_kept = lengths > 0
+        self.document_starts = np.append(starts[is_kept], self.size)
+
+        # A sentence starts so many tokens into its document: add where the document starts.
+        within_document = np.concatenate([chunk.flatten() for chunk in start_chunks])
+        start_of_its_document = np.repeat(starts[is_kept], sentences[is_kept])
+        self.sentence_starts = np.append(start_of_its_document + within_document, self.size)
 
     def __reduce__(self) -> tuple:
         return TokenizedCorpus, (self.rows,)  # a worker that was not forked maps the files itself
@@ -739,27 +799,45 @@ def collate(examples: list[dict[str, np.ndarray]], padding_idx: int) -> dict[str
 # ---- The order of examples ----------------------------------------------------------------------
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # a batch may lie across two epochs
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Returns the order of an epoch's examples: 0 .. size - 1, shuffled."""
     return generator(seed, PURPOSE_ORDER, epoch).permutation(size)
 
 
 class EpochSampler(Sampler):
-    """Batches of example numbers without end: each epoch all, in a random order, starting at any
-    batch. A process takes every `world_size`-th batch of that one order, from its `rank` on."""
+    """Yields batches of indices without end: all examples of an epoch once, in a random order, then
+    those of the next.
 
-    def __init__(self, size: int, batch_size: int, seed: int, start=0, rank=0, world_size=1):
+    There is one order of batches for all ranks: rank r of n takes batches r, r + n, r + 2n, and so
+    on. It can start at any batch, so a resumed run needs one integer. A batch may end one epoch and
+    start the next.
+
+    Example: 5 examples in batches of 2. If the orders of two epochs are 3 0 4 1 2 and 1 4 0 3 2,
+    the batches are [3, 0], [4, 1], [2, 6], [9, 5], [8, 7]: the second epoch's indices go on from 5.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.batches = partial(count, start * world_size + rank, world_size)
+        self.first_batch, self.step = start * world_size + rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.batches():
-            first = batch * self.batch_size
-            places = (divmod(place, self.size) for place in range(first, first + self.batch_size))
-            yield [
-                epoch * self.size + int(permutation(self.seed, epoch, self.size)[i])
-                for epoch, i in places
-            ]
+        for batch in count(self.first_batch, self.step):
+            start = batch * self.batch_size
+            indices = []
+            for turn in range(start, start + self.batch_size):  # counts through all epochs
+                epoch, turn_in_epoch = divmod(turn, self.size)
+                order = permutation(self.seed, epoch, self.size)
+                indices.append(epoch * self.size + int(order[turn_in_epoch]))
+            yield indices
 
 
 def get_split_dataloader(
@@ -770,8 +848,11 @@ def get_split_dataloader(
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Endless batches, from batch `start` on. Two workers feed a fast GPU; more only hold more
-    memory: workers * 4 batches of 24 * B * T bytes wait, 6 MB for two at 256 x 128."""
+    """Returns a loader of endless batches for one rank, from batch `start` on.
+
+    Two workers feed a fast GPU, and more only hold more memory: each has 4 batches ready, of 24
+    bytes for each token, 6 MB for two workers at 256 x 128.
+    """
     sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
     return DataLoader(
         dataset,
@@ -783,8 +864,14 @@ def get_split_dataloader(
     )
 
 
+# ---- SST-2 --------------------------------------------------------------------------------------
+
+
 def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[str], list[int]]:
-    """The texts of a split of SST-2, and their labels: 0 = negative, 1 = positive."""
+    """Returns the texts of a split of SST-2, and their labels: 0 = negative, 1 = positive.
+
+    Raises ValueError, with the row, if a sentence is no text or a label is not 0 or 1.
+    """
     rows = get_dataset(str(SAMPLE / "reviews") if path == "sample" else path, name, split)
     column = next((name for name in ("sentence", "text") if name in rows.column_names), None)
     if column is None or "label" not in rows.column_names:
@@ -804,15 +891,23 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
 
 
 def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> list[list[int]]:
-    """`[CLS] sentence [SEP]` for each text, cut to the longest allowed."""
-    cls, sep = (tokenizer.get_vocab()[token] for token in (CLS, SEP))
-    return [[cls, *ids[: longest - 2], sep] for ids in encode_plain(tokenizer, texts)]
+    """Returns the ids of `[CLS] sentence [SEP]` for each text, cut to `longest` tokens."""
+    vocabulary = tokenizer.get_vocab()
+    cls_id, sep_id = vocabulary[CLS], vocabulary[SEP]
+    return [[cls_id, *ids[: longest - 2], sep_id] for ids in encode_plain(tokenizer, texts)]
 
 
 class SST2Batches:
-    """All sentences once: int64 `input_ids` (B, longest of these) and `labels` (B,). A random order
-    is cut into pools of 64 batches, each sorted by length, and the batches are shuffled, by (seed,
-    `epoch`): lengths in a batch are similar. With seed None, all are sorted and stay so."""
+    """Batches of all sentences, each once, with sentences of similar lengths together.
+
+    1. Shuffle the sentences, by (seed, `epoch`).
+    2. Cut the order into pools of 64 batches, and sort each pool by length. So little is padded
+       (4% of a batch, not 67%), and every epoch still puts other sentences together.
+    3. Cut the pools into batches, and shuffle the batches.
+
+    Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is
+    `input_ids`, int64 (batch, longest of these), and `labels`, int64 (batch,).
+    """
 
     def __init__(
         self,
@@ -826,19 +921,27 @@ class SST2Batches:
         self.padding_idx, self.seed, self.epoch = padding_idx, seed, 0
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return math.ceil(len(self.rows) / self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        size, lengths = len(self.rows), np.array([len(row) for row in self.rows])
-        shuffle, random = self.seed is not None, generator(self.seed or 0, PURPOSE_SST2, self.epoch)
-        order = random.permutation(size) if shuffle else np.arange(size)
-        pool = 64 * self.batch_size if shuffle else size
-        pools = np.split(order, range(pool, size, pool))
-        order = np.concatenate([p[np.argsort(lengths[p], kind="stable")] for p in pools])
+        size = len(self.rows)
+        lengths = np.array([len(row) for row in self.rows])
+        shuffles = self.seed is not None
+        rng = generator(self.seed or 0, PURPOSE_SST2, self.epoch)
+
+        order = rng.permutation(size) if shuffles else np.arange(size)
+        pool_size = 64 * self.batch_size if shuffles else size
+        pools = np.split(order, range(pool_size, size, pool_size))
+        sorted_pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+        order = np.concatenate(sorted_pools)
+
         batches = np.split(order, range(self.batch_size, size, self.batch_size))
-        for i in random.permutation(len(self)) if shuffle else range(len(self)):
-            rows = [torch.tensor(self.rows[number]) for number in batches[i]]
-            yield {
-                "input_ids": torch.nn.utils.rnn.pad_sequence(rows, True, self.padding_idx),
-                "labels": torch.tensor([self.labels[number] for number in batches[i]]),
-            }
+        batch_order = rng.permutation(len(self)) if shuffles else range(len(self))
+        for batch in batch_order:
+            indices = batches[batch]
+            rows = [torch.tensor(self.rows[index]) for index in indices]
+            input_ids = torch.nn.utils.rnn.pad_sequence(
+                rows, batch_first=True, padding_value=self.padding_idx
+            )
+            labels = torch.tensor([self.labels[index] for index in indices])
+            yield {"input_ids": input_ids, "labels": labels}
