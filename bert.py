@@ -1,12 +1,12 @@
 """BERT in one file: configuration, encoder, heads, and the published weight format.
 
-- attention written out line by line, and a fused path that the tests hold equal to it
-- the vocabulary projection, the costliest layer, only where a token is to be predicted
-- one table that maps our tensor names to those of every published BERT
+- attention is written out line by line, and a fused path is held equal to it by tests;
+- the vocabulary projection, the costliest layer, is computed only at masked positions;
+- one table maps the names of our tensors to those of every published BERT.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Transformer] Vaswani et al. 2017, arXiv 1706.03762.
 [Code] google-research/bert, commit eedf5716.
-B batch, T sequence, H = d_model, A heads, D one head's size, V vocabulary, N scored positions.
+Dimensions: batch, seq, heads, d_head, d_model, d_k, d_v, vocab, masked (all masked positions).
 """
 
 import hashlib
@@ -38,7 +38,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class BertConfig:
-    """What fixes the model's function. `ValueError` where the sizes do not fit together."""
+    """Architecture hyperparameters. Raises ValueError if they are inconsistent."""
 
     max_seq_length: int = 512
     vocab_size: int = 30522
@@ -53,7 +53,7 @@ class BertConfig:
     attention_dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02  # standard deviation
-    fused_attention: bool = True  # False: attention() below; equal for every token that is real
+    fused_attention: bool = True  # False: attention() below, which tests hold equal to it
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -70,7 +70,7 @@ class BertConfig:
 
     @classmethod
     def named(cls, size: str, **changes: Any) -> Self:
-        """A published size: `BertConfig.named("base", max_seq_length=128)`."""
+        """Returns a published size: `BertConfig.named("base", max_seq_length=128)`."""
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
         layers, width = SIZES[size]
@@ -88,8 +88,11 @@ class BertConfig:
 
 
 class Embeddings(nn.Module):
-    """dropout(LN(token + position + segment)). [BERT] figure 2. Positions are learned, not sines as
-    in [Transformer] §3.5: hence the longest sequence."""
+    """Computes dropout(LN(token + position + segment)). [BERT] figure 2.
+
+    Position embeddings are learned, not sines as in [Transformer] §3.5, so sequences cannot exceed
+    max_seq_length.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -103,31 +106,37 @@ class Embeddings(nn.Module):
         length, longest = input_ids.size(1), self.position.num_embeddings
         if length > longest:
             raise ValueError(f"a sequence of {length} tokens exceeds max_seq_length={longest}")
-        position = self.position.weight[:length]  # (T, H): the same for every row
-        embedded = self.token(input_ids) + position + self.segment(token_type_ids)  # (B, T, H)
+        position = self.position.weight[:length]  # (seq, d_model), the same for every row
+        embedded = (
+            self.token(input_ids) + position + self.segment(token_type_ids)
+        )  # (batch, seq, d_model)
         return self.dropout(self.norm(embedded))
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Given = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """softmax(Q K^T / sqrt(d_k)) V. [Transformer] equation 1.
+    """Computes softmax(Q K^T / sqrt(d_k)) V. [Transformer] equation 1.
 
-    q, k: (..., T, d_k); v: (..., T, d_v); mask: bool, broadcastable to (..., T, T), True where a
-    query (row) may look at a key (column). Returns (..., T, d_v) and probabilities (..., T, T).
+    q, k: (..., seq, d_k); v: (..., seq, d_v); mask: bool, broadcastable to (..., seq, seq), True
+    where a query (row) may attend to a key (column). Returns the output, (..., seq, d_v), and the
+    probabilities, (..., seq, seq).
     """
-    # A sum of d_k products of variance 1 has variance d_k. Left so, softmax would be nearly
-    # one-hot, and almost no gradient would pass.
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (..., T, T)
-    if mask is not None:  # the lowest finite number: -inf makes a row that is all padding NaN
+    # A sum of d_k products of variance 1 has variance d_k. Unscaled, the softmax would saturate and
+    # its gradient vanish.
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (..., seq, seq)
+    if mask is not None:  # -inf would turn a fully padded row into NaN
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(dim=-1)
     return F.dropout(probs, dropout) @ v, probs  # dropping whole tokens from view is [Code]'s
 
 
 class MultiHeadAttention(nn.Module):
-    """Concat(head_1 .. head_A) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i). [Transformer]
-    §3.2.2, with the A matrices of a kind stacked into one."""
+    """Computes Concat(head_1 .. head_A) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i).
+
+    [Transformer] §3.2.2, with the matrices of all heads stacked into one. d_k and d_v may differ
+    from d_model: W^O brings the concatenated heads, d_v wide, back to d_model.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -139,7 +148,9 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (
-            project(x).unflatten(-1, (self.config.head_num, -1)).transpose(1, 2)  # (B, A, T, D)
+            project(x)
+            .unflatten(-1, (self.config.head_num, -1))
+            .transpose(1, 2)  # (batch, heads, seq, d_head)
             for project in (self.query, self.key, self.value)
         )
         dropout = self.config.attention_dropout if self.training else 0.0
@@ -147,14 +158,16 @@ class MultiHeadAttention(nn.Module):
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         else:
             heads, _ = attention(q, k, v, mask, dropout)
-        return self.output(heads.transpose(1, 2).flatten(2))  # (B, T, H)
+        return self.output(heads.transpose(1, 2).flatten(2))  # (batch, seq, d_model)
 
 
 class EncoderLayer(nn.Module):
-    """x = LN(x + dropout(attention(x))), then x = LN(x + dropout(W_2 gelu(W_1 x))).
+    """Computes x = LN(x + dropout(attention(x))), then x = LN(x + dropout(W_2 gelu(W_1 x))).
 
     [Transformer] §3.1, §3.3, §5.4, [BERT] §3. The norm comes after the sum ("post-LN"), so the
-    gradient of the first layers passes every norm above them: the reason for warmup.
+    gradient of the first layers passes through every norm above them, and training needs warmup.
+    (With pre-LN, x + f(LN(x)), a path without norms leads to the first layers; its last output
+    would need a norm of its own.)
     Differs: [Code] approximates GELU by a tanh (off by at most 5e-4); this is GELU itself.
     """
 
@@ -400,7 +413,7 @@ def check_padding(model: "PretrainedModel", tokenizer: Any) -> None:
 
 
 class PretrainedModel(nn.Module):
-    """What the three models below share: initialization, loading and saving."""
+    """Initialization, loading and saving, which the three models below share."""
 
     architecture: str  # the class that opens our files in transformers
 
@@ -410,8 +423,12 @@ class PretrainedModel(nn.Module):
         self.initialized: list[str] = []  # parameters that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02), biases 0; a LayerNorm is born as (1, 0). Embeddings of N(0, 1), tied to the
-        decoder, would start the loss far above ln V. Differs: [Code] cuts at 2 deviations."""
+        """Draws weights from N(0, 0.02) and sets biases to 0; a LayerNorm starts as (1, 0).
+
+        So the first logits are nearly 0, and the first MLM loss is about ln V. Embeddings of
+        N(0, 1), tied to the decoder, would start it far above.
+        Differs: [Code] cuts the distribution off at two standard deviations.
+        """
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
@@ -486,27 +503,36 @@ class Bert(PretrainedModel):
     def forward(
         self, input_ids: Tensor, token_type_ids: Given = None, attention_mask: Given = None
     ) -> Tensor:
-        """All (B, T). token_type_ids: 0 = A, 1 = B, default 0. attention_mask: True = a real
-        token, default `input_ids != padding_idx`. Returns the last hidden states (B, T, H)."""
+        """Returns the last hidden states, (batch, seq, d_model).
+
+        All arguments are (batch, seq). token_type_ids: 0 = segment A, 1 = segment B; by default all
+        0. attention_mask: True = a real token; by default `input_ids != padding_idx`. No query
+        attends to padding, so outputs at real tokens do not depend on it.
+        """
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
         if attention_mask is None:
             attention_mask = input_ids != self.padding_idx
-        mask = attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T): every query, the same keys
+        mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, seq): of keys, for any query
         hidden_states = self.embeddings(input_ids, token_type_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask)
         return hidden_states
 
     def pool(self, hidden_states: Tensor) -> Tensor:
-        """tanh(dense([CLS])): (B, T, H) -> (B, H), one vector for the whole sequence. [Code]"""
+        """Returns tanh(dense([CLS])), one vector for the whole sequence: (batch, seq, d_model) ->
+        (batch, d_model). [Code]
+        """
         return torch.tanh(self.pooler(hidden_states[:, 0]))
 
 
 class BertPretrainModel(PretrainedModel):
-    """The encoder with both heads of pretraining. [BERT] §3.1; the MLM transform is [Code]'s. Its
-    decoder is tied: one vector is a token's meaning when read and when predicted, and V * H
-    parameters, a fifth of base, are not needed twice."""
+    """The encoder with both heads of pretraining. [BERT] §3.1; the MLM transform is [Code]'s.
+
+    The MLM decoder is tied to the token embeddings: the vector that represents a token in the input
+    also scores it in the output. So the largest matrix, vocab x d_model, a fifth of base, is there
+    once.
+    """
 
     architecture = "BertForPreTraining"
 
@@ -527,14 +553,17 @@ class BertPretrainModel(PretrainedModel):
         attention_mask: Given = None,
         positions: Given = None,
     ) -> tuple[Tensor, Tensor]:
-        """As `Bert`; positions (N,) are indices into B * T. Returns mlm_logits, (N, V) or without
-        positions (B, T, V), and nsp_logits (B, 2)."""
+        """Returns mlm_logits and nsp_logits, (batch, 2): 0 = segment B is next, 1 = it is random.
+
+        Arguments are those of `Bert`, and positions, (masked,): flat indices into batch * seq. With
+        them, mlm_logits are (masked, vocab), without them (batch, seq, vocab).
+        """
         hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
         nsp_logits = self.nsp(self.bert.pool(hidden_states))
         if positions is not None:  # 15% of all tokens; logits of the others would be thrown away
-            hidden_states = hidden_states.flatten(0, 1)[positions]  # (N, H)
+            hidden_states = hidden_states.flatten(0, 1)[positions]  # (masked, d_model)
         transformed = self.mlm_norm(F.gelu(self.mlm_dense(hidden_states)))
-        decoder = self.bert.embeddings.token.weight  # (V, H): E, the tied matrix
+        decoder = self.bert.embeddings.token.weight  # (vocab, d_model), the tied matrix
         return F.linear(transformed, decoder, self.mlm_bias), nsp_logits
 
 
@@ -551,7 +580,7 @@ class SST2BertModel(PretrainedModel):
         self.init_weights(self.classifier)
 
     def forward(self, *inputs: Tensor, **named_inputs: Tensor) -> Tensor:
-        """As `Bert`; returns logits (B, 2)."""
+        """Returns logits, (batch, 2): 0 = negative, 1 = positive. Arguments are those of `Bert`."""
         return self.classifier(self.dropout(self.bert.pool(self.bert(*inputs, **named_inputs))))
 
 

@@ -6,10 +6,10 @@
 
 Writes under --out: config.json (the options), metrics.jsonl (a line per log and evaluation; losses
 in nats), checkpoints/, model/ (weights and tokenizer in the published format), curves.png. Killed
-at any moment, a run goes on with --resume as if nothing had happened.
+at any moment, a run resumes exactly with --resume.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-B batch, V vocabulary, N masked tokens.
+Dimensions: batch, seq, vocab, masked (all masked positions of a batch).
 """
 
 import contextlib
@@ -125,8 +125,11 @@ class PretrainOptions:
 
 
 def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
-    """The tokenizer of the `weights`; `ValueError` if it, or the one that is named, is not what
-    they were trained with: every id would mean another word, and points be lost in silence."""
+    """Returns the tokenizer of the weights.
+
+    Raises ValueError if it, or the one that is named, is not what they were trained with: ids would
+    silently refer to different tokens, and accuracy would drop without an error.
+    """
     directory = fetch(weights)
     own = data.load_tokenizer(directory)
     path = directory / "config.json"
@@ -141,17 +144,27 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Of step 0 .. steps - 1: linear warmup to the peak, linear decay towards 0. [BERT] A.2. Warmup
-    since Adam's first estimates are poor and post-LN gradients large at the start. Differs:
-    [Code]'s first step has learning rate 0, and so changes nothing."""
+    """Returns the learning rate of a step in 0 .. steps - 1: linear warmup to the peak, then linear
+    decay towards 0. [BERT] A.2.
+
+    Warmup, because Adam's first estimates of the moments are poor, and because the gradients of a
+    post-LN model are large at the start. A rate that is too large is a trap: at 1e-2 even a single
+    sample is not learned. The loss stays at ln n for n masked tokens, with the same token predicted
+    everywhere, because the first huge steps leave every position with the same hidden state.
+
+    Differs: [Code]'s first step has learning rate 0, and so changes nothing.
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (steps - step) / (steps - warmup)
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW with decay 0.01. [BERT] A.2, [Code] optimization.py, also for eps. Biases and norms do
-    not decay: 0 is no better place for them. Differs: [Code] has no bias correction of moments."""
+    """Returns AdamW with weight decay 0.01. [BERT] A.2; eps is that of [Code] optimization.py.
+
+    Biases and the weights of norms do not decay: nothing is gained if they are near 0.
+    Differs: [Code] has no bias correction of the moments.
+    """
     named = list(model.named_parameters())
     spared = [p for name, p in named if name.endswith("bias") or "norm" in name]
     decayed = [p for name, p in named if not (name.endswith("bias") or "norm" in name)]
@@ -175,9 +188,12 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> T
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with `positions` and `mlm_targets`, (N,), of its masked tokens. They are found
-    before the copy: on a GPU, the step would have to wait for their number. Pinned memory is
-    copied while the GPU goes on."""
+    """Returns the batch on a device, with `positions` and `mlm_targets` of its masked tokens, both
+    int64 (masked,); positions count through all rows.
+
+    They are found on the CPU: on a GPU, `nonzero()` would force a synchronisation. Pinned memory is
+    copied while the GPU computes.
+    """
     labels = batch["mlm_labels"].flatten()
     positions = (labels != data.IGNORED_LABEL).nonzero().flatten()
     batch = {**batch, "positions": positions, "mlm_targets": labels[positions]}
@@ -213,7 +229,7 @@ def sum_losses(
 
 
 class PretrainLosses(nn.Module):
-    """Both losses of a batch as one module: what is compiled, and what is then wrapped in
+    """Computes both losses of a batch, as a module: it can be compiled, and then be wrapped in
     DistributedDataParallel, which averages the gradients of all ranks during `backward`.
     """
 
@@ -262,9 +278,12 @@ def add_gradients(
 def evaluate(
     model: BertPretrainModel, batches: Iterable[Batch], precision: str = "float32"
 ) -> dict[str, float]:
-    """Means over all masked tokens and all pairs; losses in nats, perplexity of the MLM alone.
-    `commonest_prediction`: the share of masked tokens that get the most frequent prediction, 1.0
-    where the model says the same token everywhere."""
+    """Returns metrics, means over all masked tokens and all pairs of the batches.
+
+    Losses are in nats; perplexity is exp(MLM loss) alone. `commonest_prediction` is the share of
+    masked positions that get the most frequent prediction: 1.0 where the model predicts the same
+    token everywhere.
+    """
     model.eval()
     sums, predicted = np.zeros(6), []
     for batch in batches:
@@ -311,7 +330,7 @@ def probe(
 
 
 def load_tokenizer(options: PretrainOptions) -> Tokenizer:
-    """That of the --weights, or the one named, or one learned from the corpus."""
+    """Returns the tokenizer of --weights, of --tokenizer, or one learned from the corpus."""
     if options.weights:
         return matching_tokenizer(options.weights, options.tokenizer)
     if options.tokenizer:
@@ -402,7 +421,7 @@ def make_validation(
     tokenizer: Tokenizer,
     device: torch.device,
 ) -> list[Batch]:
-    """The batches of every evaluation."""
+    """Returns the batches of every evaluation, always the same ones."""
     dataset = data.PretrainDataset(corpus, tokenizer, *example_options(options))
     number = min(options.eval_batches, math.ceil(len(dataset) / options.batch_size))
     loader = data.get_split_dataloader(dataset, options.batch_size, workers=0)
@@ -412,7 +431,7 @@ def make_validation(
 def make_batches(
     options: PretrainOptions, corpus: Any, tokenizer: Tokenizer, run: Run, progress: dict
 ) -> Iterator[Batch]:
-    """This process's, from the run's step on; of a stream, from where its `progress` is."""
+    """Yields this rank's batches, from the run's step on; of a stream, from its `progress` on."""
     gc.freeze()  # or workers' garbage collection would touch, and so copy, all pages they share
     if options.streaming:
         loader = stream.get_stream_dataloader(

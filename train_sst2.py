@@ -83,7 +83,9 @@ class SST2Options:
 
 
 def make_tokenizer(options: SST2Options) -> Tokenizer:
-    """The one that belongs to the weights, or the one named, or one learned from the sentences."""
+    """Returns the tokenizer of --weights, or the one that is named, or one learned from the
+    sentences.
+    """
     if options.weights:
         return matching_tokenizer(options.weights, options.tokenizer)
     if options.tokenizer:
@@ -130,7 +132,7 @@ def evaluate(
     device: torch.device,
     precision: str = "float32",
 ) -> dict[str, float]:
-    """Means over all sentences: the loss in nats and the accuracy."""
+    """Returns the loss in nats and the accuracy, means over all sentences."""
     model.eval()
     loss = correct = count = 0.0
     for batch in batches:
@@ -144,7 +146,7 @@ def evaluate(
 
 
 def best_epoch(accuracies: list[float]) -> int:
-    """The first epoch with the highest accuracy."""
+    """Returns the first epoch with the highest accuracy."""
     return int(np.argmax(accuracies))
 
 
@@ -159,7 +161,7 @@ def fine_tune(
     log_every: int,
     precision: str = "float32",
 ) -> tuple[SST2BertModel, float]:
-    """One run. Returns the model as of its best epoch, and that epoch's validation accuracy."""
+    """Trains one model. Returns it as of its best epoch, and that epoch's validation accuracy."""
     device = next(model.parameters()).device
     optimizer = make_optimizer(model.train())
     train.seed = seed
