@@ -232,17 +232,20 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-def tokenize_documents(rows: dict, numbers: list[int], tokenizer: Tokenizer, column: str) -> dict:
+def tokenize_documents(
+    rows: dict, numbers: list[int], tokenizer: Tokenizer, column: str, rows_per_document: int = 1
+) -> dict:
     """Tokenizes a few documents: the function that `tokenize_dataset` maps over all of them.
 
-    numbers: of these rows, for errors. Raises ValueError with the number of a row that is no text.
+    numbers: of these documents, for errors. Raises ValueError with the row that is no text.
     """
     columns: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
     for number, text in zip(numbers, rows[column], strict=True):
         parts = text if isinstance(text, list) else [text]  # a list: rows that were joined
-        for part in parts:
+        for i, part in enumerate(parts):
             if not isinstance(part, str | None):
-                raise ValueError(f"row {number}: {column} is {type(part).__name__}, not text")
+                row = number * rows_per_document + (i if rows_per_document > 1 else 0)
+                raise ValueError(f"row {row}: {column} is {type(part).__name__}, not text")
         text = "\n\n".join(part for part in parts if part)
 
         ids = encode_plain(tokenizer, split_sentences(text))
@@ -283,7 +286,11 @@ def tokenize_dataset(
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
     return dataset.map(
         tokenize_documents,
-        fn_kwargs={"tokenizer": tokenizer, "column": text_column},
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "column": text_column,
+            "rows_per_document": rows_per_document,
+        },
         batched=True,
         batch_size=min(max(len(dataset) // 1000, 16), 1000),
         with_indices=True,
@@ -378,6 +385,18 @@ class TokenizedCorpus:
         return float(-(shares * np.log(shares)).sum())
 
 
+def get_train_rows(path: str, train_split: str, name: str | None = None) -> datasets.Dataset:
+    """Returns the rows of the part of a data set to train on: of one split, or of several."""
+    splits = get_dataset(path, name, split=None)
+    if train_split in splits:
+        return splits[train_split]
+    if train_split.isidentifier():  # one name, not train+unsupervised or train[:10%]
+        raise ValueError(
+            f"{path} has no split {train_split}, only {', '.join(splits)}; see --split"
+        )
+    return get_dataset(path, name, train_split)
+
+
 def get_corpus(
     path: str,
     split: str,
@@ -396,12 +415,7 @@ def get_corpus(
     has_validation = "validation" in splits and "validation" not in train_split
     if split == "validation" and has_validation:
         return TokenizedCorpus(tokenize_dataset(splits["validation"], tokenizer, **stage_1))
-    if train_split == "train" and "train" not in splits:
-        raise ValueError(f"{path} has no split train, only {', '.join(splits)}; see --split")
-    train = splits.get(train_split)
-    if train is None:  # several splits, or a slice of one
-        train = get_dataset(path, name, train_split)
-    rows = tokenize_dataset(train, tokenizer, **stage_1)
+    rows = tokenize_dataset(get_train_rows(path, train_split, name), tokenizer, **stage_1)
     if has_validation:
         return TokenizedCorpus(rows)
     usable = np.flatnonzero(np.asarray(rows["sentences"][:]) > 1)

@@ -85,9 +85,13 @@ class PretrainOptions:
     split: str = option("train", "the split to train on, or several: train+unsupervised")
     streaming: bool = option(False, "read the corpus as it comes, not tokenized once to disk")
     text_column: str = option("text", "the corpus's column of text")
-    rows_per_document: int = option(1, "rows that make a document; > 1 for a sentence a row", 1)
+    rows_per_document: int = option(
+        1, "rows that make a document; > 1 for a sentence a row", 1, at_most=LARGEST_SIZE
+    )
     tokenizer: str | None = option(None, "vocab.txt, tokenizer.json, directory or hub id")
-    vocab_size: int = option(2000, "of the tokenizer that is learned without --tokenizer", 1)
+    vocab_size: int = option(
+        2000, "of the tokenizer that is learned without --tokenizer", 1, at_most=LARGEST_SIZE
+    )
     weights: str | None = option(None, "directory of a model to start from")
     size: str = option("tiny", "published size, without --weights", choices=list(SIZES))
     max_seq_length: int = option(

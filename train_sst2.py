@@ -60,7 +60,9 @@ class SST2Options:
     dataset_name: str | None = option(None, "the dataset's configuration, where it has several")
     test_dataset: str | None = option(None, "where the labelled test split is: SetFit/sst2")
     tokenizer: str | None = option(None, "needed without --weights; else learned from the dataset")
-    vocab_size: int = option(2000, "of a tokenizer learned from the dataset", 1)
+    vocab_size: int = option(
+        2000, "of a tokenizer learned from the dataset", 1, at_most=LARGEST_SIZE
+    )
     weights: str | None = option(None, "directory of a pretrained model; none: from scratch")
     size: str = option("tiny", "published size, without --weights", choices=list(SIZES))
     max_seq_length: int | None = option(

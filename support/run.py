@@ -157,8 +157,11 @@ def run_folder(options: Any, rank: int = 0) -> Iterator[Path]:
         )
     with contextlib.ExitStack() as stack:
         if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(out))
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock(out))
+            except OSError as error:
+                raise ValueError(f"--out {out} cannot be written: {error}") from error
             if not resume:
                 check_holds_no_run(out)
         yield out

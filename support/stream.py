@@ -69,7 +69,7 @@ def open_stream(
 
 def read_texts(path: str, name: str | None, column: str, split: str = "train") -> Iterable[str]:
     """Returns all texts of a corpus on disk, checked to be texts."""
-    rows = data.get_dataset(path, name, split)
+    rows = data.get_train_rows(path, split, name)
     if column not in rows.column_names:
         raise ValueError(f"no --text-column {column} in {rows.column_names}")
     kind = rows.features[column]
@@ -166,7 +166,8 @@ def read_block(documents: Iterator[tuple[dict, Any]]) -> tuple[list, dict]:
         if text is not END:
             texts.append(text)
             size += len(str(text))
-            whole = "\n\n".join(filter(None, text)) if isinstance(text, list) else str(text or "")
+            parts = text if isinstance(text, list) else [text]
+            whole = "\n\n".join(str(part) for part in parts if part)
             pairs += pairs < 2 and len(data.split_sentences(whole)) > 1
         if pairs > 1 and (text is END or size >= BLOCK):
             return texts, behind

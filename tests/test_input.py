@@ -104,6 +104,25 @@ def test_a_row_that_is_no_text_is_named(text, kind):
         data.tokenize_documents(rows, [0, 1, 2], small_tokenizer(), "text")
 
 
+def test_a_row_is_named_by_its_own_number_where_rows_are_joined():
+    rows = {"text": [["a", "b"], ["c", "d"], ["e", 7]]}
+    with pytest.raises(ValueError, match="row 5: text is int, not text"):
+        data.tokenize_documents(rows, [0, 1, 2], small_tokenizer(), "text", rows_per_document=2)
+
+
+def test_a_list_with_a_number_is_named_in_a_stream_too():
+    documents = iter([({}, ["a b", 7]), ({}, stream.END)] * 3)
+    texts, _ = stream.read_block(documents)
+    with pytest.raises(ValueError, match="row 0: text is int, not text"):
+        stream.tokenized(texts, 0, small_tokenizer())
+
+
+def test_the_splits_are_named_before_a_tokenizer_is_learned(tmp_path):
+    write_rows(tmp_path / "validation.jsonl", [{"text": text} for text in TEXTS])
+    with pytest.raises(ValueError, match="has no split train, only validation; see --split"):
+        stream.read_texts(str(tmp_path), None, "text")
+
+
 def test_a_column_of_lists_of_numbers_is_named(tmp_path):
     path = write_rows(tmp_path / "corpus.jsonl", [{"text": [1, 2]}] * 9)
     with pytest.raises(ValueError, match="--text-column text is not text but List"):
@@ -194,6 +213,13 @@ def test_a_stream_of_few_documents_says_what_it_needs(tmp_path):
             "--max-seq-length must be at most 1000000",
         ),
         (PretrainOptions, "--positions 1000000000000", "--positions must be at most 1000000"),
+        (PretrainOptions, "--vocab-size 1000000000000", "--vocab-size must be at most 1000000"),
+        (SST2Options, "--vocab-size 1000000000000", "--vocab-size must be at most 1000000"),
+        (
+            PretrainOptions,
+            "--rows-per-document 1000000000000",
+            "--rows-per-document must be at most",
+        ),
         (PretrainOptions, "--batch-size 1000000000000", "--batch-size must be at most 1000000"),
         (SST2Options, "--max-seq-length 1000000000000", "--max-seq-length must be at most 1000000"),
     ],
@@ -239,7 +265,7 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
 
 def test_a_run_cannot_be_written_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match="--out .*file/run cannot be written: "):
         pretrain(PretrainOptions(out=str(tmp_path / "file/run")))
 
 
