@@ -275,7 +275,7 @@ def test_a_validation_split_stays_out_of_the_corpus_unless_it_is_named(tmp_path)
 
 
 def test_a_split_that_is_not_there_is_named_with_those_that_are(corpus, options):
-    with pytest.raises(ValueError, match="has no split test, only train, unsupervised; see --split"):
+    with pytest.raises(ValueError, match="no split test, only train, unsupervised; see --split"):
         data.get_corpus(corpus, "train", small_tokenizer(), train_split="test")
     for split in ("test", "train+unsupervised"):
         with pytest.raises(
