@@ -19,13 +19,13 @@ run: $(VENV)/ready
 	$(BIN)/python train_sst2.py --weights $(RUN)/pretrain/model $(FINE) --out $(RUN)/pretrained
 	$(BIN)/python train_sst2.py --tokenizer $(RUN)/pretrain/model --max-seq-length 48 $(FINE) --out $(RUN)/scratch
 	$(BIN)/python train_sst2.py --weights $(RUN)/pretrained/model --predict "The plot is delicate and the canyon looks tender." "What about the canyon? That is murky, dear listeners."
-	$(BIN)/python results/story.py $(RUN)
+	$(BIN)/python -m experiments.story $(RUN)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/ready
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python -m benchmarks.bench
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -585,6 +585,6 @@ class SST2BertModel(PretrainedModel):
 
 
 if __name__ == "__main__":  # counts a model's parameters, fills masks, draws attention
-    from support.look import main
+    from extras.attention import main
 
     main()

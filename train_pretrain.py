@@ -42,27 +42,13 @@ from bert import (
     is_tokenizer_of,
     tokenizer_hash,
 )
-from results.draw import draw_pretraining
-from support import stream
-from support.run import (
-    LARGEST_SEED,
-    LARGEST_SIZE,
-    PRECISIONS,
-    FiniteGuard,
-    Run,
-    autocast,
-    choose_device,
-    choose_precision,
-    first_process_first,
-    join_processes,
-    keep_freed_memory,
-    leave_group,
-    option,
-    run_folder,
-    run_script,
-    set_seed,
-    total,
-)
+from support.curves import draw_pretraining
+from extras import streaming as stream
+from support.command_line import LARGEST_SEED, LARGEST_SIZE, option, run_script
+from support.devices import PRECISIONS, autocast, choose_device, choose_precision, keep_freed_memory
+from support.folder import run_folder
+from support.processes import first_process_first, join_processes, leave_group, total
+from support.run import FiniteGuard, Run, set_seed
 
 Batch = dict[str, Tensor]
 MAY_CHANGE = {  # in a run that is resumed

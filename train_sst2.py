@@ -27,25 +27,12 @@ from tokenizers import Tokenizer
 
 import data
 from bert import SIZES, BertConfig, SST2BertModel, check_padding
-from results.draw import draw_sst2
-from support.run import (
-    LARGEST_SEED,
-    LARGEST_SIZE,
-    PRECISIONS,
-    FiniteGuard,
-    autocast,
-    choose_device,
-    choose_precision,
-    keep_freed_memory,
-    need_one_process,
-    option,
-    progress_bar,
-    run_folder,
-    run_script,
-    set_seed,
-    write_line,
-    write_whole,
-)
+from support.curves import draw_sst2
+from support.command_line import LARGEST_SEED, LARGEST_SIZE, option, run_script
+from support.devices import PRECISIONS, autocast, choose_device, choose_precision, keep_freed_memory
+from support.folder import run_folder, write_line, write_whole
+from support.processes import need_one_process
+from support.run import FiniteGuard, progress_bar, set_seed
 from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
 
 LABELS = ("negative", "positive")

@@ -1,8 +1,8 @@
 """Measures this project beside the libraries that it is built on or compared with.
 
     make bench
-    python benchmarks/bench.py --corpus DIR --reviews DIR --tokenizer vocab.txt     # real text
-    python benchmarks/bench.py --only steps epoch
+    python -m benchmarks.bench --corpus DIR --reviews DIR --tokenizer vocab.txt     # real text
+    python -m benchmarks.bench --only steps epoch
 
 Contestants take turns, and a ratio is the median over all rounds: single times drift with the
 machine. Prints a table, then the same as one line of JSON. With a GPU, its part is added.
@@ -27,12 +27,11 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 from bert import BertConfig, BertPretrainModel, SST2BertModel
-from contest import contest
-from support.run import autocast, choose_precision, keep_freed_memory
+from benchmarks.contest import contest
+from support.devices import autocast, choose_precision, keep_freed_memory
 from train_pretrain import (
     PretrainLosses,
     add_gradients,

@@ -1,7 +1,7 @@
 """Ideas that could make a training step faster, each beside the step as it is, in turns.
 
-    python benchmarks/ideas.py              # base, 4 x 128; a line for each idea
-    python benchmarks/ideas.py --profile    # where the step as it is spends its time
+    python -m benchmarks.ideas              # base, 4 x 128; a line for each idea
+    python -m benchmarks.ideas --profile    # where the step as it is spends its time
 
 What was kept and what was not is in benchmarks/README.md.
 """
@@ -11,18 +11,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import VOCABULARY, random_batch
+from benchmarks.bench import VOCABULARY, random_batch
 
 from bert import BertConfig, BertPretrainModel
-from support.run import keep_freed_memory
+from support.devices import keep_freed_memory
 from train_pretrain import PretrainLosses, add_gradients, make_optimizer, to_device, update
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """Tokens a second and peak memory of a training step, along each size, beside what formulas say.
 
-    python benchmarks/scaling.py        # writes results/scaling.jsonl and results/scaling.png
+    python -m benchmarks.scaling        # writes results/scaling.jsonl and results/scaling.png
 
 From mini with 16 x 128 tokens and the original vocabulary, one size is changed at a time. Each is
 a process of its own.
@@ -9,13 +9,11 @@ a process of its own.
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench import masked_tokens, our_step, row_lengths, useful_flops
-from contest import contest
+from benchmarks.bench import masked_tokens, our_step, row_lengths, useful_flops
+from benchmarks.contest import contest
 
 from bert import BertConfig
 

@@ -1,6 +1,6 @@
 """Writes the sample: an invented world of film reviews, so that everything runs without a network.
 
-    python sample/generate.py        # deterministic; the files it writes are committed
+    python -m sample.generate        # deterministic; the files it writes are committed
 
 corpus/ has unlabelled reviews. A review stays with one film, its world and people, one reviewer and
 one opinion. So segments of one review share a subject, a voice and a tone (next sentence
@@ -18,8 +18,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lexicon
-from lexicon import BAD, GOOD, items
+from sample import lexicon
+from sample.lexicon import BAD, GOOD, items
 
 HERE = Path(__file__).parent
 REVIEWS, HELD_OUT_REVIEWS = 1500, 150

@@ -1,14 +1,11 @@
 """Profiles of hypothesis, and the devices that tests run on."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the four files, installed or not
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub
 
 shared = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}

@@ -1,6 +1,5 @@
 """The benchmark measures what it says it does; how fast anything is, is not tested here."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +8,9 @@ import torch
 from strategies import PADDING
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import bench
-from contest import contest
-
 import data
+from benchmarks import bench
+from benchmarks.contest import contest
 from bert import BertConfig, BertPretrainModel
 from train_pretrain import sum_losses, to_device
 

@@ -11,7 +11,7 @@ import pytest
 from strategies import LETTERS, VOCABULARY, small_tokenizer
 
 from bert import BertConfig, BertPretrainModel
-from support.run import option, parse_options, run_script
+from support.command_line import option, parse_options, run_script
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options, main
 

@@ -10,9 +10,9 @@ import torch
 from strategies import small_tokenizer
 from test_distributed import torchrun
 
-import support.run
+import support.checkpoints
 from bert import BertConfig, attention
-from support.run import join_processes, process_group_backend
+from support.processes import join_processes, process_group_backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,10 +37,11 @@ def test_numbers_on_the_cpu_have_a_backend_on_every_machine(device, has_cuda, ba
 
 SUMS = """
 import os, torch
-import support.run
-support.run.process_group_backend = lambda device, has_cuda: "cpu:gloo,cuda:gloo"
-rank, world_size = support.run.join_processes()
-assert support.run.total(rank, 10) == [sum(range(world_size)), 10 * world_size]
+import support.checkpoints
+import support.processes
+support.processes.process_group_backend = lambda device, has_cuda: "cpu:gloo,cuda:gloo"
+rank, world_size = support.processes.join_processes()
+assert support.processes.total(rank, 10) == [sum(range(world_size)), 10 * world_size]
 numbers = torch.ones(2)
 torch.distributed.all_reduce(numbers)
 assert numbers.tolist() == [world_size, world_size]
@@ -210,6 +211,6 @@ def test_a_run_on_gpus_with_nccl_ends_and_is_resumed(gpus, tmp_path):
         process = torchrun(gpus, *line, *more, cwd=ROOT)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
-        newest = support.run.checkpoint_paths(tmp_path / "run")[-1]
+        newest = support.checkpoints.checkpoint_paths(tmp_path / "run")[-1]
         assert newest.name == "step-000000004.pt"
         newest.unlink()

@@ -31,7 +31,7 @@ def torchrun(number: int, *arguments: str, **options) -> subprocess.Popen:
 GRADIENTS = """
 import sys, torch
 from test_distributed import model_and_batches
-from support.run import join_processes
+from support.processes import join_processes
 from torch.nn.parallel import DistributedDataParallel
 from train_pretrain import PretrainLosses, add_gradients, to_device
 rank, world_size = join_processes("cpu")
@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_another_number_of_processes(flags, alone, tmp_path):
 
 LEAVES = """
 import os, torch
-from support.run import join_processes
+from support.processes import join_processes
 from train_pretrain import make_optimizer, update
 join_processes("cpu")
 model = torch.nn.Linear(2, 2)

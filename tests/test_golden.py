@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from results.draw import read_lines
+from support.curves import read_lines
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options, main
 

@@ -16,9 +16,10 @@ from test_run_folder import write_corpus
 import data
 import train_sst2
 from bert import BertConfig, BertPretrainModel, SST2BertModel
-from support import stream
-from support.look import look
-from support.run import choose_device, parse_options
+from extras import streaming as stream
+from extras.attention import look
+from support.command_line import parse_options
+from support.devices import choose_device
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options, predict
 

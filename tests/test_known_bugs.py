@@ -27,8 +27,10 @@ import bert
 import data
 import train_pretrain
 import train_sst2
-import support.run
-from support import stream
+import support.checkpoints
+import support.folder
+import support.processes
+from extras import streaming as stream
 
 
 USERS = (
@@ -269,7 +271,7 @@ BUGS = {
         test_pairs.test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_4_times_the_mean, {},
     ),
     "34 the group of ranks has the accelerator's backend alone": (
-        support.run, "process_group_backend", "cpu:gloo,cuda:nccl", "nccl",
+        support.processes, "process_group_backend", "cpu:gloo,cuda:nccl", "nccl",
         test_devices.test_numbers_on_the_cpu_have_a_backend_on_every_machine,
         {"device": None, "has_cuda": True, "backend": "cpu:gloo,cuda:nccl"},
     ),
@@ -287,11 +289,11 @@ BUGS = {
         test_weights.test_a_part_of_the_encoder_that_the_config_has_no_place_for_is_named, {},
     ),
     "38 resuming without a checkpoint starts anew": (
-        support.run, "run_folder", "if resume and not checkpoint_paths(out):", "if False:",
+        support.folder, "run_folder", "if resume and not checkpoint_paths(out):", "if False:",
         test_run_folder.test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing, {},
     ),
     "39 a foreign file is the newest checkpoint": (
-        support.run, "checkpoint_paths", "CHECKPOINT_NAME.fullmatch(path.name)",
+        support.checkpoints, "checkpoint_paths", "CHECKPOINT_NAME.fullmatch(path.name)",
         "path.name.startswith('step-') and path.suffix == '.pt'",
         test_run_folder.test_only_exact_names_are_checkpoints_and_foreign_files_are_left_alone, {},
     ),

@@ -12,7 +12,7 @@ from strategies import LETTERS, corpus_of, small_tokenizer
 from torch.utils.data import DataLoader
 
 import data
-from support import stream
+from extras import streaming as stream
 
 pytestmark = [
     pytest.mark.slow,

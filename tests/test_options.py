@@ -12,12 +12,14 @@ from strategies import LETTERS, small_tokenizer
 from test_training import some_batches
 
 import data
+import support.devices
 import support.run
 import train_pretrain
 import train_sst2
 from bert import BertConfig, BertPretrainModel, SST2BertModel
-from results.draw import read_lines
-from support.run import choose_precision, parse_options
+from support.curves import read_lines
+from support.command_line import parse_options
+from support.devices import choose_precision
 from train_pretrain import PretrainOptions, pretrain, to_device
 from train_sst2 import SST2Options
 
@@ -67,13 +69,13 @@ def _float32_again():
     ],
 )
 def test_auto_is_the_fastest_precision_of_the_device(capabilities, device, expected, monkeypatch):
-    monkeypatch.setattr(support.run, "cpu_capabilities", lambda: capabilities)
+    monkeypatch.setattr(support.devices, "cpu_capabilities", lambda: capabilities)
     assert choose_precision("auto", torch.device(device)) == expected
 
 
 def test_a_torch_that_cannot_tell_its_cpu_trains_in_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert support.run.cpu_capabilities() == {}
+    assert support.devices.cpu_capabilities() == {}
     assert choose_precision("auto", CPU) == "float32"
 
 
@@ -132,11 +134,11 @@ def test_weights_and_gradients_stay_float32(options):
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
 def test_the_precision_is_resolved_printed_and_kept(precision, options, monkeypatch, capsys):
     """In config.json and in what a resumed run must share: auto may mean another one elsewhere."""
-    monkeypatch.setattr(support.run, "cpu_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(support.devices, "cpu_capabilities", lambda: {"avx512_bf16": True})
     pretrain(replace(options, precision=precision))
     assert "precision bfloat16, dropout 0.1\n" in capsys.readouterr().out
     assert json.loads(Path(options.out, "config.json").read_text())["precision"] == "bfloat16"
-    monkeypatch.setattr(support.run, "cpu_capabilities", dict)
+    monkeypatch.setattr(support.devices, "cpu_capabilities", dict)
     with pytest.raises(ValueError, match="has precision bfloat16, not float32"):
         pretrain(replace(options, precision="auto", resume=True))
 

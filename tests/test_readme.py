@@ -3,18 +3,15 @@
 import configparser
 import re
 import shlex
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from bench import useful_flops
-
+from benchmarks.bench import useful_flops
 from bert import BertConfig
-from results import figures, story
-from support.run import parse_options
+from experiments import figures, story
+from support.command_line import parse_options
 from train_pretrain import PretrainOptions
 from train_sst2 import SST2Options
 
@@ -85,7 +82,7 @@ def test_the_results_are_those_of_the_raw_lines():
         assert row in README
     page = (ROOT / "results/README.md").read_text(encoding="utf-8")
     for files in figures.SST2.values():
-        accuracies = [a for file in files for a in story.best_accuracies(figures.HERE / file)]
+        accuracies = [a for file in files for a in story.best_accuracies(figures.RESULTS / file)]
         shown = story.mean_and_deviation(accuracies)
         assert f"| {shown} |" in page or all(f"{accuracy:.1f}" in page for accuracy in accuracies)
 

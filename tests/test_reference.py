@@ -17,7 +17,7 @@ from tokenizers.normalizers import BertNormalizer
 
 import data
 from bert import Bert, BertPretrainModel, SST2BertModel, published_name
-from support.look import attention_probs
+from extras.attention import attention_probs
 
 transformers = pytest.importorskip("transformers")
 KINDS = ("weight", "bias")

@@ -11,7 +11,7 @@ from strategies import FIXED, PADDING, VOCABULARY, small_tokenizer
 from test_bert import build
 
 from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel
-from support.look import attention_probs, draw_attention, fill_masks, look, parameter_counts
+from extras.attention import attention_probs, draw_attention, fill_masks, look, parameter_counts
 
 ROOT = Path(__file__).parents[1]
 SMALL = dataclasses.replace(FIXED, vocab_size=len(VOCABULARY), attention_d_k=12, attention_d_v=12)

@@ -24,6 +24,8 @@ import torch._dynamo  # noqa: F401
 from strategies import LETTERS
 from test_bert import Malicious
 
+import support.checkpoints
+import support.command_line
 import support.run
 import train_pretrain
 from bert import PretrainedModel
@@ -127,7 +129,7 @@ def killed_at(point: str, call: int) -> None:
     torch_save, write_line = torch.save, support.run.write_line
     {
         "before a checkpoint": lambda: setattr(
-            support.run, "save_checkpoint", before(support.run.save_checkpoint)
+            support.run, "save_checkpoint", before(support.checkpoints.save_checkpoint)
         ),
         "half a checkpoint written": lambda: setattr(torch, "save", half_saved),
         "written": lambda: setattr(torch, "save", after(torch.save)),
@@ -135,7 +137,7 @@ def killed_at(point: str, call: int) -> None:
         "renamed": lambda: setattr(Path, "replace", after(Path.replace)),
         "pruned": lambda: setattr(Path, "unlink", after(Path.unlink)),
         "after a checkpoint": lambda: setattr(
-            support.run, "save_checkpoint", after(support.run.save_checkpoint)
+            support.run, "save_checkpoint", after(support.checkpoints.save_checkpoint)
         ),
         "before an update": lambda: setattr(
             train_pretrain, "update", before(train_pretrain.update)
@@ -197,7 +199,9 @@ def test_a_run_killed_dozens_of_times_ends_as_if_it_never_was(corpus, uninterrup
     landed = []
 
     def attempt(out: str, point=None, call=1, seconds=None) -> None:
-        resume = bool(support.run.checkpoint_paths(tmp_path / out))  # or it died before the first
+        resume = bool(
+            support.checkpoints.checkpoint_paths(tmp_path / out)
+        )  # or it died before the first
         now = replace(options, out=str(tmp_path / out), resume=resume, workers=len(landed) % 3)
         landed.append(in_process(now, point, call, seconds) == -signal.SIGKILL)
 
@@ -234,7 +238,7 @@ def test_a_polite_signal_saves_and_ends_and_nothing_is_done_twice(
     os.killpg(process.pid, number)
     process.join()
     assert process.exitcode == 128 + number
-    _, checkpoint = support.run.checkpoint_paths(tmp_path)  # the other is of step 0
+    _, checkpoint = support.checkpoints.checkpoint_paths(tmp_path)  # the other is of step 0
     assert 0 < torch.load(checkpoint, weights_only=True)["step"] < 30
     assert in_process(replace(options, resume=True)) == 0
     assert_same(state(tmp_path), uninterrupted)
@@ -417,10 +421,10 @@ def test_an_error_in_a_data_worker_is_not_its_death(capsys):
     """A user's mistake is a line, ours a traceback, as in the main process."""
     loader = torch.utils.data.DataLoader(Broken(), sampler=[1], num_workers=1)
     with pytest.raises(IndexError, match="a mistake"):
-        support.run.run_script(lambda _: list(loader), PretrainOptions, [])
+        support.command_line.run_script(lambda _: list(loader), PretrainOptions, [])
     loader = torch.utils.data.DataLoader(Broken(), sampler=[0], num_workers=1)
     with pytest.raises(SystemExit):
-        support.run.run_script(lambda _: list(loader), PretrainOptions, [])
+        support.command_line.run_script(lambda _: list(loader), PretrainOptions, [])
     assert capsys.readouterr().err == "error: a mistake\nof two lines\n"
 
 
@@ -448,12 +452,14 @@ def test_whatever_a_dead_worker_breaks_is_reported_as_its_death(error, monkeypat
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
     before = signal.signal(signal.SIGCHLD, signalled)
-    fail = support.run.fail
+    fail = support.command_line.fail
     monkeypatch.setattr(
-        support.run, "fail", lambda text: (os.kill(os.getpid(), signal.SIGCHLD), fail(text))
+        support.command_line,
+        "fail",
+        lambda text: (os.kill(os.getpid(), signal.SIGCHLD), fail(text)),
     )
     with pytest.raises(SystemExit) as ended:
-        support.run.run_script(lambda _: read_from_worker(error), PretrainOptions, [])
+        support.command_line.run_script(lambda _: read_from_worker(error), PretrainOptions, [])
     signal.signal(signal.SIGCHLD, before)
     assert ended.value.code == 2
     assert "error: a DataLoader worker died (" in capsys.readouterr().err
@@ -461,7 +467,9 @@ def test_whatever_a_dead_worker_breaks_is_reported_as_its_death(error, monkeypat
 
 def test_an_error_that_is_ours_is_not_hidden():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        support.run.run_script(lambda _: torch.ones(2, 3) @ torch.ones(2, 3), PretrainOptions, [])
+        support.command_line.run_script(
+            lambda _: torch.ones(2, 3) @ torch.ones(2, 3), PretrainOptions, []
+        )
 
 
 def with_a_killed_worker(options: PretrainOptions, errors: Path) -> None:
@@ -476,7 +484,7 @@ def with_a_killed_worker(options: PretrainOptions, errors: Path) -> None:
         return update(model, optimizer, rate)
 
     train_pretrain.update = one_dies
-    support.run.run_script(lambda _: pretrain(options), PretrainOptions, [])
+    support.command_line.run_script(lambda _: pretrain(options), PretrainOptions, [])
 
 
 @pytest.mark.slow

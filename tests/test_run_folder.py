@@ -19,7 +19,8 @@ from test_sst2 import reviews
 
 import train_pretrain
 import train_sst2
-from support.run import checkpoint_paths, run_folder, write_line
+from support.checkpoints import checkpoint_paths
+from support.folder import run_folder, write_line
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options
 
@@ -183,7 +184,7 @@ def test_a_torch_file_without_our_keys_is_damaged(lost, options):
 HOLDER = """
 import os, sys, time
 from types import SimpleNamespace
-from support.run import run_folder
+from support.folder import run_folder
 with run_folder(SimpleNamespace(out=sys.argv[1], resume=sys.argv[2] == "resume")):
     if os.fork() == 0:  # a data worker, which outlives the process for a while
         time.sleep(60)

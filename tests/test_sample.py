@@ -2,20 +2,16 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from experiments import story
+from sample import generate, lexicon
+from support.curves import read_lines
+
 SAMPLE = Path(__file__).parents[1] / "sample"
 RESULTS = Path(__file__).parents[1] / "results"
-sys.path.insert(0, str(SAMPLE))
-
-import generate  # noqa: E402
-import lexicon  # noqa: E402
-
-from results import story  # noqa: E402
-from results.draw import read_lines  # noqa: E402
 
 
 def rows(file: str) -> list[dict]:
@@ -71,7 +67,7 @@ def test_most_opinion_words_of_the_test_split_never_had_a_label():
 
 def test_the_recorded_run_shows_what_make_run_promises():
     """By the raw lines of one run of it, which the README's table and figure are made of."""
-    folder = Path(story.__file__).parent / "sample"
+    folder = RESULTS / "sample"
     pretrain = read_lines(folder / "pretrain", "validation")
     assert max(pretrain["commonest_prediction"]) > 0.9  # the same token everywhere,
     assert pretrain["commonest_prediction"][-1] < 0.3  # and not any more

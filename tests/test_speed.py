@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 from bert import Bert, BertConfig, BertPretrainModel
-from results.draw import read_lines
+from support.curves import read_lines
 from train_pretrain import (
     PretrainLosses,
     PretrainOptions,
@@ -215,7 +215,7 @@ def test_checkpointed_activations_change_memory_and_nothing_else(tmp_path):
 
 FAULTS = """
 import resource, sys, torch
-from support.run import keep_freed_memory
+from support.devices import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for _ in range(30):

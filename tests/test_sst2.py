@@ -11,7 +11,7 @@ from strategies import LETTERS
 import data
 import train_sst2
 from bert import BertConfig, BertPretrainModel, SST2BertModel
-from results.draw import read_lines
+from support.curves import read_lines
 from train_sst2 import SST2Options, best_epoch, evaluate, main
 
 

@@ -16,7 +16,7 @@ from test_resume import OPTIONS, assert_same, in_process, run, state
 from torch.utils.data import DataLoader
 
 import data
-from support import stream
+from extras import streaming as stream
 
 SHARDS = 5
 

@@ -11,7 +11,7 @@ from strategies import FIXED, LETTERS, PADDING, corpus_of, small_tokenizer
 
 import data
 import train_pretrain
-from results.draw import read_lines
+from support.curves import read_lines
 from bert import BertConfig, BertPretrainModel
 from support.run import FiniteGuard
 from train_pretrain import (

@@ -16,7 +16,7 @@ import data
 import train_pretrain
 import train_sst2
 from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel, published_name, tokenizer_hash
-from support.look import look
+from extras.attention import look
 from train_pretrain import PretrainOptions, matching_tokenizer
 from train_sst2 import SST2Options
 

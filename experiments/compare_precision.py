@@ -1,6 +1,6 @@
 """Trains with each precision, and with three seeds in float32, to compare the curves of the loss.
 
-    python results/compare_precision.py      # adds lines to results/precision.jsonl
+    python -m experiments.compare_precision      # adds lines to results/precision.jsonl
 
 Tiny on the sample, 300 steps. With one seed, all precisions see the same batches and dropout.
 """
@@ -8,18 +8,16 @@ Tiny on the sample, 300 steps. With one seed, all precisions see the same batche
 import contextlib
 import io
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from results.draw import read_lines
+from support.curves import read_lines
 from train_pretrain import PretrainOptions, pretrain
 
-LINES = Path(__file__).with_name("precision.jsonl")
+LINES = Path(__file__).parents[1] / "results/precision.jsonl"
 RUNS = [("float32", 0), ("float32", 1), ("float32", 2), ("medium", 0), ("bfloat16", 0)]
 
 

@@ -1,18 +1,17 @@
 """What `make run` has shown: one table and one figure, from the metrics.jsonl of its three runs.
 
-python results/story.py runs/sample      # a folder with pretrain/, pretrained/ and scratch/
+python -m experiments.story runs/sample      # a folder with pretrain/, pretrained/ and scratch/
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
 import data
-from results.draw import means_of_seeds, optional, plot_pretraining, read_lines, unigrams
+from support.curves import means_of_seeds, optional, plot_pretraining, read_lines, unigrams
 from train_pretrain import PretrainOptions
 
 

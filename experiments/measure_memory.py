@@ -1,7 +1,8 @@
 """The memory of many data workers, over time: 16 of them, each with 10 batches waiting.
 
-    python results/measure_memory.py CORPUS VOCABULARY SECONDS >> results/memory.jsonl
-    python results/measure_memory.py CORPUS VOCABULARY SECONDS lists >> results/memory_lists.jsonl
+    python -m experiments.measure_memory CORPUS VOCABULARY SECONDS >> results/memory.jsonl
+    python -m experiments.measure_memory CORPUS VOCABULARY SECONDS lists \
+        >> results/memory_lists.jsonl
 
 The setting in which the author of the first version ran out of memory after 16 hours. A line every
 ten seconds; KiB are proportional set sizes, in which a page that n processes share counts 1/n. With
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 

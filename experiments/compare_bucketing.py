@@ -1,7 +1,7 @@
 """SST-2 with batches of similar lengths beside batches in plain random order: the same model, rate,
 seeds. Appends a line for each run to results/bucketing.jsonl.
 
-    python results/compare_bucketing.py DIR vocab.txt
+    python -m experiments.compare_bucketing DIR vocab.txt
 """
 
 import json
@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data
 from bert import BertConfig, SST2BertModel
-from support.run import keep_freed_memory
+from support.devices import keep_freed_memory
 from train_sst2 import fine_tune
+
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 class ShuffledBatches(data.SST2Batches):
@@ -64,7 +65,7 @@ def main(dataset: str, vocabulary: str) -> None:
                 "seconds": round(time.perf_counter() - started), "threads": torch.get_num_threads(),
             }  # fmt: skip
             print(line)
-            with Path(__file__).with_name("bucketing.jsonl").open("a") as file:
+            with (RESULTS / "bucketing.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
 
 

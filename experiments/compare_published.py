@@ -1,6 +1,6 @@
 """A published model here and in transformers: the same tokens, the same hidden states.
 
-    python results/compare_published.py MODEL_DIR CORPUS >> results/published_weights.jsonl
+    python -m experiments.compare_published MODEL_DIR CORPUS >> results/published_weights.jsonl
 
 500 sentences of the corpus, of mixed lengths, in padded batches of 32, in float32; 20,000 of its
 lines for the tokens. One JSON line each.
@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bert import Bert
 from data import get_dataset, load_tokenizer, split_sentences

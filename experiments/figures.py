@@ -1,21 +1,19 @@
 """Draws every figure of results/, and prints the README's table, from the raw lines beside it.
 
-python results/figures.py
+python -m experiments.figures
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from results.draw import means_of_seeds, plot_pretraining, read_lines
-from results.story import best_accuracies, mean_and_deviation
+from support.curves import means_of_seeds, plot_pretraining, read_lines
+from experiments.story import best_accuracies, mean_and_deviation
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 SIX = "published_weights/"
 SST2 = {  # what was trained, and where its lines are
     "tiny from scratch": ["sst2/scratch"],
@@ -32,14 +30,14 @@ PUBLISHED = {"Google's tiny": 83.2, "Google's mini": 85.9, "BERT-base": 92.7}  #
 
 def read(name: str, **wanted: Any) -> dict[str, np.ndarray]:
     """The columns of a file of JSON lines, of the lines that have what is wanted."""
-    lines = [json.loads(line) for line in (HERE / name).read_text().splitlines()]
+    lines = [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
     lines = [line for line in lines if all(line.get(k) == v for k, v in wanted.items())]
     return {key: np.array([line[key] for line in lines]) for key in lines[0]}
 
 
 def summary() -> list[str]:
     """The rows of the README's table: what was measured, here, published."""
-    books = read_lines(HERE / "books", "validation")
+    books = read_lines(RESULTS / "books", "validation")
     minutes = books["seconds"][-1] / 60
     loss, tokens = books["mlm_loss"][-1], books["tokens"][-1] / 1e6
     entropies = read("bigrams.jsonl")
@@ -58,10 +56,10 @@ def summary() -> list[str]:
             "Google's small 89.7 (test), BERT-base 92.7 to 92.9, toynlp 91.93",
     }  # fmt: skip
     for name, files in SST2.items():
-        accuracies = [a for file in files for a in best_accuracies(HERE / file)]
+        accuracies = [a for file in files for a in best_accuracies(RESULTS / file)]
         rows.append((f"SST-2 dev accuracy, %: {name}", mean_and_deviation(accuracies),
                      published.get(name, "")))  # fmt: skip
-    bench = json.loads((HERE / "bench.json").read_text())
+    bench = json.loads((RESULTS / "bench.json").read_text())
     times = (bench[f"{step}: times as fast as transformers"]
              for step in ("mini, 16 x 128", "base, 4 x 128"))  # fmt: skip
     rows.append(("a training step, times as fast as transformers as it comes: mini; base",
@@ -77,7 +75,7 @@ def new_figure(inches: tuple[float, float]) -> Any:
 
 def curves(axes: Any, run: str, split: str, name: str, rate: float, **style: Any) -> None:
     """A quantity by step, its mean over the seeds; many lines are joined by tens."""
-    steps, means = means_of_seeds(HERE / run, split, name, rate)
+    steps, means = means_of_seeds(RESULTS / run, split, name, rate)
     part = max(1, len(steps) // 60)
     groups = [slice(i, i + part) for i in range(0, len(steps), part)]
     axes.plot([steps[g][-1] for g in groups], [np.mean(means[g]) for g in groups], **style)
@@ -92,7 +90,7 @@ def draw_phases() -> Any:
         "unigrams: how often tokens occur": entropies["unigram_cross_entropy"][0],
         "bigrams: and after which": entropies["bigram_cross_entropy"][0],
     }
-    plot_pretraining(left, right, HERE / "books", known)
+    plot_pretraining(left, right, RESULTS / "books", known)
     for axes in (left, right):
         axes.set_xscale("symlog", linthresh=100)
         axes.set_xlim(left=0)
@@ -115,7 +113,7 @@ def draw_sst2() -> Any:
     accuracy.set(xlabel="step", ylabel="dev accuracy", title="from scratch")
     accuracy.legend(fontsize=8)
     for i, (name, files) in enumerate(SST2.items()):
-        values = [accuracy for file in files for accuracy in best_accuracies(HERE / file)]
+        values = [accuracy for file in files for accuracy in best_accuracies(RESULTS / file)]
         deviation = np.std(values, ddof=1) if len(values) > 1 else 0
         color = "C1" if "another" in name else "C2" if "weights" in name else "C0"
         bars.barh(i, np.mean(values), xerr=deviation, color=color, alpha=0.8, capsize=3)
@@ -161,7 +159,7 @@ def draw_mistakes() -> Any:
 
 def main() -> None:
     for draw in (draw_phases, draw_sst2, draw_mistakes):
-        file = HERE / f"{draw.__name__.removeprefix('draw_')}.png"
+        file = RESULTS / f"{draw.__name__.removeprefix('draw_')}.png"
         draw().savefig(file, dpi=110)
         print(file)
     print(*summary(), sep="\n")

@@ -1,10 +1,10 @@
 """The mistakes that the first version's author wrote down, made again and measured.
 
-    python results/experiments.py bigrams CORPUS VOCABULARY   >> results/bigrams.jsonl
-    python results/experiments.py trap CORPUS VOCABULARY      >> results/trap.jsonl
-    python results/experiments.py up_front CORPUS VOCABULARY  >> results/up_front.jsonl
-    python results/experiments.py tenth SST2_DIR OUT
-    python results/experiments.py wrong_tokenizer SST2_DIR MODEL OUT
+    python -m experiments.mistakes bigrams CORPUS VOCABULARY   >> results/bigrams.jsonl
+    python -m experiments.mistakes trap CORPUS VOCABULARY      >> results/trap.jsonl
+    python -m experiments.mistakes up_front CORPUS VOCABULARY  >> results/up_front.jsonl
+    python -m experiments.mistakes tenth SST2_DIR OUT
+    python -m experiments.mistakes wrong_tokenizer SST2_DIR MODEL OUT
 
 The first three print lines of JSON, the others write OUT for train_sst2.py: SST-2 with a tenth of
 its training sentences, and MODEL with another tokenizer.
@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import datasets
 import numpy as np

@@ -1,0 +1,78 @@
+"""Checkpoints: each is one file, written whole or not at all, and checked before it is used."""
+
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+CHECKPOINT_NAME = re.compile(r"step-[0-9]{9}\.pt")  # any other file is not one of ours
+
+
+def checkpoint_paths(out: Path) -> list[Path]:
+    """Returns the checkpoints in a run's folder, the oldest first."""
+    folder = out / "checkpoints"
+    return sorted(path for path in folder.glob("*") if CHECKPOINT_NAME.fullmatch(path.name))
+
+
+def save_checkpoint(out: Path, state: dict) -> None:
+    """Whole or not at all: written beside its place, forced to disk, renamed. Two are kept."""
+    (folder := out / "checkpoints").mkdir(exist_ok=True)
+    with (out / "metrics.jsonl").open("a") as file:  # what is added later, a resumed run cuts off
+        os.fsync(file.fileno())
+        state["metrics_bytes"] = file.tell()
+    path = folder / f"step-{state['step']:09}.pt"
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's own, for a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} not saved, the one before it stays: {error}") from error
+    unfinished.replace(path)
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)  # the new name, too
+    os.close(directory)
+    for old in checkpoint_paths(out)[:-2]:
+        old.unlink()
+
+
+def read_checkpoint(path: Path, names: Sequence[str]) -> dict:
+    """Returns what a checkpoint holds. Raises an error of many kinds if it is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        broken = archive.testzip()  # torch checks no checksums
+    if broken:
+        raise OSError(f"{broken} has another checksum")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    missing = set(names) - set(state)
+    if missing:
+        raise OSError(f"it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+def load_checkpoint(out: Path, identity: dict, names: Sequence[str]) -> dict:
+    """Returns the newest checkpoint that is whole, with all these names.
+
+    Raises ValueError if there is none, or if it is of a run with another identity.
+    """
+    for path in reversed(checkpoint_paths(out)):
+        try:
+            state = read_checkpoint(path, names)
+        except Exception as error:  # torch, zipfile and pickle raise many kinds
+            warnings.warn(f"{path} is damaged ({type(error).__name__})", stacklevel=2)
+            continue
+        then = state["run"]
+        changed = [
+            f"{name} {then.get(name)}, not {value}"
+            for name, value in identity.items()
+            if then.get(name) != value
+        ]
+        if changed:
+            raise ValueError(f"--resume: the run in {out} has {'; '.join(changed)}")
+        return state
+    raise ValueError(f"--resume: all checkpoints in {out} are damaged")
