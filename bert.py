@@ -1,14 +1,30 @@
-"""BERT in one file: configuration, encoder, heads, and the published weight format.
+"""BERT in one file: the model, its heads, and the format in which weights are published.
 
-- attention is written out line by line, and a fused path is held equal to it by tests;
-- the vocabulary projection, the costliest layer, is computed only at masked positions;
-- one table maps the names of our tensors to those of every published BERT.
+Read it from top to bottom: configuration, embeddings, attention, encoder layer, encoder, heads.
+After them come loading and saving, and a small command:
 
-[BERT] Devlin et al. 2018, arXiv 1810.04805. [Transformer] Vaswani et al. 2017, arXiv 1706.03762.
-[Code] google-research/bert, commit eedf5716.
-Dimensions: batch, seq, heads, d_head, d_model, d_k, d_v, vocab, masked (all masked positions).
+    python bert.py DIR "the [MASK] sat on the [MASK]"   # counts parameters, fills masks
+
+The file depends on no other file of this project (only its command borrows data.py's tokenizer),
+and can be copied alone.
+
+Sources:
+    [BERT]         Devlin et al. 2018, arXiv 1810.04805
+    [Transformer]  Vaswani et al. 2017, arXiv 1706.03762
+    [Code]         google-research/bert, commit eedf5716
+A departure from them is marked "Differs:".
+
+Dimensions, as they stand in comments on shapes:
+    batch    sequences in a batch
+    seq      tokens in a sequence, padding included
+    d_model  width of a hidden state
+    heads    attention heads; d_head is the width of one, d_k / heads or d_v / heads
+    d_k      width of queries and of keys, all heads together; d_v the same of values
+    vocab    tokens in the vocabulary
+    masked   masked positions of the whole batch: the tokens to be predicted
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -16,6 +32,7 @@ import pickle
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,73 +42,87 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Given = Tensor | None
-SIZES = {
+# ---- Configuration ------------------------------------------------------------------------------
+
+SIZES = {  # name: (encoder layers, d_model). base and large: [BERT] §3; the others: [Code].
     "tiny": (2, 128),
     "mini": (4, 256),
     "small": (4, 512),
     "medium": (8, 512),
     "base": (12, 768),
     "large": (24, 1024),
-}  # layers, d_model. [BERT] §3, [Code]
+}
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Architecture hyperparameters. Raises ValueError if they are inconsistent."""
+    """Architecture hyperparameters. Raises ValueError if they are inconsistent.
+
+    The defaults are those of BERT-base.
+    """
 
     max_seq_length: int = 512
     vocab_size: int = 30522
     d_model: int = 768
-    attention_d_k: int = 768  # queries and keys, total over the heads
-    attention_d_v: int = 768  # values, total over the heads
+    attention_d_k: int = 768  # of queries and keys, total over the heads
+    attention_d_v: int = 768  # of values, total over the heads
     head_num: int = 12
     d_feed_forward: int = 3072
     encoder_layers: int = 12
-    type_vocab_size: int = 2  # segments A and B
+    type_vocab_size: int = 2  # segment A and segment B
     dropout: float = 0.1
-    attention_dropout: float = 0.1
+    attention_dropout: float = 0.1  # of attention probabilities
     layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02  # standard deviation
-    fused_attention: bool = True  # False: attention() below, which tests hold equal to it
+    initializer_range: float = 0.02  # standard deviation of initial weights
+
+    # True: PyTorch's scaled_dot_product_attention, which is faster and needs less memory.
+    # False: `attention` below, which shows every step. Tests hold the two equal, except for a
+    # sequence that is nothing but padding.
+    fused_attention: bool = True
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not isinstance(value, int | float):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            if type(value) is int and value < 1:
+            is_dropout = name.endswith("dropout")
+            if type(value) is int and value < 1 and not is_dropout:
                 raise ValueError(f"{name} must be at least 1, got {value}")
             if name.startswith("attention_d_") and value % max(1, self.head_num):
                 raise ValueError(f"{name}={value} is not divisible by head_num={self.head_num}")
-            if name.endswith("dropout") and not 0 <= value < 1:
+            if is_dropout and not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
             if name in ("layer_norm_eps", "initializer_range") and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
 
     @classmethod
     def named(cls, size: str, **changes: Any) -> Self:
-        """Returns a published size: `BertConfig.named("base", max_seq_length=128)`."""
+        """Returns a published size, with some fields changed.
+
+        Example: `BertConfig.named("base", max_seq_length=128)`.
+        """
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-        layers, width = SIZES[size]
-        return cls(
-            **{
-                "d_model": width,
-                "attention_d_k": width,
-                "attention_d_v": width,
-                "head_num": width // 64,
-                "d_feed_forward": 4 * width,
-                "encoder_layers": layers,
-                **changes,
-            }
-        )
+        layers, d_model = SIZES[size]
+        fields: dict[str, Any] = {
+            "d_model": d_model,
+            "attention_d_k": d_model,
+            "attention_d_v": d_model,
+            "head_num": d_model // 64,  # every published head is 64 wide
+            "d_feed_forward": 4 * d_model,
+            "encoder_layers": layers,
+        }
+        return cls(**{**fields, **changes})
+
+
+# ---- The encoder --------------------------------------------------------------------------------
 
 
 class Embeddings(nn.Module):
-    """Computes dropout(LN(token + position + segment)). [BERT] figure 2.
+    """Computes dropout(LayerNorm(token + position + segment)). [BERT] §3, figure 2.
 
-    Position embeddings are learned, not sines as in [Transformer] §3.5, so sequences cannot exceed
-    max_seq_length.
+    Attention alone does not see the order of tokens, nor which segment a token is in: the position
+    and segment embeddings add both. Position embeddings are learned, unlike the sines of
+    [Transformer] §3.5, so sequences cannot exceed max_seq_length.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -103,39 +134,56 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
-        length, longest = input_ids.size(1), self.position.num_embeddings
+        """Returns (batch, seq, d_model); both arguments are (batch, seq)."""
+        length = input_ids.size(1)
+        longest = self.position.num_embeddings
         if length > longest:
             raise ValueError(f"a sequence of {length} tokens exceeds max_seq_length={longest}")
-        position = self.position.weight[:length]  # (seq, d_model), the same for every row
-        embedded = (
-            self.token(input_ids) + position + self.segment(token_type_ids)
-        )  # (batch, seq, d_model)
-        return self.dropout(self.norm(embedded))
+
+        token = self.token(input_ids)  # (batch, seq, d_model)
+        position = self.position.weight[:length]  # (seq, d_model), the same for every sequence
+        segment = self.segment(token_type_ids)  # (batch, seq, d_model)
+        return self.dropout(self.norm(token + position + segment))
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Given = None, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Computes softmax(Q K^T / sqrt(d_k)) V. [Transformer] equation 1.
+    """Computes softmax(Q K^T / sqrt(d_head)) V. [Transformer] equation 1, where d_head is d_k.
 
-    q, k: (..., seq, d_k); v: (..., seq, d_v); mask: bool, broadcastable to (..., seq, seq), True
-    where a query (row) may attend to a key (column). Returns the output, (..., seq, d_v), and the
-    probabilities, (..., seq, seq).
+    q, k, v: (..., seq, d_head), the queries, keys and values of one head, or of several at once.
+    The values may have another width than queries and keys.
+    mask: bool, broadcastable to (..., seq, seq), True where a query (row) may attend to a key
+    (column).
+
+    Returns the output, as wide as v, and the probabilities, (..., seq, seq): row i says how much
+    token i takes from the value of each token.
     """
-    # A sum of d_k products of variance 1 has variance d_k. Unscaled, the softmax would saturate and
-    # its gradient vanish.
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (..., seq, seq)
-    if mask is not None:  # -inf would turn a fully padded row into NaN
+    # A score is a sum of d_head products. If their factors have variance 1, so has each product,
+    # and the sum has variance d_head. Unscaled, the softmax would saturate and its gradient vanish.
+    d_head = q.size(-1)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(d_head)  # (..., seq, seq)
+
+    # The lowest finite number, not -inf: a row without any key would become 0 / 0 = NaN.
+    if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(dim=-1)
-    return F.dropout(probs, dropout) @ v, probs  # dropping whole tokens from view is [Code]'s
+
+    # Dropout sets some probabilities to 0, so that a query ignores a few tokens. [Code]
+    # The returned probabilities are those before dropout.
+    output = F.dropout(probs, dropout) @ v
+    return output, probs
 
 
 class MultiHeadAttention(nn.Module):
-    """Computes Concat(head_1 .. head_A) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i).
+    """Computes Concat(head_1, ..., head_n) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i).
 
-    [Transformer] §3.2.2, with the matrices of all heads stacked into one. d_k and d_v may differ
-    from d_model: W^O brings the concatenated heads, d_v wide, back to d_model.
+    [Transformer] §3.2.2. The matrices of all heads are stacked: `query` holds W^Q_1 ... W^Q_n side
+    by side, so one product computes the queries of all heads.
+
+    d_k and d_v may differ from d_model: queries and keys only have to have the same width, because
+    they meet in a dot product, and W^O (`output`) brings the concatenated heads, d_v wide, back to
+    d_model, so that the layer can add its input to its output.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -146,48 +194,238 @@ class MultiHeadAttention(nn.Module):
         self.output = nn.Linear(config.attention_d_v, config.d_model)
         self.config = config
 
+    def split_heads(self, projected: Tensor) -> Tensor:
+        """Cuts the last dimension into heads: (batch, seq, d) -> (batch, heads, seq, d_head)."""
+        return projected.unflatten(-1, (self.config.head_num, -1)).transpose(1, 2)
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (
-            project(x)
-            .unflatten(-1, (self.config.head_num, -1))
-            .transpose(1, 2)  # (batch, heads, seq, d_head)
-            for project in (self.query, self.key, self.value)
-        )
+        """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
+        q = self.split_heads(self.query(x))  # (batch, heads, seq, d_head)
+        k = self.split_heads(self.key(x))
+        v = self.split_heads(self.value(x))
+
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config.fused_attention:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         else:
             heads, _ = attention(q, k, v, mask, dropout)
-        return self.output(heads.transpose(1, 2).flatten(2))  # (batch, seq, d_model)
+
+        concatenated = heads.transpose(1, 2).flatten(2)  # (batch, seq, d_v)
+        return self.output(concatenated)
 
 
 class EncoderLayer(nn.Module):
-    """Computes x = LN(x + dropout(attention(x))), then x = LN(x + dropout(W_2 gelu(W_1 x))).
+    """Attention, then a feed-forward network, each followed by "add and norm".
 
-    [Transformer] §3.1, §3.3, §5.4, [BERT] §3. The norm comes after the sum ("post-LN"), so the
-    gradient of the first layers passes through every norm above them, and training needs warmup.
-    (With pre-LN, x + f(LN(x)), a path without norms leads to the first layers; its last output
-    would need a norm of its own.)
-    Differs: [Code] approximates GELU by a tanh (off by at most 5e-4); this is GELU itself.
+        x = LayerNorm(x + dropout(attention(x)))
+        x = LayerNorm(x + dropout(W_2 gelu(W_1 x)))
+
+    [Transformer] §3.1, §3.3, §5.4; GELU and the sizes: [BERT] §3, A.2. Attention moves information
+    between tokens. The feed-forward network computes on each token by itself; it has two thirds of
+    a layer's parameters.
+
+    LayerNorm comes after the sum ("post-LN"), so every path from the loss down to the embeddings
+    passes through all LayerNorms. At the start of training the gradients of the last layers are
+    then large, and training needs warmup. Later models compute x + f(LayerNorm(x)) ("pre-LN"): one
+    path avoids all LayerNorms, training works without warmup, and the output of the last layer
+    needs one more LayerNorm.
+
+    Differs: [Code] approximates GELU by a tanh (at most 5e-4 off); this is GELU itself.
     """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.attention = MultiHeadAttention(config)
         self.attention_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.expand = nn.Linear(config.d_model, config.d_feed_forward)
-        self.contract = nn.Linear(config.d_feed_forward, config.d_model)
+        self.expand = nn.Linear(config.d_model, config.d_feed_forward)  # W_1
+        self.contract = nn.Linear(config.d_feed_forward, config.d_model)  # W_2
         self.feed_forward_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        x = self.attention_norm(x + self.dropout(self.attention(x, mask)))
-        return self.feed_forward_norm(x + self.dropout(self.contract(F.gelu(self.expand(x)))))
+        """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
+        attended = self.attention(x, mask)
+        x = self.attention_norm(x + self.dropout(attended))
+        computed = self.contract(F.gelu(self.expand(x)))
+        return self.feed_forward_norm(x + self.dropout(computed))
 
 
-# Our name of a module -> the published one; * is a layer's number. A map of the paper's matrices.
-PUBLISHED_NAMES = {
-    "embeddings.token": "embeddings.word_embeddings",  # the decoder of the masked LM, too
+class PretrainedModel(nn.Module):
+    """What the three models below share: initial weights, loading and saving."""
+
+    architecture: str  # the class of transformers that opens what `save_pretrained` writes
+
+    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.padding_idx = padding_idx
+        self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
+
+    def init_weights(self, module: nn.Module) -> None:
+        """Draws weights from a normal distribution with mean 0 and standard deviation
+        `initializer_range`, 0.02, and sets biases to 0. LayerNorm keeps PyTorch's weight 1, bias 0.
+
+        With weights this small, the first logits are close to 0: each is the product of a hidden
+        state, which LayerNorm gives the length sqrt(d_model), with a row of weights around 0.02.
+        So the model finds all tokens about equally probable, and the first MLM loss is about
+        ln(vocab). PyTorch's own embeddings,
+        with standard deviation 1 and tied to the decoder, would make large logits: the loss would
+        start far above ln(vocab).
+
+        Differs: [Code] cuts the distribution off at two standard deviations.
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **changes: Any) -> Self:
+        """Returns a published BERT, in evaluation mode. See `load_pretrained`.
+
+        source: a directory or a hub id. changes: fields of its config to replace.
+        """
+        return load_pretrained(cls, source, changes)
+
+    def save_pretrained(self, directory: str | Path, tokenizer: Any) -> None:
+        """Writes config, weights and tokenizer in the published format. See `write_pretrained`."""
+        write_pretrained(self, Path(directory), tokenizer)
+
+
+class Bert(PretrainedModel):
+    """The encoder, and the pooler over its first token. [BERT] §3."""
+
+    architecture = "BertModel"
+
+    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+        super().__init__(config, padding_idx)
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.pooler = nn.Linear(config.d_model, config.d_model)
+        self.apply(self.init_weights)  # to every module above; models with heads add only these
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the last layer's hidden states, (batch, seq, d_model).
+
+        All arguments are (batch, seq).
+        token_type_ids: 0 = segment A, 1 = segment B; by default all 0.
+        attention_mask: True = a token, False = padding; by default `input_ids != padding_idx`.
+
+        No query attends to padding, so padding never changes the output at the other positions. The
+        output at padding positions themselves means nothing; the losses ignore it.
+        """
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        if attention_mask is None:
+            attention_mask = input_ids != self.padding_idx
+
+        # The mask says which keys may be attended to. It is the same for every head and every
+        # query, hence the two dimensions of size 1.
+        mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, seq)
+
+        hidden_states = self.embeddings(input_ids, token_type_ids)  # (batch, seq, d_model)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask)
+        return hidden_states
+
+    def pool(self, hidden_states: Tensor) -> Tensor:
+        """Returns tanh(dense([CLS])), one vector for each sequence. [Code]
+
+        hidden_states: (batch, seq, d_model). Returns (batch, d_model).
+        """
+        cls_states = hidden_states[:, 0]  # [CLS] is the first token
+        return torch.tanh(self.pooler(cls_states))
+
+
+class BertPretrainModel(PretrainedModel):
+    """The encoder with the two heads of pretraining. [BERT] §3.1.
+
+    Masked language model (MLM): which token stood at a masked position? dense, GELU and LayerNorm
+    transform the hidden state ([Code]); the decoder then scores every token of the vocabulary.
+    Next sentence prediction (NSP): does segment B follow segment A in the corpus?
+
+    The decoder is tied to the token embeddings: the vector that stands for a token in the input
+    also scores it in the output. This matrix, vocab x d_model, is the largest of all, with a fifth
+    of base's parameters and nine tenths of tiny's.
+    """
+
+    architecture = "BertForPreTraining"
+
+    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+        super().__init__(config, padding_idx)
+        self.bert = Bert(config, padding_idx)
+        self.mlm_dense = nn.Linear(config.d_model, config.d_model)
+        self.mlm_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
+        self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.nsp = nn.Linear(config.d_model, 2)  # 0 = segment B is next, 1 = it is random
+        self.init_weights(self.mlm_dense)
+        self.init_weights(self.nsp)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns mlm_logits and nsp_logits, the latter (batch, 2): 0 = next, 1 = random.
+
+        The first three arguments are those of `Bert`.
+        positions: (masked,), where MLM logits are wanted, counted through the whole batch: column c
+        of row r is r * seq + c.
+
+        mlm_logits are (masked, vocab) with `positions`, and (batch, seq, vocab) without. Training
+        passes the masked positions. They are 15% of all, so 85% of the costliest product is saved.
+        """
+        hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
+        nsp_logits = self.nsp(self.bert.pool(hidden_states))
+
+        if positions is not None:
+            hidden_states = hidden_states.flatten(0, 1)[positions]  # (masked, d_model)
+        transformed = self.mlm_norm(F.gelu(self.mlm_dense(hidden_states)))
+        decoder = self.bert.embeddings.token.weight  # (vocab, d_model), the tied matrix
+        mlm_logits = F.linear(transformed, decoder, self.mlm_bias)
+        return mlm_logits, nsp_logits
+
+
+class SST2BertModel(PretrainedModel):
+    """The encoder with a classifier over the pooled [CLS]. [BERT] §4.1, [Code]."""
+
+    architecture = "BertForSequenceClassification"
+
+    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+        super().__init__(config, padding_idx)
+        self.bert = Bert(config, padding_idx)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.d_model, 2)  # 0 = negative, 1 = positive
+        self.init_weights(self.classifier)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Returns logits, (batch, 2): 0 = negative, 1 = positive. Arguments: see `Bert`."""
+        hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
+        pooled = self.bert.pool(hidden_states)  # (batch, d_model)
+        return self.classifier(self.dropout(pooled))
+
+
+# ---- The published format -----------------------------------------------------------------------
+#
+# A published BERT is a directory with config.json, model.safetensors (or the older
+# pytorch_model.bin, or shards of either), tokenizer.json or vocab.txt, and tokenizer_config.json.
+# All of them, Google's included, name their tensors alike. The table is also a map of the paper's
+# matrices: W^Q, W^K, W^V and W^O of attention, W_1 and W_2 of the feed-forward network.
+
+PUBLISHED_NAMES = {  # our name of a module: its published name. * is the index of a layer.
+    "embeddings.token": "embeddings.word_embeddings",  # also the decoder
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.segment": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
@@ -206,7 +444,7 @@ PUBLISHED_NAMES = {
     "nsp": "cls.seq_relationship",
     "classifier": "classifier",
 }
-PUBLISHED_FIELDS = {  # of BertConfig -> of config.json, where the names differ
+PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where they differ
     "max_seq_length": "max_position_embeddings",
     "d_model": "hidden_size",
     "d_feed_forward": "intermediate_size",
@@ -215,7 +453,7 @@ PUBLISHED_FIELDS = {  # of BertConfig -> of config.json, where the names differ
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-EVERY_BERT = {
+FIXED_FIELDS = {  # what config.json says of every BERT; other values mean another model
     "model_type": "bert",
     "hidden_act": "gelu",
     "position_embedding_type": "absolute",
@@ -223,35 +461,74 @@ EVERY_BERT = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is read
-COPIES = {  # published names of what other tensors hold already
+REDUNDANT_TENSORS = {  # published copies of other tensors, and a table of 0, 1, 2, ...
     "embeddings.position_ids",
     "cls.predictions.decoder.weight",
     "cls.predictions.decoder.bias",
 }
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 
 
 def published_name(name: str) -> str:
-    """Returns the published name of a parameter of ours, by whole dotted parts.
+    """Returns the published name of one of our parameters, by `PUBLISHED_NAMES`.
 
     Example: `bert.layers.3.expand.bias` -> `bert.encoder.layer.3.intermediate.dense.bias`.
     """
     prefix = "bert." if name.startswith("bert.") else ""
     parts = name.removeprefix("bert.").split(".")
-    numbers = [part for part in parts if part.isdigit()]
+    layer = "".join(part for part in parts if part.isdigit())  # "" outside of the layers
     pattern = ".".join("*" if part.isdigit() else part for part in parts)
-    if pattern in PUBLISHED_NAMES:  # a parameter that is no module's: mlm_bias
+
+    if pattern in PUBLISHED_NAMES:  # mlm_bias is a parameter, not a module
         published = PUBLISHED_NAMES[pattern]
     else:
         module, _, kind = pattern.rpartition(".")  # kind: weight or bias
         published = f"{PUBLISHED_NAMES[module]}.{kind}"
-    return prefix + published.replace("*", numbers[0] if numbers else "")
+    return prefix + published.replace("*", layer)
+
+
+# ---- Loading ------------------------------------------------------------------------------------
+
+
+def load_pretrained(cls: type[PretrainedModel], source: str | Path, changes: dict[str, Any]) -> Any:
+    """Returns a model of class `cls` with published weights, in evaluation mode.
+
+    1. Find the directory, or download it.
+    2. Read config.json, and make a model of that shape with initial weights.
+    3. Read the tensors, rename them, check them, and copy them into the model.
+
+    Raises ValueError if the files are corrupt, incomplete or not a BERT. Heads that the files lack
+    keep their initial weights: `model.missing_parameters` lists them, and a warning names them.
+    Another warning names heads in the files that this class does not have.
+    """
+    directory = fetch(source)
+    try:
+        config, padding_idx = read_config(directory, changes)
+        model = cls(config, padding_idx)
+        our_names = {
+            published_name(name).removeprefix("bert."): name for name in model.state_dict()
+        }
+        tensors = read_tensors(directory)
+        unused_heads = check_tensors(tensors, our_names)
+        state = {our_names[name]: tensors[name] for name in tensors if name in our_names}
+        model.missing_parameters = model.load_state_dict(state, strict=False).missing_keys
+        check_encoder_is_complete(model.missing_parameters)
+    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a tensor's shape differs
+        reason = " ".join(str(error).split(". ")[0].split())  # the first sentence, on one line
+        raise ValueError(f"no BERT can be read from {directory}: {reason}") from error
+
+    if model.missing_parameters:
+        names = ", ".join(model.missing_parameters)
+        warnings.warn(f"initialized, not in {directory}: {names}", stacklevel=3)
+    if unused_heads:
+        warnings.warn(f"not used, of {directory}: {', '.join(unused_heads)}", stacklevel=3)
+    return model.eval()
 
 
 def is_hub_id(source: str) -> bool:
-    """Returns whether a name can be a hub id, `name` or `owner/name`, and is no path here.
+    """Returns whether a name can be a hub id, `name` or `owner/name`, and is not a local path.
 
-    A mistyped `runs/bas` is a path where there is a folder runs: it must not be asked for.
+    Where a folder runs/ exists, runs/bas is a mistyped path, and must not be looked up on the hub.
     """
     if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         return False
@@ -259,20 +536,23 @@ def is_hub_id(source: str) -> bool:
 
 
 def fetch(source: str | Path) -> Path:
-    """Returns a model's directory: `source` itself, or a copy of what the hub has under that id."""
+    """Returns a model's directory: `source` itself, or a download if `source` is a hub id."""
     directory = Path(source)
     if directory.is_dir():
         return directory
     needed = "name a directory with config.json, model.safetensors and tokenizer.json"
     if not is_hub_id(str(source)):
         raise ValueError(f"{source} is no directory, and no id of the hub: {needed}")
+
     from huggingface_hub import snapshot_download
 
     print(f"fetching {source} from the hub", file=sys.stderr)
     try:
+        # Many models have both kinds of weights. The .bin files are fetched only if there is no
+        # safetensors file.
         for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
-            files = ["config.json", "tokenizer*.json", "vocab.txt", weights]
-            directory = Path(snapshot_download(str(source), allow_patterns=files))
+            patterns = ["config.json", "tokenizer*.json", "vocab.txt", weights]
+            directory = Path(snapshot_download(str(source), allow_patterns=patterns))
             if any(directory.glob(weights)):
                 break
     except (OSError, ValueError) as error:  # no network, or no such id
@@ -282,37 +562,67 @@ def fetch(source: str | Path) -> Path:
     return directory
 
 
-def find_weights(directory: Path) -> list[Path]:
-    """Returns the files that hold a model's tensors: one, or the shards that an index names.
-
-    Other files beside them are not the model's: optimizers, adapters, older exports.
-    """
-    for name in WEIGHTS:
-        index = directory / f"{name}.index.json"
-        stem, _, suffix = name.rpartition(".")
-        shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
-        if (directory / name).exists():
-            return [directory / name]
-        if index.exists():
-            shards = sorted(
-                {directory / shard for shard in read_json(index)["weight_map"].values()}
-            )
-        lost = [shard.name for shard in shards if not shard.exists()]
-        if lost:
-            raise ValueError(f"of the shards that {index.name} names, {', '.join(lost)} is missing")
-        if shards:
-            return shards
-    raise ValueError(f"it has neither {' nor '.join(WEIGHTS)}")
-
-
 def read_json(path: Path) -> dict:
-    """Returns what a JSON file holds. Raises ValueError or OSError if it cannot be read."""
+    """Returns the content of a JSON file. Raises ValueError or OSError if it cannot be read."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, int]:
+    """Returns the config in config.json, with `changes`, and the id of the padding token.
+
+    Raises ValueError if it belongs to another model or is inconsistent.
+    """
+    published = read_json(directory / "config.json")
+    for key, value in FIXED_FIELDS.items():
+        if published.get(key, value) != value:
+            raise ValueError(f"{key} is {published[key]!r}, not {value!r}")
+    if "hidden_size" not in published:
+        raise ValueError("config.json has no 'hidden_size'")
+
+    hidden_size = published["hidden_size"]
+    fields = {"attention_d_k": hidden_size, "attention_d_v": hidden_size}  # unless it has its own
+    for name in BertConfig.__annotations__:
+        key = PUBLISHED_FIELDS.get(name, name)
+        if key in published:
+            fields[name] = published[key]
+    config = BertConfig(**{**fields, **changes})
+
+    padding_idx = published.get("pad_token_id") or 0
+    if not 0 <= padding_idx < config.vocab_size:
+        raise ValueError(f"pad_token_id is {padding_idx}, of {config.vocab_size} tokens")
+    return config, padding_idx
+
+
+def find_weights(directory: Path) -> list[Path]:
+    """Returns the files with a model's tensors: one file, or several shards.
+
+    The shards are those that an index file names or, without an index, all model-*-of-* files.
+
+    Other files beside them (optimizers, adapters, older exports) are not the model's.
+    """
+    for name in WEIGHT_FILES:
+        if (directory / name).exists():
+            return [directory / name]
+
+        index = directory / f"{name}.index.json"
+        stem, _, suffix = name.rpartition(".")
+        shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
+        if index.exists():
+            shard_names = set(read_json(index)["weight_map"].values())
+            shards = sorted(directory / shard for shard in shard_names)
+        missing = [shard.name for shard in shards if not shard.exists()]
+        if missing:
+            names = ", ".join(missing)
+            raise ValueError(f"of the shards that {index.name} names, {names} is missing")
+        if shards:
+            return shards
+    raise ValueError(f"it has neither {' nor '.join(WEIGHT_FILES)}")
+
+
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a model, by published name without `bert.`. A pickle may hold tensors,
-    but no code.
+    """Returns all tensors of a model, by published name without the prefix `bert.`.
+
+    An old .bin file is a pickle. `weights_only` reads tensors from it and runs no code.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -326,64 +636,104 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
                 tensors |= torch.load(file, map_location="cpu", weights_only=True)
         except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
             raise ValueError(f"{file.name}: {error or type(error).__name__}") from error
-    renamed = {r"^bert\.": "", r"\.gamma$": ".weight", r"\.beta$": ".bias"}  # TensorFlow's names
-    for old, new in renamed.items():
-        tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
-    return tensors
 
+    def current_name(name: str) -> str:
+        name = name.removeprefix("bert.")
+        name = re.sub(r"\.gamma$", ".weight", name)  # TensorFlow's names of LayerNorm
+        return re.sub(r"\.beta$", ".bias", name)
 
-def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, int]:
-    """Returns the config of a published BERT, with `changes`, and its padding id. Raises ValueError
-    if it is of another model, or inconsistent.
-    """
-    published = read_json(directory / "config.json")
-    for key, value in EVERY_BERT.items():
-        if published.get(key, value) != value:
-            raise ValueError(f"{key} is {published[key]!r}, not {value!r}")
-    if "hidden_size" not in published:
-        raise ValueError("config.json has no 'hidden_size'")
-    known = dict.fromkeys(("attention_d_k", "attention_d_v"), published["hidden_size"])
-    for name in BertConfig.__annotations__:
-        key = PUBLISHED_FIELDS.get(name, name)
-        if key in published:
-            known[name] = published[key]
-    config = BertConfig(**{**known, **changes})
-    padding_idx = published.get("pad_token_id") or 0
-    if not 0 <= padding_idx < config.vocab_size:
-        raise ValueError(f"pad_token_id is {padding_idx}, of {config.vocab_size} tokens")
-    return config, padding_idx
+    return {current_name(name): tensor for name, tensor in tensors.items()}
 
 
 def check_tensors(tensors: dict[str, Tensor], known: Container[str]) -> list[str]:
-    """Returns the heads among a file's tensors that a model has no place for, by published name.
+    """Returns the published names of heads that the files have and the model does not.
 
-    Raises ValueError if a part of the encoder has no place, or if a tensor that is used is not made
-    of finite floating-point numbers.
+    tensors: what the files hold. known: the published names that the model has.
+    Raises ValueError if a tensor of the encoder is not known (the files have more layers than the
+    config says), or if a known tensor is not made of finite floating-point numbers.
     """
-    unused = [name for name in tensors if name not in known and name not in COPIES]
-    lost = [name for name in unused if name.startswith(("embeddings.", "encoder."))]
-    if lost:
-        raise ValueError(f"the config has no place for {', '.join(sorted(lost))}")
+    unknown = [name for name in tensors if name not in known and name not in REDUNDANT_TENSORS]
+    encoder = sorted(name for name in unknown if name.startswith(("embeddings.", "encoder.")))
+    if encoder:
+        raise ValueError(f"the config has no place for {', '.join(encoder)}")
+
     for name, tensor in tensors.items():
         if name in known and not tensor.is_floating_point():
             raise ValueError(f"{name} is of {tensor.dtype}, not of floating-point numbers")
         if name in known and not tensor.isfinite().all():
             raise ValueError(f"{name} has a number that is not finite")
-    return sorted({".".join(name.split(".")[:2]) for name in unused})
+
+    heads = {".".join(name.split(".")[:2]) for name in unknown}
+    return sorted(heads)
+
+
+def check_encoder_is_complete(missing: list[str]) -> None:
+    """Raises ValueError if a parameter of the encoder is missing. The pooler and heads may be."""
+    encoder = [name for name in missing if re.search(r"embeddings\.|layers\.", name)]
+    if encoder:
+        raise ValueError(f"a part of the encoder is missing: {', '.join(encoder)}")
+
+
+# ---- Saving -------------------------------------------------------------------------------------
+
+
+def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) -> None:
+    """Writes a model and its tokenizer in the published format, for `from_pretrained` and others.
+
+    transformers opens the directory too, unless d_k or d_v differs from d_model: its BERT has no
+    such option.
+    """
+    from safetensors.torch import save_file
+
+    config = model.config
+    if {config.attention_d_k, config.attention_d_v} != {config.d_model}:
+        warnings.warn("d_k, d_v and d_model differ: only bert.py opens this", stacklevel=3)
+    directory.mkdir(parents=True, exist_ok=True)
+
+    tensors = {
+        published_name(name): tensor.cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+    tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer.model.save(str(directory))  # vocab.txt
+    tokenizer_config = {
+        "tokenizer_class": "BertTokenizer",
+        "model_max_length": config.max_seq_length,
+        "do_lower_case": getattr(tokenizer.normalizer, "lowercase", False),
+    }
+    write_json(directory / "tokenizer_config.json", tokenizer_config)
+
+    published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(config).items()}
+    published |= FIXED_FIELDS
+    published["architectures"] = [model.architecture]
+    published["pad_token_id"] = model.padding_idx
+    published["tokenizer_hash"] = tokenizer_hash(tokenizer)
+    write_json(directory / "config.json", published)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+# ---- Tokenizer and weights belong together ------------------------------------------------------
+#
+# With another tokenizer, ids silently refer to different tokens, and accuracy drops without an
+# error. So a model is saved with a hash of its tokenizer, which is checked when it is used again.
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """Returns sixteen hexadecimal digits that change with any token or id of the vocabulary."""
+    """Returns sixteen hexadecimal digits that depend on every token and id of the vocabulary."""
     vocabulary = repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Returns a hash of all that decides which ids a text gets: the vocabulary and the normalizer.
+    """Returns a hash of everything that decides which ids a text gets: vocabulary and normalizer.
 
-    Two files that make the same tokenizer have the same hash: what a BertNormalizer leaves open,
-    strip_accents, is as its lowercase. Models that were saved before have the hash of their
-    vocabulary alone, without "v2-"; it is still accepted, as far as it goes.
+    Two files that make the same tokenizer must get the same hash. In one of them strip_accents may
+    be null, which means "the same as lowercase": it is replaced by that value first.
     """
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     if normalizer.get("type") == "BertNormalizer" and normalizer["strip_accents"] is None:
@@ -393,16 +743,20 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return f"v2-{digest[:16]}"
 
 
-def is_tokenizer_of(tokenizer: Any, expected: str) -> bool:
-    """Returns whether a tokenizer has the hash that was saved with a model, of either form."""
-    if expected.startswith("v2-"):
-        return tokenizer_hash(tokenizer) == expected
-    return vocabulary_hash(tokenizer) == expected
+def is_tokenizer_of(tokenizer: Any, saved_hash: str) -> bool:
+    """Returns whether a tokenizer has the hash that was saved with a model.
+
+    The first version of this project saved the hash of the vocabulary alone, without "v2-".
+    """
+    if saved_hash.startswith("v2-"):
+        return tokenizer_hash(tokenizer) == saved_hash
+    return vocabulary_hash(tokenizer) == saved_hash
 
 
-def check_padding(model: "PretrainedModel", tokenizer: Any) -> None:
-    """Raises ValueError if model and tokenizer have different padding ids: the model would attend
-    to padding.
+def check_padding(model: PretrainedModel, tokenizer: Any) -> None:
+    """Raises ValueError if model and tokenizer have different padding ids.
+
+    Otherwise the model would attend to padding, and ignore an ordinary token.
     """
     padding_id = tokenizer.get_vocab()["[PAD]"]
     if model.padding_idx != padding_id:
@@ -412,179 +766,74 @@ def check_padding(model: "PretrainedModel", tokenizer: Any) -> None:
         )
 
 
-class PretrainedModel(nn.Module):
-    """Initialization, loading and saving, which the three models below share."""
-
-    architecture: str  # the class that opens our files in transformers
-
-    def __init__(self, config: BertConfig, padding_idx: int) -> None:
-        super().__init__()
-        self.config, self.padding_idx = config, padding_idx
-        self.initialized: list[str] = []  # parameters that `from_pretrained` did not find
-
-    def init_weights(self, module: nn.Module) -> None:
-        """Draws weights from N(0, 0.02) and sets biases to 0; a LayerNorm starts as (1, 0).
-
-        So the first logits are nearly 0, and the first MLM loss is about ln V. Embeddings of
-        N(0, 1), tied to the decoder, would start it far above.
-        Differs: [Code] cuts the distribution off at two standard deviations.
-        """
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path, **changes: Any) -> Self:
-        """Returns a published BERT, by directory or hub id; `changes` replace fields of its config.
-
-        Raises ValueError if it is damaged, incomplete or another model. Heads that the files lack
-        have initial weights: `initialized` names their parameters, and a warning does. Heads that
-        this class has no use for are named in one warning.
-        """
-        directory = fetch(source)
-        try:
-            model = cls(*read_config(directory, changes))
-            names = {
-                published_name(name).removeprefix("bert."): name for name in model.state_dict()
-            }
-            tensors = read_tensors(directory)
-            unused = check_tensors(tensors, names)
-            found = {names[name]: tensor for name, tensor in tensors.items() if name in names}
-            model.initialized = model.load_state_dict(found, strict=False).missing_keys
-            lost = [name for name in model.initialized if re.search(r"embeddings\.|layers\.", name)]
-            if lost:
-                raise ValueError(f"a part of the encoder is missing: {', '.join(lost)}")
-        except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: shapes that differ
-            reason = " ".join(str(error).split(". ")[0].split())
-            raise ValueError(f"no BERT can be read from {directory}: {reason}") from error
-        if model.initialized:
-            names_of_new = ", ".join(model.initialized)
-            warnings.warn(f"initialized, not in {directory}: {names_of_new}", stacklevel=2)
-        if unused:
-            warnings.warn(f"not used, of {directory}: {', '.join(unused)}", stacklevel=2)
-        return model.eval()
-
-    def save_pretrained(self, directory: str | Path, tokenizer: Any) -> None:
-        """Writes config, weights and tokenizer in the published format, for us and others."""
-        from safetensors.torch import save_file
-
-        (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
-        if {self.config.attention_d_k, self.config.attention_d_v} != {self.config.d_model}:
-            warnings.warn("d_k, d_v and d_model differ: only bert.py opens this", stacklevel=2)
-        tensors = {published_name(k): v.cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save(str(directory / "tokenizer.json"))
-        tokenizer.model.save(str(directory))  # vocab.txt
-        config = {PUBLISHED_FIELDS.get(k, k): v for k, v in asdict(self.config).items()}
-        config |= EVERY_BERT | {"architectures": [self.architecture]}
-        config |= {"pad_token_id": self.padding_idx, "tokenizer_hash": tokenizer_hash(tokenizer)}
-        (directory / "config.json").write_text(json.dumps(config, indent=2))
-        about = {
-            "tokenizer_class": "BertTokenizer",
-            "model_max_length": self.config.max_seq_length,
-            "do_lower_case": getattr(tokenizer.normalizer, "lowercase", False),
-        }
-        (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2))
+# ---- Looking into a model -----------------------------------------------------------------------
 
 
-class Bert(PretrainedModel):
-    """The encoder and its pooler. [BERT] §3."""
+def parameter_counts(model: nn.Module) -> Counter[str]:
+    """Returns how many parameters each part of a model has, all layers together.
 
-    architecture = "BertModel"
-
-    def __init__(self, config: BertConfig, padding_idx: int) -> None:
-        super().__init__(config, padding_idx)
-        self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)
-
-    def forward(
-        self, input_ids: Tensor, token_type_ids: Given = None, attention_mask: Given = None
-    ) -> Tensor:
-        """Returns the last hidden states, (batch, seq, d_model).
-
-        All arguments are (batch, seq). token_type_ids: 0 = segment A, 1 = segment B; by default all
-        0. attention_mask: True = a real token; by default `input_ids != padding_idx`. No query
-        attends to padding, so outputs at real tokens do not depend on it.
-        """
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        if attention_mask is None:
-            attention_mask = input_ids != self.padding_idx
-        mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, seq): of keys, for any query
-        hidden_states = self.embeddings(input_ids, token_type_ids)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, mask)
-        return hidden_states
-
-    def pool(self, hidden_states: Tensor) -> Tensor:
-        """Returns tanh(dense([CLS])), one vector for the whole sequence: (batch, seq, d_model) ->
-        (batch, d_model). [Code]
-        """
-        return torch.tanh(self.pooler(hidden_states[:, 0]))
-
-
-class BertPretrainModel(PretrainedModel):
-    """The encoder with both heads of pretraining. [BERT] §3.1; the MLM transform is [Code]'s.
-
-    The MLM decoder is tied to the token embeddings: the vector that represents a token in the input
-    also scores it in the output. So the largest matrix, vocab x d_model, a fifth of base, is there
-    once.
+    The counts add up to the whole model: the tied matrix is one parameter and is counted once.
     """
-
-    architecture = "BertForPreTraining"
-
-    def __init__(self, config: BertConfig, padding_idx: int) -> None:
-        super().__init__(config, padding_idx)
-        self.bert = Bert(config, padding_idx)
-        self.mlm_dense = nn.Linear(config.d_model, config.d_model)
-        self.mlm_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)
-        self.mlm_bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.nsp = nn.Linear(config.d_model, 2)  # 0 = IsNext, 1 = random
-        self.init_weights(self.mlm_dense)
-        self.init_weights(self.nsp)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        token_type_ids: Given = None,
-        attention_mask: Given = None,
-        positions: Given = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Returns mlm_logits and nsp_logits, (batch, 2): 0 = segment B is next, 1 = it is random.
-
-        Arguments are those of `Bert`, and positions, (masked,): flat indices into batch * seq. With
-        them, mlm_logits are (masked, vocab), without them (batch, seq, vocab).
-        """
-        hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
-        nsp_logits = self.nsp(self.bert.pool(hidden_states))
-        if positions is not None:  # 15% of all tokens; logits of the others would be thrown away
-            hidden_states = hidden_states.flatten(0, 1)[positions]  # (masked, d_model)
-        transformed = self.mlm_norm(F.gelu(self.mlm_dense(hidden_states)))
-        decoder = self.bert.embeddings.token.weight  # (vocab, d_model), the tied matrix
-        return F.linear(transformed, decoder, self.mlm_bias), nsp_logits
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        without_layer = re.sub(r"^bert\.|(?<=layers\.)\d+\.|\.(weight|bias)$", "", name)
+        part = ".".join(without_layer.split(".")[:2])
+        counts[part] += parameter.numel()
+    return counts
 
 
-class SST2BertModel(PretrainedModel):
-    """The encoder with a classifier over the pooled `[CLS]`. [BERT] §4.1, [Code]."""
+@torch.no_grad()
+def fill_masks(
+    model: BertPretrainModel, tokenizer: Any, text: str, k: int = 5
+) -> list[dict[str, float]]:
+    """Returns, for each [MASK] in a text, the k most probable tokens and their probabilities."""
+    input_ids = torch.tensor([tokenizer.encode(text).ids])  # (1, seq), with [CLS] and [SEP]
+    positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
+    mlm_logits, _ = model.eval()(input_ids, positions=positions)  # (masked, vocab)
+    top = mlm_logits.softmax(dim=-1).topk(k)  # values and indices, both (masked, k)
+    guesses = []
+    for ids, probs in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+        tokens = [tokenizer.id_to_token(id) for id in ids]
+        guesses.append(dict(zip(tokens, probs, strict=True)))
+    return guesses
 
-    architecture = "BertForSequenceClassification"
 
-    def __init__(self, config: BertConfig, padding_idx: int) -> None:
-        super().__init__(config, padding_idx)
-        self.bert = Bert(config, padding_idx)
-        self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.d_model, 2)  # 0 = negative, 1 = positive
-        self.init_weights(self.classifier)
+def look(source: str, text: str) -> None:
+    """Prints how many parameters each part of a model has, and its guesses for each [MASK]."""
+    from data import load_tokenizer  # the only use of another file of this project
 
-    def forward(self, *inputs: Tensor, **named_inputs: Tensor) -> Tensor:
-        """Returns logits, (batch, 2): 0 = negative, 1 = positive. Arguments are those of `Bert`."""
-        return self.classifier(self.dropout(self.bert.pool(self.bert(*inputs, **named_inputs))))
+    directory = fetch(source)
+    tokenizer = load_tokenizer(directory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # missing heads are treated below
+        model = BertPretrainModel.from_pretrained(directory)
+    check_padding(model, tokenizer)
+
+    has_mlm_head = not any(name.startswith("mlm_") for name in model.missing_parameters)
+    counts = parameter_counts(model if has_mlm_head else model.bert)
+    for part, count in counts.items():
+        print(f"{count:>13,}  {part}")
+    print(f"{counts.total():>13,}  in all")
+
+    if "[MASK]" in text and not has_mlm_head:
+        raise ValueError(f"{directory} has no head to fill a [MASK] with, the encoder alone")
+    for guesses in fill_masks(model, tokenizer, text):
+        print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in guesses.items()))
 
 
-if __name__ == "__main__":  # counts a model's parameters, fills masks, draws attention
-    from extras.attention import main
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="bert.py", description="Counts a model's parameters and fills the masks of a text."
+    )
+    parser.add_argument("source", help="directory or hub id of a model")
+    parser.add_argument("text", nargs="?", default="", help="with [MASK] for tokens to be guessed")
+    arguments = parser.parse_args()
+    try:
+        look(arguments.source, arguments.text)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
+
+if __name__ == "__main__":
     main()

@@ -1,12 +1,27 @@
-"""BERT's data: tokenize once, build on the fly, every example a function of (corpus, seed, index).
+"""BERT's data: tokenize once, build examples on the fly, each a function of (corpus, seed, index).
 
-Stage 1, once: documents -> sentences -> token ids, cached on disk and memory-mapped. Stage 2, in
-the DataLoader's workers: a pair is cut out of that array and masked, one example at a time. So
-masks differ in every epoch, and neither workers nor ranks nor a resume change a token.
+Transforming a whole corpus into masked examples before training takes days, and gives every epoch
+the same masks. So the work is divided:
+
+    stage 1, once        text -> sentences -> tokens -> one array on disk, memory-mapped
+    stage 2, in workers  a pair of segments -> masked positions -> an example -> a batch
+
+The sections below follow this way. After them come SST-2, and at the end the reading of files.
+Stage 2 makes one example at a time. Its random numbers depend only on the seed, the epoch and the
+index of the example within the epoch. So the masks differ in every epoch, and neither workers nor
+ranks nor a resume change a token.
+
+Words used throughout:
+    document   a text such as a book or a review: one row of a data set, or several joined
+    position   offset of a token in the whole corpus: the number of tokens before it
+    column     offset of a token in an example, where column 0 is [CLS]
+    masked positions: the columns of an example whose tokens are to be predicted
+    start, end of a span: its first token, and the token after its last one (exclusive)
+    example    `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
+    seam       a position where segment A may end and segment B may start
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-A position in the corpus is the number of tokens before it. The start of a span belongs to it, its
-end does not.
+Dimensions in comments: batch, seq (columns of an example), masked (masked positions of one row).
 """
 
 import glob
@@ -22,7 +37,6 @@ from functools import lru_cache, partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-
 import datasets
 import numpy as np
 import torch
@@ -37,78 +51,57 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 IGNORED_LABEL = -100  # the label of a token that is not to be predicted; cross_entropy skips it
-SAMPLE = Path(__file__).with_name("sample")
-KINDS = {".txt", ".json", ".jsonl", ".parquet"}
-STAGE_1 = 1  # in the cache's key: to be raised when stage 1 changes
+SAMPLE = Path(__file__).with_name("sample")  # a small invented corpus that comes with the code
+
+# ---- Text -> sentences ---------------------------------------------------------------------------
+
+# A sentence ends after . ! ? or an ellipsis before white space, but not after an initial or a
+# title: (?<!...) looks back, and can do so only over strings of one length. Closing quotation marks
+# and brackets belong to the sentence. It also ends after a Chinese full stop and at a blank line.
+SENTENCE_END = re.compile(
+    r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
+    r"""|[。！？]|\n\s*\n"""
+)
+# Up to 1,000 characters that end with white space, or exactly 1,000 that have none.
+PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
+
+    A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). A span of
+    more than 1,000 characters is cut at white space.
+
+    Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
+    """
+    ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    sentences: list[str] = []
+    for start, end in pairwise([0, *ends, len(text)]):
+        span = text[start:end]
+        pieces = PIECE.findall(span) if len(span) > 1000 else [span]
+        sentences.extend(piece.strip() for piece in pieces)
+    return [sentence for sentence in sentences if sentence]
+
+
+# ---- Sentences -> tokens -------------------------------------------------------------------------
 
 
 def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> Tokenizer:
-    """Returns WordPiece over a vocabulary, adding [CLS] and [SEP]. [Code] tokenization.py.
+    """Returns a WordPiece tokenizer whose `encode` adds [CLS] and [SEP]. [Code] tokenization.py.
 
-    normalizer: `lowercase` (True), `strip_accents` (as lowercase), `handle_chinese_chars` (True).
+    vocabulary: the id of each token; None for a tokenizer that is to be trained.
+
+    normalizer: options, with their defaults: `lowercase` (True), `strip_accents` (the same as
+    lowercase), `handle_chinese_chars` (True).
     """
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
-
-
-def read_normalizer(path: Path) -> dict[str, bool | None]:
-    """Returns how a published tokenizer_config.json says that text is normalized; a vocab.txt alone
-    does not tell whether it is cased.
-    """
-    if not path.exists():
-        return {}
-    names = {  # ours -> those of the file
-        "lowercase": "do_lower_case",
-        "strip_accents": "strip_accents",
-        "handle_chinese_chars": "tokenize_chinese_chars",
-    }
-    published = json.loads(path.read_text(encoding="utf-8"))
-    return {ours: published[name] for ours, name in names.items() if name in published}
-
-
-def is_hub_id(source: str) -> bool:
-    """Returns whether a name can be a hub id, `name` or `owner/name`, and is no path here.
-
-    A mistyped `runs/bas` is a path where there is a folder runs: it must not be asked for.
-    """
-    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
-        return False
-    return "/" not in source or not Path(Path(source).parts[0]).exists()
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory with one of them, or that
-    of a hub id. A vocab.txt is uncased unless the tokenizer_config.json beside it says otherwise.
-    """
-    path = Path(path)
-    try:
-        if path.suffix not in {".txt", ".json"} and is_hub_id(str(path)):
-            print(f"fetching {path} from the hub", file=sys.stderr)
-            files = ["tokenizer.json", "tokenizer_config.json", "vocab.*"]
-            path = Path(snapshot_download(str(path), allow_patterns=files))
-        if path.is_dir():
-            path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
-        if path.suffix == ".txt":
-            tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            vocabulary = {token: i for i, token in enumerate(tokens)}
-            tokenizer = wordpiece(
-                vocabulary, **read_normalizer(path.with_name("tokenizer_config.json"))
-            )
-        else:
-            tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"no tokenizer at {path}: {error}") from error
-    if missing := set(SPECIAL_TOKENS) - set(tokenizer.get_vocab()):
-        raise ValueError(f"the tokenizer at {path} lacks {', '.join(sorted(missing))}")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Returns uncased WordPiece learned from texts; the same texts give the same ids, in any order.
 
-    The trainer breaks ties between characters in hash order, which differs between runs. Passing
-    every character, sorted, alone and as a ## piece, as a fixed token makes it deterministic.
+    The trainer breaks ties between characters in hash order, which differs between runs. So every
+    character, alone and as a ## piece, is handed to it as a fixed token, in sorted order.
     """
     texts = [text for text in texts if text]
     untrained = wordpiece(None)
@@ -132,8 +125,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     """Returns the ids of each text, without [CLS] and [SEP].
 
-    A "[MASK]" that stands in a text is three ordinary tokens. At most 1,000 texts are encoded at a
-    time, because the library's encodings take far more memory than their ids.
+    A "[MASK]" that stands in a text is read as ordinary text. At most 1,000 texts are encoded at a
+    time, because the encodings of `tokenizers` take far more memory than their ids.
     """
     tokenizer.encode_special_tokens = True
     ids: list[list[int]] = []
@@ -145,112 +138,35 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-# ---- Files and rows -----------------------------------------------------------------------------
+# ---- Stage 1: documents -> a table of tokens -----------------------------------------------------
 
 
-def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
-    """Returns what `datasets.load_dataset` needs to know of a file, or of a directory of files.
-
-    The kind of a directory is that of most of its files. Hidden files do not count. `datasets`
-    takes a file for the same if its path and time are the same; here its size counts, too, by a
-    cache directory of its own.
-    """
-    folder = where.resolve().parent if where.is_file() else where
-    if set("[]*?") & set(str(folder)):
-        raise ValueError(f"{folder}: the library takes [ ] * ? in a folder's name for a pattern")
-    files = [where] if where.is_file() else sorted(where.glob("**/*"))
-    visible = [
-        file
-        for file in files
-        if file.suffix in KINDS
-        and not any(part.startswith((".", "__")) for part in file.relative_to(where).parts)
-    ]
-    kinds = Counter(".json" if file.suffix == ".jsonl" else file.suffix for file in visible)
-    ranked = kinds.most_common()
-    if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
-        raise ValueError(
-            f"{where} has as many {ranked[0][0]} as {ranked[1][0]} files: name a file, or a folder"
-            " of files of one kind"
-        )
-
-    options: dict[str, Any] = {}
-    if ranked and ranked[0][0] == ".txt":
-        options["sample_by"] = "document"
-    sizes = [(str(file.resolve()), file.stat().st_size) for file in visible]
-    cache = f"files-{datasets.fingerprint.Hasher.hash(sizes)}"
-    options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / cache)
-    if where.is_file():
-        options["data_files"] = {"train": glob.escape(where.name)}
-    return str(folder), options
-
-
-def get_dataset(
-    path: str, name: str | None = None, split: str | None = "train", streaming: bool = False
-) -> Any:
-    """Returns a split of a data set, or with split=None a dict of all. One row is one document, or
-    a sentence of SST-2.
-
-    path: "sample", a hub id, or a directory or file of parquet, jsonl or text; a .txt is one
-    document. Names with train, validation or test make those splits, as `datasets` has it; without
-    such names, all is train. Raises ValueError if there is nothing to read.
-    """
-    where = SAMPLE / "corpus" if path == "sample" else Path(path)
-    if where.exists():
-        source, options = describe_files(where)
-    elif is_hub_id(path):
-        print(f"fetching {path} from the hub", file=sys.stderr)
-        source, options = path, {}
-    else:
-        raise ValueError(f"{path} does not exist")
-    try:
-        return datasets.load_dataset(source, name, split=split, streaming=streaming, **options)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as e:
-        raise ValueError(f"cannot read {path}: {e.__cause__ or str(e) or 'it is empty'}") from e
-
-
-# ---- Stage 1: text -> sentences -> tokens -------------------------------------------------------
-
-SENTENCE_END = re.compile(  # not after an initial or a title; closing quotes are the sentence's
-    r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
-    r"""|[。！？]|\n\s*\n"""
-)
-PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)  # what never ends is cut at 1,000
-
-
-def split_sentences(text: str) -> list[str]:
-    """Cuts a text after the ends of sentences and at blank lines; white space around is dropped.
-
-    A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). A span of
-    more than 1,000 characters is cut at white space.
-    """
-    ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    sentences: list[str] = []
-    for start, end in pairwise([0, *ends, len(text)]):
-        span = text[start:end]
-        pieces = PIECE.findall(span) if len(span) > 1000 else [span]
-        sentences.extend(piece.strip() for piece in pieces)
-    return [sentence for sentence in sentences if sentence]
+STAGE_1 = 1  # part of the cache's key: to be raised when the result of stage 1 changes
 
 
 def tokenize_documents(
-    rows: dict, numbers: list[int], tokenizer: Tokenizer, column: str, rows_per_document: int = 1
+    rows: dict, indices: list[int], tokenizer: Tokenizer, column: str, rows_per_document: int = 1
 ) -> dict:
     """Tokenizes a few documents: the function that `tokenize_dataset` maps over all of them.
 
-    numbers: of these documents, for errors. Raises ValueError with the row that is no text.
+    rows: texts, or lists of texts that are joined, under the key `column`. indices: of these
+    documents in the corpus, for errors. Raises ValueError, naming the row, if one is not text.
+
+    Example: a document whose two sentences have the ids [7, 8, 9] and [4, 5] gives the tokens
+    [7, 8, 9, 4, 5], the starts [0, 3], and 2 sentences.
     """
     columns: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
-    for number, text in zip(numbers, rows[column], strict=True):
-        parts = text if isinstance(text, list) else [text]  # a list: rows that were joined
+    for index, text in zip(indices, rows[column], strict=True):
+        parts = text if isinstance(text, list) else [text]
         for i, part in enumerate(parts):
             if not isinstance(part, str | None):
-                row = number * rows_per_document + (i if rows_per_document > 1 else 0)
+                row = index * rows_per_document + (i if rows_per_document > 1 else 0)
                 raise ValueError(f"row {row}: {column} is {type(part).__name__}, not text")
         text = "\n\n".join(part for part in parts if part)
 
         ids = encode_plain(tokenizer, split_sentences(text))
         sentences = [sentence for sentence in ids if sentence]
-        kept = sentences if len(sentences) > 1 else []
+        kept = sentences if len(sentences) > 1 else []  # with one, no sentence follows another
         lengths = np.array([len(sentence) for sentence in kept], dtype=np.int64)
         tokens = [token for sentence in kept for token in sentence]
         columns["tokens"].append(np.array(tokens, dtype=np.uint32))
@@ -273,8 +189,10 @@ def tokenize_dataset(
     - `sentences`: how many it has. Documents with fewer than two get no tokens, because no sentence
       follows another.
 
-    The table is a file in the library's cache, by (data set, tokenizer, column): the second start
-    reads it. rows_per_document: > 1 joins so many rows, for corpora with a sentence a row.
+    The table is a file in the cache of `datasets`, under a key made of the data set, the tokenizer
+    and the column: the second start of a script finds it there.
+    rows_per_document: > 1 joins so many rows into a document, for corpora with a sentence per row.
+    processes: how many tokenize at a time.
     """
     if text_column not in dataset.column_names:
         raise ValueError(f"no column {text_column!r}: --text-column is of {dataset.column_names}")
@@ -292,7 +210,7 @@ def tokenize_dataset(
             "rows_per_document": rows_per_document,
         },
         batched=True,
-        batch_size=min(max(len(dataset) // 1000, 16), 1000),
+        batch_size=min(max(len(dataset) // 1000, 16), 1000),  # a file is written in such portions
         with_indices=True,
         features=Features(tokens=tokens, starts=List(Value("uint32")), sentences=Value("int64")),
         remove_columns=[text_column],
@@ -302,31 +220,36 @@ def tokenize_dataset(
     )
 
 
+# ---- The corpus as three arrays ------------------------------------------------------------------
+
+
 class TokenizedCorpus:
-    """All documents with two sentences or more as one array of tokens, mapped from disk.
+    """All documents with two sentences or more, as one array of tokens that is mapped from disk.
 
         tokens            6 3 7 9 . 4 4 . 8 1 5 . 2 2 .     all documents, end to end
         sentence_starts   0         5     8       12    15  the last entry is the end of the corpus
         document_starts   0               8             15  two documents here
 
-    sentence_starts, document_starts: int64, in memory, 8 bytes an entry; skipped: how many
-    documents were left out, and why. Raises ValueError if there are fewer than two documents, since
-    a random segment B is from another one.
+    sentence_starts, document_starts: int64, positions, in memory, 8 bytes an entry.
+    skipped: how many documents were left out, and why.
+    rows: the table of `tokenize_dataset`. Raises ValueError if fewer than two of its documents can
+    be used, because a random segment B is from another document.
     """
 
     def __init__(self, rows: datasets.Dataset) -> None:
         if rows._indices is not None:  # shuffled or filtered: the table itself has another order
             rows = rows.flatten_indices()
         self.rows = rows
-        sentences = np.asarray(rows["sentences"][:], dtype=np.int64)  # (rows,), of each document
-        without, with_one, with_more = np.bincount(np.minimum(sentences, 2), minlength=3).tolist()
-        self.skipped = {"no sentence": without, "one sentence": with_one}
+        sentences = np.asarray(rows["sentences"][:], dtype=np.int64)  # (rows,), how many each has
+        with_none, with_one, with_more = np.bincount(np.minimum(sentences, 2), minlength=3).tolist()
+        self.skipped = {"no sentence": with_none, "one sentence": with_one}
         if with_more < 2:
             raise ValueError(
                 f"{with_more} documents have a next sentence, 2 are needed; {self.skipped}"
             )
 
-        # The library stores a column in chunks; the tokens of each are one array, a view of a file.
+        # `datasets` stores a column in chunks. The tokens of a chunk are one array, a view of the
+        # file, and a document never lies across two chunks.
         token_chunks = rows.data.column("tokens").chunks
         start_chunks = rows.data.column("starts").chunks
         self.chunks = [chunk.flatten().to_numpy() for chunk in token_chunks]
@@ -340,43 +263,51 @@ class TokenizedCorpus:
         is_kept = lengths > 0
         self.document_starts = np.append(starts[is_kept], self.size)
 
-        # A sentence starts so many tokens into its document: add where the document starts.
+        # `starts` counts from the start of the document: add the position of that start.
         within_document = np.concatenate([chunk.flatten() for chunk in start_chunks])
         start_of_its_document = np.repeat(starts[is_kept], sentences[is_kept])
         self.sentence_starts = np.append(start_of_its_document + within_document, self.size)
 
     def __reduce__(self) -> tuple:
-        return TokenizedCorpus, (self.rows,)  # a worker that was not forked maps the files itself
+        """Pickles the table, not the arrays: a worker that is not forked maps the files itself."""
+        return TokenizedCorpus, (self.rows,)
 
     def __len__(self) -> int:
         return self.size
 
+    def describe(self) -> str:
+        """Returns a line for people: how much there is, and what was left out."""
+        documents = len(self.document_starts) - 1
+        return f"{documents} documents, {len(self):,} tokens; documents left out: {self.skipped}"
+
     def document_around(self, position: int) -> tuple[int, int]:
         """Returns start and end of the document that holds `position`."""
-        behind = self.document_starts.searchsorted(position, side="right")
-        return int(self.document_starts[behind - 1]), int(self.document_starts[behind])
+        next_document = self.document_starts.searchsorted(position, side="right")
+        start, end = self.document_starts[next_document - 1 : next_document + 1]
+        return int(start), int(end)
 
     def sentence_around(self, position: int) -> tuple[int, int]:
         """Returns start and end of the sentence that holds `position`."""
-        behind = self.sentence_starts.searchsorted(position, side="right")
-        return int(self.sentence_starts[behind - 1]), int(self.sentence_starts[behind])
+        next_sentence = self.sentence_starts.searchsorted(position, side="right")
+        start, end = self.sentence_starts[next_sentence - 1 : next_sentence + 1]
+        return int(start), int(end)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
-        """Returns the tokens at positions start .. end, which are of one document."""
+        """Returns the tokens at positions start .. end, all of one document."""
         chunk = self.chunk_starts.searchsorted(start, side="right") - 1
-        return self.chunks[chunk][start - self.chunk_starts[chunk] : end - self.chunk_starts[chunk]]
+        chunk_start = self.chunk_starts[chunk]
+        return self.chunks[chunk][start - chunk_start : end - chunk_start]
 
     def checksum(self) -> int:
-        """Returns a number that changes with any token, and any start of a sentence or document."""
-        value = zlib.crc32(self.document_starts.data, zlib.crc32(self.sentence_starts.data))
+        """Returns a number that depends on every token, and on every start in both other arrays."""
+        value = zlib.crc32(self.sentence_starts.data)
+        value = zlib.crc32(self.document_starts.data, value)
         for chunk in self.chunks:
             value = zlib.crc32(np.ascontiguousarray(chunk).data, value)
         return value
 
     def unigram_entropy(self) -> float:
-        """Returns, in nats, the MLM loss of a model that knows how often each token occurs, and no
-        more.
-        """
+        """Returns the MLM loss, in nats, of a model that knows only how often each token occurs."""
         size = 1 + max(int(chunk.max(initial=0)) for chunk in self.chunks)
         counts = np.zeros(size, dtype=np.int64)
         for chunk in self.chunks:
@@ -385,54 +316,14 @@ class TokenizedCorpus:
         return float(-(shares * np.log(shares)).sum())
 
 
-def get_train_rows(path: str, train_split: str, name: str | None = None) -> datasets.Dataset:
-    """Returns the rows of the part of a data set to train on: of one split, or of several."""
-    splits = get_dataset(path, name, split=None)
-    if train_split in splits:
-        return splits[train_split]
-    if train_split.isidentifier():  # one name, not train+unsupervised or train[:10%]
-        raise ValueError(
-            f"{path} has no split {train_split}, only {', '.join(splits)}; see --split"
-        )
-    return get_dataset(path, name, train_split)
-
-
-def get_corpus(
-    path: str,
-    split: str,
-    tokenizer: Tokenizer,
-    name: str | None = None,
-    train_split: str = "train",
-    **stage_1: Any,
-) -> TokenizedCorpus:
-    """Returns the "train" or the "validation" part of a data set, tokenized.
-
-    The part to train on is `train_split`, as `datasets` spells it: "train", "train+unsupervised",
-    "train[:10%]". The validation part is the split of that name; where there is none, or where it
-    is trained on, it is the last 1% of the usable documents of `train_split`, at least two.
-    """
-    splits = get_dataset(path, name, split=None)
-    has_validation = "validation" in splits and "validation" not in train_split
-    if split == "validation" and has_validation:
-        return TokenizedCorpus(tokenize_dataset(splits["validation"], tokenizer, **stage_1))
-    rows = tokenize_dataset(get_train_rows(path, train_split, name), tokenizer, **stage_1)
-    if has_validation:
-        return TokenizedCorpus(rows)
-    usable = np.flatnonzero(np.asarray(rows["sentences"][:]) > 1)
-    if len(usable) < 4:
-        raise ValueError(f"{path}: {len(usable)} of 4 documents needed; see --rows-per-document")
-    cut = usable[-max(2, len(usable) // 100)]
-    return TokenizedCorpus(rows.select(range(cut) if split == "train" else range(cut, len(rows))))
-
-
-# ---- Random numbers -----------------------------------------------------------------------------
+# ---- Random numbers ------------------------------------------------------------------------------
 
 PURPOSE_EXAMPLE, PURPOSE_ORDER, PURPOSE_SST2 = 0, 1, 2
 
 
 class PhiloxKey(ISeedSequence):
-    """A seed that is Philox's key as it is. `Philox(key=seed)` is the same and four times as slow:
-    it also gathers entropy from the operating system, and leaves it unused.
+    """Hands a seed to Philox as its key. `Philox(key=seed)` gives the same numbers, but is four
+    times as slow, because it also asks the operating system for entropy and does not use it.
     """
 
     def __init__(self, seed: int) -> None:
@@ -443,17 +334,19 @@ class PhiloxKey(ISeedSequence):
 
 
 def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
-    """Returns a generator whose numbers depend on the arguments alone.
+    """Returns a random generator whose numbers depend on these four arguments alone.
 
-    Philox is counter-based: it computes its k-th block of numbers from (seed, counter + k). The
-    counter's lowest word counts the blocks, so it starts at 0 and two generators never overlap.
+    So every example has its own random numbers, whoever draws them and whatever was drawn before.
+    Philox makes this cheap: it computes numbers directly from (seed, counter). The counter has four
+    words, here [block, index, epoch, purpose]. Drawing more numbers advances only the block, so two
+    generators never give the same numbers.
     """
     key: Any = PhiloxKey(seed)
     philox = np.random.Philox(key, counter=[0, index, epoch, purpose])
     return np.random.Generator(philox)
 
 
-# ---- A sentence pair ----------------------------------------------------------------------------
+# ---- A pair of segments --------------------------------------------------------------------------
 
 MAX_REDRAWS = 20
 
@@ -477,23 +370,75 @@ class Pair(NamedTuple):
     is_random: bool
 
 
+def draw_pair(
+    corpus: TokenizedCorpus,
+    rng: np.random.Generator,
+    index: int,
+    examples_per_epoch: int,
+    room: int,
+) -> Pair:
+    """Draws segment A and segment B of one example. [BERT] §3.1 task 2 and A.2.
+
+    1. Draw the length of the pair. In nine examples of ten it is `room` tokens; in the tenth it is
+       drawn from 2 .. room, because fine-tuning meets short texts too.
+    2. Draw a position in this index's share of the corpus, and find a seam near it: at most half a
+       pair away, so that the pair still covers the drawn position.
+    3. Find a seam of the same kind in another document.
+    4. Draw segment A's share of the pair, and toss two coins. `place_pair` does the rest.
+
+    Properties:
+    - The label is independent of segment A, of segment B, and of both lengths, in any corpus. Seams
+      and lengths are fixed before the coins, and whatever the first coin says, the second is fair.
+    - It is independent of whether segment A ends a sentence and segment B starts one, because both
+      seams are of one kind (see `find_other_seam` for the exception).
+    - The first position of index i is drawn from the i-th of `examples_per_epoch` equal shares of
+      the corpus. The shares leave no token out, and every token can get into an example. (With both
+      coins 1 the example is a true pair at the other seam, and this share is passed over.)
+    - A random segment B is from another document.
+
+    One leak remains. Where documents are hardly longer than a pair, a segment A that starts its
+    document, together with a segment B that ends its document, is more often a random pair, because
+    lengths are cut to fit two documents. Guessing the label from this alone is right in 54% of
+    pairs of 128 tokens from film reviews of 250 tokens, in 51% of pairs of 64 tokens, and in 50%
+    of pairs from novels.
+
+    Differs: [Code] draws a random segment B from any document, maybe the same one, by another rule
+    than a true one.
+    """
+    is_short = rng.random() < 0.1
+    target = int(rng.integers(2, room + 1)) if is_short else room
+    reach = target / 2
+
+    share_start = index * len(corpus) // examples_per_epoch
+    share_end = (index + 1) * len(corpus) // examples_per_epoch
+    position = int(rng.integers(share_start, share_end))
+    seam = find_seam(corpus, position, reach)
+    other = find_other_seam(corpus, rng, seam, reach)
+
+    share_of_a = rng.random()
+    coin_a = int(rng.integers(2))
+    coin_b = int(rng.integers(2))
+    return place_pair(seam, other, target, share_of_a, coin_a, coin_b)
+
+
 def find_seam(corpus: TokenizedCorpus, position: int, reach: float) -> Seam:
     """Returns a seam near `position`, in the same document.
 
-    1. The nearest start of a sentence: where the next sentence starts or, in the last sentence of
-       a document, where that one starts.
+    1. The start of the next sentence. The last sentence of a document has no next one: there it is
+       the start of the sentence itself.
     2. `position` itself if that start is `reach` tokens away, or farther. So every token can be
        reached, however long its sentence is.
 
-    Example: a document at 0 .. 15 whose sentences start at 0, 5, 8 and 12, `reach` = 3. Position 6
-    gives the seam 8, position 13 the seam 12, and position 1, far from the start at 5, itself.
+    Example: a document at 20 .. 35 whose sentences start at 20, 25, 28 and 32; `reach` is 3.
+    Position 26 gives the seam 28. Position 33, in the last sentence, gives the seam 32. Position 21
+    gives itself, because the next sentence starts 4 tokens later.
     """
     document_start, document_end = corpus.document_around(position)
     sentence_start, sentence_end = corpus.sentence_around(position)
     is_last_sentence = sentence_end == document_end
-    nearest = sentence_start if is_last_sentence else sentence_end
-    if abs(nearest - position) < reach:
-        return Seam(document_start, nearest, document_end, starts_sentence=True)
+    candidate = sentence_start if is_last_sentence else sentence_end
+    if abs(candidate - position) < reach:
+        return Seam(document_start, candidate, document_end, starts_sentence=True)
 
     position = max(position, document_start + 1)  # segment A needs a token
     starts_sentence = position in (sentence_start, sentence_end)
@@ -510,8 +455,8 @@ def find_other_seam(
 
     1. Draw positions in other documents until the seam near one is of the same kind, at most
        MAX_REDRAWS times.
-    2. Where seams of that kind are rare, force it, at most MAX_REDRAWS times: the nearest start of
-       a sentence however far it is, or the drawn position itself.
+    2. Where seams of that kind are rare, force it, at most MAX_REDRAWS times: take the start of the
+       next sentence however far it is, or the drawn position itself.
 
     The kinds can differ only if step 2 fails, too: if nearly every token of all other documents is
     a sentence of its own.
@@ -537,17 +482,19 @@ def draw_outside(rng: np.random.Generator, start: int, end: int, size: int) -> i
 def place_pair(
     seam: Seam, other: Seam, target: int, share_of_a: float, coin_a: int, coin_b: int
 ) -> Pair:
-    """Returns the pair of about `target` tokens that two seams and two coins make.
+    """Returns the pair, of at most `target` tokens, that two seams and two coins make.
 
-    1. The lengths: segment A gets `share_of_a` of the pair, in 0 .. 1. Both lengths are clamped so
-       that they fit at either seam. Clamped, not drawn among the lengths that fit: so a document's
-       first and last tokens are drawn half as often as those in its middle, not a tenth.
+    1. The lengths. Segment A gets `share_of_a`, in 0 .. 1, of the pair. Both lengths are then
+       clamped to fit before and after either seam. (Near the end of a document, clamping makes
+       segment B reach up to that end again and again. So the last tokens of a document get into
+       half as many examples as those in its middle; if a length were drawn among those that fit,
+       they would get into a tenth.)
     2. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
        says: 0 is `seam`, 1 is `other`. The pair is a true one if both coins say the same.
 
-    Example: seams at 8 and 97 with room for 12 tokens at both, target 12, share_of_a 0.4 and coins
-    0 and 1. The lengths are 5 and 7: segment A is 3 .. 8, segment B is 97 .. 104, and the pair is
-    random. With coins 0 and 0, segment B is 8 .. 15.
+    Example: seams at 28 and 97, each far from both ends of its document; target 12, share_of_a 0.4,
+    coins 0 and 1. The lengths are 5 and 7: segment A is 23 .. 28, segment B is 97 .. 104, and the
+    pair is random. With coins 0 and 0, segment B is 28 .. 35.
     """
     room_before = min(seam.position - seam.document_start, other.position - other.document_start)
     room_after = min(seam.document_end - seam.position, other.document_end - other.position)
@@ -564,55 +511,7 @@ def place_pair(
     return Pair(a_end - length_a, a_end, b_start, b_start + length_b, coin_a != coin_b)
 
 
-def draw_pair(
-    corpus: TokenizedCorpus,
-    rng: np.random.Generator,
-    index: int,
-    examples_per_epoch: int,
-    room: int,
-) -> Pair:
-    """Draws segment A and segment B of one example. [BERT] §3.1 task 2 and A.2.
-
-    1. Draw the length of the pair: `room` tokens, or once in ten times fewer, since fine-tuning
-       meets short texts too.
-    2. Draw a position in this index's share of the corpus, and find a seam near it.
-    3. Find a seam of the same kind in another document.
-    4. Draw segment A's share of the pair, and toss two coins. `place_pair` does the rest.
-
-    Properties:
-    - The label is independent of segment A, of segment B, and of both lengths, in any corpus. Seams
-      and lengths are fixed before the coins, and whatever the first coin says, the second is fair.
-    - It is independent of whether segment A ends a sentence and segment B starts one, because both
-      seams are of one kind (see `find_other_seam` for the exception).
-    - Index i offers the i-th of `examples_per_epoch` equal shares of the corpus; the shares leave
-      no token out, and every token can be drawn.
-    - A random segment B is from another document.
-
-    What is not closed: segment A at a document's start together with segment B at a document's end
-    is more often a random pair where documents are hardly longer than a pair, since a random pair
-    is cut to fit both documents. It tells 54% of the labels of film reviews of 250 tokens at 128
-    tokens a pair, 51% at 64, and 50% of those of novels.
-
-    Differs: [Code] draws a random segment B from any document, maybe the same one, by another rule
-    than a true one.
-    """
-    is_short = rng.random() < 0.1
-    target = int(rng.integers(2, room + 1)) if is_short else room
-    reach = target / 2
-
-    share_start = index * len(corpus) // examples_per_epoch
-    share_end = (index + 1) * len(corpus) // examples_per_epoch
-    position = int(rng.integers(share_start, share_end))
-    seam = find_seam(corpus, position, reach)
-    other = find_other_seam(corpus, rng, seam, reach)
-
-    share_of_a = rng.random()
-    coin_a = int(rng.integers(2))
-    coin_b = int(rng.integers(2))
-    return place_pair(seam, other, target, share_of_a, coin_a, coin_b)
-
-
-# ---- Masks --------------------------------------------------------------------------------------
+# ---- Masked positions ----------------------------------------------------------------------------
 
 MASKED_SHARE = 0.15
 
@@ -620,7 +519,8 @@ MASKED_SHARE = 0.15
 def masked_count(candidates: np.ndarray) -> int:
     """Returns how many of the candidates are masked: 15%, and at least one. [BERT] §3.1 task 1.
 
-    With none, the mean loss over a row's masked positions would be 0 / 0.
+    An example without a masked position would teach the masked language model nothing, and a batch
+    of such examples would have a mean loss of 0 / 0.
     """
     return max(1, round(MASKED_SHARE * len(candidates)))
 
@@ -638,20 +538,23 @@ def choose_words(
     candidates: int64 (n,), columns; continues_word: bool (n,), True where a candidate belongs to
     the word of the candidate before it.
 
+    The number of masked positions should be `masked_count`, but whole words rarely add up to it.
+    [Code] takes words in a random order and skips a word that would exceed the number. Then long
+    words are skipped more often: it masks 18.9% of one-token words and 11.7% of words of four
+    pieces or more. Here every word has the same chance:
+
     1. Lay the words in a random order around a circle of n tokens.
-    2. Cut out an arc of `masked_count` tokens, at a random place.
-    3. Take the words inside the arc. A word that an end of the arc divides is taken with the
-       probability that its share inside says.
+    2. Cut out an arc of `masked_count` tokens that starts at a random token.
+    3. Take the words inside the arc. A word that lies only partly inside is taken with a
+       probability equal to the share of its tokens inside.
     4. If no word was taken, take the one that has most tokens inside.
 
     Properties: apart from step 4, every word is taken with probability masked_count / n, whatever
-    its length, so the expected number of masked positions is masked_count. (Leaving out the word
-    that the limit divides masked one-token words in 18.9% and words of four pieces or more in
-    11.7%.) [Code] has whole-word masking since May 2019, with such a limit.
+    its length, so the expected number of masked positions is masked_count.
 
-    Example: words of 1, 3, 1 and 2 tokens, laid in the order 3, 1, 2, 1; the arc has 2 tokens and
-    starts at the third. Of the word of 3 tokens one is inside: it is taken with probability 1/3.
-    The next word, of 1 token, is taken.
+    Example: 14 candidates, so the arc has 2 tokens. The words have 3, 1, 4, 2 and 4 tokens in the
+    order on the circle, and the arc starts at the third token. It holds the last token of the first
+    word, which is taken with probability 1/3, and the second word, which is taken.
     """
     n = len(candidates)
     count = masked_count(candidates)
@@ -664,8 +567,8 @@ def choose_words(
     arc_start = int(rng.integers(n))
     arc_end = arc_start + count
     inside = np.minimum(ends, arc_end) - np.maximum(starts, arc_start)
-    beyond_the_seam = np.minimum(ends, arc_end - n) - starts  # the arc may go on from 0
-    tokens_inside = np.maximum(inside, 0) + np.maximum(beyond_the_seam, 0)  # (words,), in order
+    inside_after_wrap = np.minimum(ends, arc_end - n) - starts  # the arc may go on from token 0
+    tokens_inside = np.maximum(inside, 0) + np.maximum(inside_after_wrap, 0)  # (words,), in order
 
     is_taken = rng.random(len(lengths)) * lengths[order] < tokens_inside
     if not is_taken.any():
@@ -708,16 +611,16 @@ def mask_tokens(
     return corrupted, labels
 
 
-# ---- An example, a batch ------------------------------------------------------------------------
+# ---- An example, a batch -------------------------------------------------------------------------
 
 
 class PretrainDataset(Dataset):
     """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
 
-    An epoch has as many examples as the corpus has times max_seq_length - 3 tokens. Indices go on
-    over epochs: `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). It
-    depends on (corpus, seed, index) alone: not on the batch, the worker, or what was drawn before.
-    So every epoch has other pairs and masks, and one integer is enough to resume.
+    An epoch has len(corpus) // (max_seq_length - 3) examples. Indices continue over epochs:
+    `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). It depends on
+    (corpus, seed, index) alone: not on the batch, the worker, or what was drawn before. So every
+    epoch has other pairs and masks, and one integer is enough to resume.
     """
 
     def __init__(
@@ -810,7 +713,7 @@ def collate(examples: list[dict[str, np.ndarray]], padding_idx: int) -> dict[str
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-# ---- The order of examples ----------------------------------------------------------------------
+# ---- The order of examples -----------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
@@ -841,10 +744,10 @@ class EpochSampler(Sampler):
         world_size: int = 1,
     ) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.first_batch, self.step = start * world_size + rank, world_size
+        self.first_batch, self.stride = start * world_size + rank, world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in count(self.first_batch, self.step):
+        for batch in count(self.first_batch, self.stride):
             start = batch * self.batch_size
             indices = []
             for turn in range(start, start + self.batch_size):  # counts through all epochs
@@ -862,10 +765,11 @@ def get_split_dataloader(
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Returns a loader of endless batches for one rank, from batch `start` on.
+    """Returns an endless loader of batches for one rank. start: how many batches of this rank to
+    skip.
 
-    Two workers feed a fast GPU, and more only hold more memory: each has 4 batches ready, of 24
-    bytes for each token, 6 MB for two workers at 256 x 128.
+    Two workers feed a fast GPU, and more only hold more memory. Each has 4 batches ready, and a
+    token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
     """
     sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
     return DataLoader(
@@ -878,7 +782,7 @@ def get_split_dataloader(
     )
 
 
-# ---- SST-2 --------------------------------------------------------------------------------------
+# ---- SST-2 ---------------------------------------------------------------------------------------
 
 
 def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[str], list[int]]:
@@ -959,3 +863,180 @@ class SST2Batches:
             )
             labels = torch.tensor([self.labels[index] for index in indices])
             yield {"input_ids": input_ids, "labels": labels}
+
+
+# ---- Reading corpora -----------------------------------------------------------------------------
+
+
+def get_corpus(
+    path: str,
+    split: str,
+    tokenizer: Tokenizer,
+    name: str | None = None,
+    train_split: str = "train",
+    **stage_1: Any,
+) -> TokenizedCorpus:
+    """Returns the "train" or the "validation" part of a data set, tokenized.
+
+    The part to train on is `train_split`, as `datasets` spells it: "train", "train+unsupervised",
+    "train[:10%]". The validation part is the split of that name; where there is none, or where it
+    is trained on, it is the last 1% of the usable documents of `train_split`, at least two.
+    """
+    splits = get_dataset(path, name, split=None)
+    has_validation = "validation" in splits and "validation" not in train_split
+    if split == "validation" and has_validation:
+        return TokenizedCorpus(tokenize_dataset(splits["validation"], tokenizer, **stage_1))
+    rows = tokenize_dataset(get_train_rows(path, train_split, name), tokenizer, **stage_1)
+    if has_validation:
+        return TokenizedCorpus(rows)
+    usable = np.flatnonzero(np.asarray(rows["sentences"][:]) > 1)
+    if len(usable) < 4:
+        raise ValueError(f"{path}: {len(usable)} of 4 documents needed; see --rows-per-document")
+    cut = usable[-max(2, len(usable) // 100)]
+    return TokenizedCorpus(rows.select(range(cut) if split == "train" else range(cut, len(rows))))
+
+
+def get_train_rows(path: str, train_split: str, name: str | None = None) -> datasets.Dataset:
+    """Returns the rows to train on. train_split: a split, or several: see `get_corpus`."""
+    splits = get_dataset(path, name, split=None)
+    if train_split in splits:
+        return splits[train_split]
+    if train_split.isidentifier():  # one name, not train+unsupervised or train[:10%]
+        raise ValueError(
+            f"{path} has no split {train_split}, only {', '.join(splits)}; see --split"
+        )
+    return get_dataset(path, name, train_split)
+
+
+def get_texts(
+    path: str, train_split: str = "train", name: str | None = None, column: str = "text"
+) -> Iterable[str]:
+    """Returns the texts to train on. Raises ValueError if the column is missing or not text."""
+    rows = get_train_rows(path, train_split, name)
+    if column not in rows.column_names:
+        raise ValueError(f"no --text-column {column} in {rows.column_names}")
+    kind = rows.features[column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise ValueError(f"--text-column {column} is not text but {kind}")
+    return rows[column]
+
+
+def get_dataset(
+    path: str, name: str | None = None, split: str | None = "train", streaming: bool = False
+) -> Any:
+    """Returns a split of a data set, or with split=None a dict of all. One row is one document, or
+    a sentence of SST-2.
+
+    path: "sample", a hub id, or a directory or file of parquet, jsonl or text; a .txt is one
+    document. Names with train, validation or test make those splits, as `datasets` has it; without
+    such names, all is train. Raises ValueError if there is nothing to read.
+    """
+    where = SAMPLE / "corpus" if path == "sample" else Path(path)
+    if where.exists():
+        source, options = describe_files(where)
+    elif is_hub_id(path):
+        print(f"fetching {path} from the hub", file=sys.stderr)
+        source, options = path, {}
+    else:
+        raise ValueError(f"{path} does not exist")
+    try:
+        return datasets.load_dataset(source, name, split=split, streaming=streaming, **options)
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as e:
+        raise ValueError(f"cannot read {path}: {e.__cause__ or str(e) or 'it is empty'}") from e
+
+
+KINDS = {".txt", ".json", ".jsonl", ".parquet"}
+
+
+def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
+    """Returns the arguments of `datasets.load_dataset` for a file or a directory: the path to load,
+    and options.
+
+    The kind of a directory is the kind of most of its files; hidden files are ignored. `datasets`
+    caches a file under its path and time. Here the size counts too, by a cache directory of its
+    own: a file that was overwritten within a second must not be read from the cache.
+    """
+    folder = where.resolve().parent if where.is_file() else where
+    if set("[]*?") & set(str(folder)):
+        raise ValueError(f"{folder}: the library takes [ ] * ? in a folder's name for a pattern")
+    files = [where] if where.is_file() else sorted(where.glob("**/*"))
+    visible = [
+        file
+        for file in files
+        if file.suffix in KINDS
+        and not any(part.startswith((".", "__")) for part in file.relative_to(where).parts)
+    ]
+    kinds = Counter(".json" if file.suffix == ".jsonl" else file.suffix for file in visible)
+    ranked = kinds.most_common()
+    if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
+        raise ValueError(
+            f"{where} has as many {ranked[0][0]} as {ranked[1][0]} files: name a file, or a folder"
+            " of files of one kind"
+        )
+
+    options: dict[str, Any] = {}
+    if ranked and ranked[0][0] == ".txt":
+        options["sample_by"] = "document"
+    sizes = [(str(file.resolve()), file.stat().st_size) for file in visible]
+    cache = f"files-{datasets.fingerprint.Hasher.hash(sizes)}"
+    options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / cache)
+    if where.is_file():
+        options["data_files"] = {"train": glob.escape(where.name)}
+    return str(folder), options
+
+
+def is_hub_id(source: str) -> bool:
+    """Returns whether a name can be a hub id, `name` or `owner/name`, and is not a local path.
+
+    The same function as in bert.py, so that either file can be copied alone.
+    """
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        return False
+    return "/" not in source or not Path(Path(source).parts[0]).exists()
+
+
+# ---- Reading tokenizers --------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory with one of them, or that
+    of a hub id. A vocab.txt is uncased unless the tokenizer_config.json beside it says otherwise.
+    """
+    path = Path(path)
+    try:
+        if path.suffix not in {".txt", ".json"} and is_hub_id(str(path)):
+            print(f"fetching {path} from the hub", file=sys.stderr)
+            files = ["tokenizer.json", "tokenizer_config.json", "vocab.*"]
+            path = Path(snapshot_download(str(path), allow_patterns=files))
+        if path.is_dir():
+            path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
+        if path.suffix == ".txt":
+            tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+            vocabulary = {token: i for i, token in enumerate(tokens)}
+            tokenizer = wordpiece(
+                vocabulary, **read_normalizer(path.with_name("tokenizer_config.json"))
+            )
+        else:
+            tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"no tokenizer at {path}: {error}") from error
+    if missing := set(SPECIAL_TOKENS) - set(tokenizer.get_vocab()):
+        raise ValueError(f"the tokenizer at {path} lacks {', '.join(sorted(missing))}")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_normalizer(path: Path) -> dict[str, bool | None]:
+    """Returns how a published tokenizer_config.json says that text is normalized; a vocab.txt alone
+    does not tell whether it is cased.
+    """
+    if not path.exists():
+        return {}
+    names = {  # ours -> those of the file
+        "lowercase": "do_lower_case",
+        "strip_accents": "strip_accents",
+        "handle_chinese_chars": "tokenize_chinese_chars",
+    }
+    published = json.loads(path.read_text(encoding="utf-8"))
+    return {ours: published[name] for ours, name in names.items() if name in published}

@@ -1,15 +1,23 @@
 """Pretrain BERT: masked language model + next sentence prediction.
 
     python train_pretrain.py                                      # the sample, on any machine
-    python train_pretrain.py --dataset DIR --tokenizer vocab.txt --size base --out runs/base
-    torchrun --nproc_per_node=4 train_pretrain.py --accumulate 4 ...   # as one process, but faster
+    python train_pretrain.py --dataset DIR --tokenizer vocab.txt --size base \
+        --learning-rate 1e-4 --accumulate 4 --out runs/base
+    torchrun --nproc_per_node=4 train_pretrain.py ...    # the same options, the same steps, 4 GPUs
 
-Writes under --out: config.json (the options), metrics.jsonl (a line per log and evaluation; losses
-in nats), checkpoints/, model/ (weights and tokenizer in the published format), curves.png. Killed
-at any moment, a run resumes exactly with --resume.
+Writes into the folder --out:
+    config.json    the options
+    metrics.jsonl  a line for every log, whose "step" is the index of the step, and for every
+                   evaluation, whose "step" is how many steps were taken; losses in nats
+    checkpoints/   the last two; a run that was killed at any point resumes exactly with --resume
+    model/         weights and tokenizer in the published format
+    curves.png     loss and accuracies over the steps
+
+Read `train` first: the loop, with the training step in order. Above it stand the parts of a step
+(loss, learning rate, gradients, update), below it what prepares a run.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-Dimensions: batch, seq, vocab, masked (all masked positions of a batch).
+Dimensions: batch, seq, vocab, and masked (all masked positions of a batch).
 """
 
 import contextlib
@@ -17,13 +25,13 @@ import gc
 import itertools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -34,7 +42,6 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 from bert import (
-    SIZES,
     BertConfig,
     BertPretrainModel,
     check_padding,
@@ -42,16 +49,144 @@ from bert import (
     is_tokenizer_of,
     tokenizer_hash,
 )
+from support.command_line import LARGEST_SEED, LARGEST_SIZE, check_limits, run_script
 from support.curves import draw_pretraining
-from extras import streaming as stream
-from support.command_line import LARGEST_SEED, LARGEST_SIZE, option, run_script
-from support.devices import PRECISIONS, autocast, choose_device, choose_precision, keep_freed_memory
+from support.devices import (
+    Precision,
+    autocast,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+)
 from support.folder import run_folder
 from support.processes import first_process_first, join_processes, leave_group, total
 from support.run import FiniteGuard, Run, set_seed
 
 Batch = dict[str, Tensor]
-MAY_CHANGE = {  # in a run that is resumed
+
+# ---- Options ------------------------------------------------------------------------------------
+
+
+@dataclass
+class PretrainOptions:
+    """Pretrains BERT: masked language model + next sentence prediction."""
+
+    # The run
+    out: str = "runs/pretrain"
+    """Folder of the run: a new one, or with --resume the one of the run to resume."""
+    resume: bool = False
+    """Resume from the last checkpoint in --out."""
+    steps: int = 4000
+    """Updates of the weights. With 0, --weights are evaluated and nothing is written."""
+    seed: int = 0
+    """Seed of everything that is random."""
+
+    # The corpus
+    dataset: str = "sample"
+    """Corpus: sample, a file, a directory, or a hub id."""
+    dataset_name: str | None = None
+    """Configuration of the corpus, where a hub id has several."""
+    split: str = "train"
+    """Split to train on, or several: train+unsupervised."""
+    text_column: str = "text"
+    """Column of the corpus that holds its text."""
+    rows_per_document: int = 1
+    """Rows that are joined into one document: > 1 for a corpus with a sentence per row."""
+    streaming: bool = False
+    """Read the corpus without storing it, instead of tokenizing it once to disk."""
+    tokenizer: str | None = None
+    """vocab.txt, tokenizer.json, directory or hub id. Without one, a vocabulary is learned."""
+    vocab_size: int = 2000
+    """Size of the vocabulary that is learned without --tokenizer."""
+
+    # The examples
+    max_seq_length: int = 64
+    """Tokens in an example: two segments, [CLS] and two [SEP]."""
+    whole_word_masking: bool = False
+    """Mask all pieces of a word or none."""
+    batch_size: int = 32
+    """Examples in a micro-batch."""
+    accumulate: int = 1
+    """Micro-batches in a step, divided among the ranks."""
+    workers: int = 2
+    """Processes that prepare batches."""
+
+    # The model
+    weights: str | None = None
+    """Directory or hub id of a model to start from. Without it, a new model of --size."""
+    size: Literal["tiny", "mini", "small", "medium", "base", "large"] = "tiny"
+    """Published size of a new model."""
+    positions: int | None = None
+    """Rows of the position table of a new model, for longer examples in a later run. By default
+    --max-seq-length."""
+    dropout: float = 0.1
+    """Dropout of hidden states and of attention. 0 suits a corpus that is seen once or twice."""
+
+    # The optimizer
+    learning_rate: float = 1e-3
+    """Peak learning rate. base and large need 1e-4."""
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises. By default a tenth of --steps."""
+
+    # What is written, and when
+    log_every: int = 10
+    """Steps between two training lines in metrics.jsonl."""
+    eval_every: int = 250
+    """Steps between two evaluations."""
+    eval_batches: int = 16
+    """Batches of an evaluation, at most."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    export_steps: tuple[int, ...] = ()
+    """Steps after which the model is also written to models/step-N."""
+
+    # The machine
+    device: str | None = None
+    """cpu, cuda or cuda:N. By default the GPU if there is one."""
+    precision: Precision = "auto"
+    """Precision of matrix products. auto chooses the fastest here."""
+    compile: bool = False
+    """Use torch.compile: minutes at the start, then faster on a GPU."""
+    checkpoint_activations: bool = False
+    """Compute every layer twice instead of keeping its activations: less memory."""
+
+    def __post_init__(self) -> None:
+        check_limits(self, LIMITS)
+        late_exports = [step for step in self.export_steps if step > self.steps]
+        if late_exports:
+            raise ValueError(
+                f"--export-steps {late_exports[0]} comes after the last of --steps {self.steps}"
+            )
+        if (self.warmup_steps or 0) > self.steps > 0:
+            raise ValueError(
+                f"--warmup-steps {self.warmup_steps} is more than --steps {self.steps}"
+            )
+        if self.steps == 0 and not self.weights:
+            raise ValueError("--steps 0 evaluates a saved model: name it with --weights")
+
+
+LIMITS = {  # the smallest and the largest value
+    "steps": (0, LARGEST_SEED),
+    "seed": (0, LARGEST_SEED),
+    "rows_per_document": (1, LARGEST_SIZE),
+    "vocab_size": (1, LARGEST_SIZE),
+    "max_seq_length": (5, LARGEST_SIZE),  # [CLS] a [SEP] b [SEP]
+    "batch_size": (1, LARGEST_SIZE),
+    "accumulate": (1, LARGEST_SIZE),
+    "workers": (0, LARGEST_SIZE),
+    "positions": (1, LARGEST_SIZE),
+    "dropout": (0, 0.99),
+    "learning_rate": (0, math.inf),
+    "warmup_steps": (0, LARGEST_SEED),
+    "log_every": (1, LARGEST_SEED),
+    "eval_every": (1, LARGEST_SEED),
+    "eval_batches": (1, LARGEST_SIZE),
+    "save_every": (1, LARGEST_SEED),
+    "export_steps": (0, LARGEST_SEED),
+}
+# Options that may differ when a run is resumed. They change a result by rounding at most. (A stream
+# needs the same --workers all the same: see `same_readers`.)
+MAY_CHANGE = {
     "out",
     "resume",
     "save_every",
@@ -63,140 +198,35 @@ MAY_CHANGE = {  # in a run that is resumed
 }
 
 
-@dataclass
-class PretrainOptions:
-    out: str = option("runs/pretrain", "a new folder for all that the run writes")
-    dataset: str = option("sample", "corpus: sample, a file, a directory or a hub id")
-    dataset_name: str | None = option(None, "the corpus's configuration, where it has several")
-    split: str = option("train", "the split to train on, or several: train+unsupervised")
-    streaming: bool = option(False, "read the corpus as it comes, not tokenized once to disk")
-    text_column: str = option("text", "the corpus's column of text")
-    rows_per_document: int = option(
-        1, "rows that make a document; > 1 for a sentence a row", 1, at_most=LARGEST_SIZE
-    )
-    tokenizer: str | None = option(None, "vocab.txt, tokenizer.json, directory or hub id")
-    vocab_size: int = option(
-        2000, "of the tokenizer that is learned without --tokenizer", 1, at_most=LARGEST_SIZE
-    )
-    weights: str | None = option(None, "directory of a model to start from")
-    size: str = option("tiny", "published size, without --weights", choices=list(SIZES))
-    max_seq_length: int = option(
-        64, "tokens in a pair of segments, with [CLS] and two [SEP]", 5, at_most=LARGEST_SIZE
-    )
-    positions: int | None = option(
-        None,
-        "rows of the position table, for longer pairs later; as many as --max-seq-length",
-        1,
-        at_most=LARGEST_SIZE,
-    )
-    whole_word_masking: bool = option(False, "mask all the pieces of a word or none")
-    batch_size: int = option(32, "pairs in a micro-batch", 1, at_most=LARGEST_SIZE)
-    accumulate: int = option(1, "micro-batches in a step, dealt to the processes", 1)
-    steps: int = option(4000, "updates of the weights; 0 only evaluates --weights", 0)
-    warmup_steps: int | None = option(None, "steps of rising learning rate; a tenth of all", 0)
-    learning_rate: float = option(1e-3, "peak; base and large need 1e-4", 0)
-    dropout: float = option(
-        0.1, "hidden and attention dropout; 0 suits less than an epoch or two", 0
-    )
-    precision: str = option(
-        "auto", "of products of matrices; auto is the fastest here", choices=PRECISIONS
-    )
-    save_every: int = option(500, "steps between checkpoints", 1)
-    export_steps: tuple[int, ...] = option((), "steps after which models/step-N is written", 0)
-    resume: bool = option(False, "go on from the last checkpoint in --out")
-    eval_every: int = option(250, "steps between evaluations", 1)
-    eval_batches: int = option(16, "batches of an evaluation, at most", 1)
-    log_every: int = option(10, "steps between lines of metrics.jsonl", 1)
-    workers: int = option(2, "processes that prepare data", 0)
-    seed: int = option(0, "of everything random", 0, at_most=LARGEST_SEED)
-    compile: bool = option(False, "torch.compile: minutes at the start, then faster on a GPU")
-    checkpoint_activations: bool = option(False, "compute layers twice instead of keeping them")
-    device: str | None = option(None, "cpu or cuda; the GPU if there is one")
-
-
-def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
-    """Returns the tokenizer of the weights.
-
-    Raises ValueError if it, or the one that is named, is not what they were trained with: ids would
-    silently refer to different tokens, and accuracy would drop without an error.
-    """
-    directory = fetch(weights)
-    own = data.load_tokenizer(directory)
-    path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if own.get_vocab_size() > config.get("vocab_size", math.inf):
-        raise ValueError(f"{weights}: more tokens than the {config['vocab_size']} of the weights")
-    expected = config.get("tokenizer_hash", tokenizer_hash(own))  # only our own files have it
-    for source in (tokenizer or directory, directory):
-        if not is_tokenizer_of(data.load_tokenizer(source), expected):
-            raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
-    return own
-
-
-def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Returns the learning rate of a step in 0 .. steps - 1: linear warmup to the peak, then linear
-    decay towards 0. [BERT] A.2.
-
-    Warmup, because Adam's first estimates of the moments are poor, and because the gradients of a
-    post-LN model are large at the start. A rate that is too large is a trap: at 1e-2 even a single
-    sample is not learned. The loss stays at ln n for n masked tokens, with the same token predicted
-    everywhere, because the first huge steps leave every position with the same hidden state.
-
-    Differs: [Code]'s first step has learning rate 0, and so changes nothing.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (steps - step) / (steps - warmup)
-
-
-def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """Returns AdamW with weight decay 0.01. [BERT] A.2; eps is that of [Code] optimization.py.
-
-    Biases and the weights of norms do not decay: nothing is gained if they are near 0.
-    Differs: [Code] has no bias correction of the moments.
-    """
-    named = list(model.named_parameters())
-    spared = [p for name, p in named if name.endswith("bias") or "norm" in name]
-    decayed = [p for name, p in named if not (name.endswith("bias") or "norm" in name)]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": spared, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
-
-
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
-    """Clips the accumulated gradients to norm 1 ([Code]), takes one step and zeroes them.
-
-    Returns the norm before clipping, (). If it is not finite, the step is skipped: fused AdamW
-    reads `found_inf` on the device, so the CPU need not wait for the norm.
-    """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+# ---- The loss -----------------------------------------------------------------------------------
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Returns the batch on a device, with `positions` and `mlm_targets` of its masked tokens, both
-    int64 (masked,); positions count through all rows.
+    """Returns the batch on a device, with two more tensors, both int64 (masked,):
 
-    They are found on the CPU: on a GPU, `nonzero()` would force a synchronisation. Pinned memory is
-    copied while the GPU computes.
+    - `positions`: the masked positions, counted through all rows;
+    - `mlm_targets`: the tokens to predict there.
+
+    They are computed on the CPU: on a GPU, `nonzero()` would force a synchronisation. Pinned memory
+    is copied while the GPU computes.
     """
-    labels = batch["mlm_labels"].flatten()
+    labels = batch["mlm_labels"].flatten()  # (batch * seq,)
     positions = (labels != data.IGNORED_LABEL).nonzero().flatten()
     batch = {**batch, "positions": positions, "mlm_targets": labels[positions]}
-    pin = Tensor.pin_memory if device.type == "cuda" else Tensor.contiguous
-    return {name: pin(tensor).to(device, non_blocking=True) for name, tensor in batch.items()}
+    moved = {}
+    for name, tensor in batch.items():
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()
+        moved[name] = tensor.to(device, non_blocking=True)
+    return moved
 
 
 def forward(
     model: BertPretrainModel, batch: Batch, precision: str = "float32"
 ) -> tuple[Tensor, Tensor]:
-    """Returns mlm_logits (masked, vocab) and nsp_logits (batch, 2), computed in this precision.
+    """Returns mlm_logits (masked, vocab) and nsp_logits (batch, 2).
 
-    Losses need more digits than bfloat16 has, so its logits become float32.
+    With bfloat16, the logits become float32: a loss needs more digits than bfloat16 has.
     """
     with autocast(precision, batch["input_ids"].device.type):
         mlm_logits, nsp_logits = model(
@@ -210,93 +240,258 @@ def forward(
 def sum_losses(
     model: BertPretrainModel, batch: Batch, precision: str = "float32"
 ) -> tuple[Tensor, Tensor]:
-    """Returns two losses in nats: summed over the batch's masked positions, and over its pairs."""
+    """Returns the MLM loss, summed over masked positions, and the NSP loss, summed over pairs.
+
+    Both are in nats. Sums, not means: the mean is taken over a whole step, in `add_gradients`.
+    """
     mlm_logits, nsp_logits = forward(model, batch, precision)
-    return (
-        F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum"),
-        F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum"),
-    )
+    mlm_sum = F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum")
+    nsp_sum = F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum")
+    return mlm_sum, nsp_sum
 
 
 class PretrainLosses(nn.Module):
-    """Computes both losses of a batch, as a module: it can be compiled, and then be wrapped in
-    DistributedDataParallel, which averages the gradients of all ranks during `backward`.
+    """`sum_losses` as a module. torch.compile and DistributedDataParallel wrap modules, and with
+    the loss inside, both see the whole forward pass.
     """
 
     def __init__(self, model: BertPretrainModel, precision: str = "float32") -> None:
         super().__init__()
-        self.model, self.precision = model, precision
+        self.model = model
+        self.precision = precision
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return sum_losses(self.model, batch, self.precision)
 
 
-def add_gradients(
-    losses_of: Callable, batches: list[Batch], seeds: Sequence[Sequence[int]] = ()
-) -> Tensor:
-    """Accumulates the gradient of a step over this rank's micro-batches. [BERT] A.2.
+# ---- One training step --------------------------------------------------------------------------
 
-    losses_of: `PretrainLosses`, maybe compiled, maybe in DistributedDataParallel; seeds: of each
-    micro-batch's dropout. Returns what these micro-batches add to the step's losses, (2,), in nats.
 
-    The loss of a step is the mean over all its masked tokens plus the mean over all its pairs. A
-    mean of the micro-batches' means would be another loss: their numbers of masked tokens differ.
-    So each sum is divided by the count of the whole step, over all micro-batches of all ranks.
+def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
+    """Returns the learning rate of a step in 0 .. steps - 1. [BERT] A.2.
+
+    It rises linearly to `peak` in `warmup` steps, then falls linearly towards 0. Warmup is needed
+    because Adam's first estimates of the moments are poor, and because the gradients of a post-LN
+    model are large at the start.
+
+    A rate that is too large is a trap. At 1e-2 a model does not even overfit one sample: the first
+    huge steps leave every position with the same hidden state, so the model predicts the same token
+    everywhere. If the n masked tokens all differ, the best it can do is to give each of them the
+    probability 1/n, and the loss stays at ln n. (If some are equal, at their entropy.)
+
+    Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
+
+    Differs: the first step of [Code] has the learning rate 0, and so changes nothing. Its decay
+    counts from step 0, so its rate drops a little at the end of warmup.
     """
-    wrapped = losses_of if isinstance(losses_of, DistributedDataParallel) else None
-    ranks = dist.get_world_size() if wrapped else 1
-    masked, pairs = total(
-        sum(len(batch["positions"]) for batch in batches),
-        sum(len(batch["nsp_labels"]) for batch in batches),
-    )
-    losses = []
-    for i, batch in enumerate(batches):
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (steps - step) / (steps - warmup)
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
+    """Returns AdamW with weight decay 0.01 ([BERT] A.2), except for biases and LayerNorm ([Code]).
+
+    Decay pulls a weight towards 0. LayerNorm's weights start at 1 and belong there, and a bias near
+    0 makes nothing simpler. eps is that of [Code], too.
+
+    Differs: [Code] does not correct the bias of the moments.
+    """
+    decayed: list[Tensor] = []
+    not_decayed: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        is_exempt = name.endswith("bias") or "norm" in name
+        (not_decayed if is_exempt else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": 0.01},
+        {"params": not_decayed, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
+
+
+def add_gradients(
+    losses_of: Callable[[Batch], tuple[Tensor, Tensor]],
+    micro_batches: list[Batch],
+    seeds: Sequence[Sequence[int]] = (),
+) -> Tensor:
+    """Runs forward and backward on this rank's micro-batches; gradients add up in the parameters.
+
+    The loss of a step is the mean over all its masked positions, plus the mean over all its pairs.
+    A mean of the micro-batches' means would be another loss, because they differ in their numbers
+    of masked positions. So each sum is divided by the count of the whole step: of all micro-batches
+    of all ranks.
+
+    losses_of: `PretrainLosses`, possibly compiled, possibly in DistributedDataParallel.
+    seeds: for each micro-batch, the numbers that seed its dropout; by default none is seeded.
+    Returns what these micro-batches contribute to the MLM and to the NSP loss of the step, (2,).
+
+    Example: two micro-batches with MLM sums of 12 nats at 3 masked positions and 20 nats at 5. They
+    contribute 12 / 8 and 20 / 8, and the loss of the step is 32 / 8 = 4 nats.
+    """
+    ddp = losses_of if isinstance(losses_of, DistributedDataParallel) else None
+    ranks = dist.get_world_size() if ddp else 1
+    masked_here = sum(len(batch["positions"]) for batch in micro_batches)
+    pairs_here = sum(len(batch["nsp_labels"]) for batch in micro_batches)
+    masked, pairs = total(masked_here, pairs_here)  # summed over the ranks
+
+    contributions = []
+    for i, batch in enumerate(micro_batches):
         if seeds:
             set_seed(*seeds[i])
-        is_last = i + 1 == len(batches)
-        # Gradients travel between the ranks once a step, with the last micro-batch.
-        with contextlib.nullcontext() if wrapped is None or is_last else wrapped.no_sync():
+
+        # DistributedDataParallel averages gradients over the ranks during backward. Once a step is
+        # enough, with the last micro-batch.
+        is_last = i + 1 == len(micro_batches)
+        without_averaging = ddp.no_sync() if ddp and not is_last else contextlib.nullcontext()
+        with without_averaging:
             mlm_sum, nsp_sum = losses_of(batch)
-            loss = torch.stack([mlm_sum / masked, nsp_sum / pairs])
-            # DistributedDataParallel divides by the number of ranks; the step's loss is a sum.
-            (loss.sum() * ranks).backward()
-        losses.append(loss.detach())
-    return torch.stack(losses).sum(dim=0)
+            contribution = torch.stack([mlm_sum / masked, nsp_sum / pairs])
+            loss = contribution.sum()
+            # The average over the ranks divides by their number. The loss of the step is a sum over
+            # the ranks, so that division is undone.
+            (loss * ranks).backward()
+        contributions.append(contribution.detach())
+    return torch.stack(contributions).sum(dim=0)
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
+    """Clips the accumulated gradients to norm 1 ([Code]), takes one optimizer step, zeroes them.
+
+    Returns the norm before clipping, (). If it is not finite, the weights stay as they are: fused
+    AdamW reads `found_inf` on the device, so that the CPU need not wait for the norm.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+# ---- The loop -----------------------------------------------------------------------------------
+
+
+def train(
+    options: PretrainOptions,
+    run: Run,
+    model: BertPretrainModel,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    progress: dict,
+    report: Callable[[int], None],
+    export: Callable[[int], None],
+) -> None:
+    """Trains from the run's step to the last one.
+
+    batches: this rank's micro-batches.
+    progress: how far a stream has been read, saved with each checkpoint; {} for a corpus on disk.
+    report: evaluates the model and writes the metrics. export: writes the model. Both get the step.
+    """
+    device = model.nsp.weight.device
+    losses_of: Any = PretrainLosses(model, options.precision)
+    if options.compile:
+        losses_of = torch.compile(losses_of, fullgraph=True)
+    if dist.is_initialized():
+        losses_of = DistributedDataParallel(losses_of)
+    guard = FiniteGuard(device)
+    warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
+    per_rank = options.accumulate // run.world_size  # micro-batches
+
+    # One more pass than there are steps: the last one only saves and evaluates.
+    for step in range(run.step, options.steps + 1):
+        # Save, export, evaluate: the model as it is after `step` updates. Before it is written,
+        # `guard` makes sure that all its weights are finite. `run.saved_step` is the step of the
+        # newest checkpoint, -1 without one.
+        is_last = step == options.steps
+        must_stop = run.asked_to_stop()
+        save_is_due = step == 0 or step % options.save_every == 0 or is_last or must_stop
+        if save_is_due and step > run.saved_step:
+            guard.check(model)
+            run.save(step, progress, model=model, optimizer=optimizer)
+        if run.rank == 0 and (must_stop or step in options.export_steps):
+            guard.check(model)
+            export(step)
+        if must_stop:
+            run.stop(step)
+        if is_last or step % options.eval_every == 0:
+            guard.check()
+            if run.rank == 0:
+                report(step)
+        if is_last:
+            break
+
+        # Learning rate.
+        rate = learning_rate(step, options.learning_rate, warmup, options.steps)
+
+        # The micro-batches of the step. The seed of a micro-batch's dropout depends on the step and
+        # on which of the step's micro-batches it is, not on the rank that computes it.
+        micro_batches = [next(batches) for _ in range(per_rank)]
+        run.tokens += count_tokens(micro_batches, model.padding_idx)
+        seeds = [(options.seed, step, run.rank + i * run.world_size) for i in range(per_rank)]
+
+        # Forward, loss, backward.
+        on_device = [to_device(batch, device) for batch in micro_batches]
+        losses = add_gradients(losses_of, on_device, seeds)
+
+        # Clip, and take the step.
+        norm = update(model, optimizer, rate)
+        guard.note(step, norm)
+        run.bar.update()
+
+        # Log. In other steps the CPU does not wait for a GPU.
+        if step % options.log_every == 0 or step + 1 == options.steps:
+            guard.check()
+            mlm_loss, nsp_loss = run.add_up(losses)
+            run.write("train", step, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
+            run.show(f"loss {mlm_loss + nsp_loss:.3f}")
+
+
+def count_tokens(micro_batches: list[Batch], padding_idx: int) -> int:
+    """Returns how many tokens the micro-batches of all ranks have, without padding."""
+    here = sum(int((batch["input_ids"] != padding_idx).sum()) for batch in micro_batches)
+    return sum(total(here))
+
+
+# ---- Evaluation ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(
     model: BertPretrainModel, batches: Iterable[Batch], precision: str = "float32"
 ) -> dict[str, float]:
-    """Returns metrics, means over all masked tokens and all pairs of the batches.
+    """Returns metrics: means over all masked positions, and over all pairs, of the batches.
 
-    Losses are in nats; perplexity is exp(MLM loss) alone. `commonest_prediction` is the share of
-    masked positions that get the most frequent prediction: 1.0 where the model predicts the same
-    token everywhere.
+    Losses are in nats. Perplexity is exp(MLM loss), without the NSP loss.
+    `most_frequent_prediction` is the share of masked positions that get the most frequent
+    prediction. It is 1.0 when the model predicts the same token everywhere, as it does early in
+    training.
     """
     model.eval()
-    sums, predicted = np.zeros(6), []
+    sums: defaultdict[str, float] = defaultdict(float)
+    predictions = []
     for batch in batches:
         mlm_logits, nsp_logits = forward(model, batch, precision)
-        targets, labels = batch["mlm_targets"], batch["nsp_labels"]
-        predicted.append(mlm_logits.argmax(dim=-1))
-        sums += [
-            F.cross_entropy(mlm_logits, targets, reduction="sum").item(),
-            (predicted[-1] == targets).sum().item(),
-            len(targets),
-            F.cross_entropy(nsp_logits, labels, reduction="sum").item(),
-            (nsp_logits.argmax(dim=-1) == labels).sum().item(),
-            len(labels),
-        ]
+        targets, nsp_labels = batch["mlm_targets"], batch["nsp_labels"]
+        predicted = mlm_logits.argmax(dim=-1)  # (masked,)
+        predictions.append(predicted)
+        sums["masked"] += len(targets)
+        sums["mlm_loss"] += F.cross_entropy(mlm_logits, targets, reduction="sum").item()
+        sums["mlm_correct"] += (predicted == targets).sum().item()
+        sums["pairs"] += len(nsp_labels)
+        sums["nsp_loss"] += F.cross_entropy(nsp_logits, nsp_labels, reduction="sum").item()
+        sums["nsp_correct"] += (nsp_logits.argmax(dim=-1) == nsp_labels).sum().item()
     model.train()
-    mlm_loss, mlm_correct, masked, nsp_loss, nsp_correct, pairs = sums
+
+    mlm_loss = sums["mlm_loss"] / sums["masked"]
+    occurrences = torch.cat(predictions).bincount()  # of each token among the predictions
     return {
-        "mlm_loss": mlm_loss / masked,
-        "perplexity": float(np.exp(mlm_loss / masked)),
-        "mlm_accuracy": mlm_correct / masked,
-        "nsp_loss": nsp_loss / pairs,
-        "nsp_accuracy": nsp_correct / pairs,
-        "commonest_prediction": torch.cat(predicted).bincount().max().item() / masked,
+        "mlm_loss": mlm_loss,
+        "perplexity": math.exp(mlm_loss),
+        "mlm_accuracy": sums["mlm_correct"] / sums["masked"],
+        "nsp_loss": sums["nsp_loss"] / sums["pairs"],
+        "nsp_accuracy": sums["nsp_correct"] / sums["pairs"],
+        "most_frequent_prediction": occurrences.max().item() / sums["masked"],
     }
 
 
@@ -304,31 +499,74 @@ def evaluate(
 def probe(
     model: BertPretrainModel, batch: Batch, tokenizer: Tokenizer, precision: str = "float32"
 ) -> str:
-    """Returns what the model makes of the batch's first pair, to read."""
-    length = batch["input_ids"].size(1)
-    mine = batch["positions"] < length  # positions count through the rows
-    predicted = forward(model.eval(), batch, precision)[0].argmax(dim=-1)
+    """Returns three lines on the batch's first pair: input, target and predicted tokens."""
+    model.eval()
+    predicted = forward(model, batch, precision)[0].argmax(dim=-1)  # (masked,)
     model.train()
-    row = batch["input_ids"][0]
-    ids = {
-        "Input": row[row != model.padding_idx],
-        "Target": batch["mlm_targets"][mine],
-        "Predicted": predicted[mine],
+
+    first_row = batch["input_ids"][0]
+    is_in_first_row = batch["positions"] < len(first_row)  # positions count through all rows
+    shown = {
+        "Input": first_row[first_row != model.padding_idx],
+        "Target": batch["mlm_targets"][is_in_first_row],
+        "Predicted": predicted[is_in_first_row],
     }
-    tokens = {name: [str(tokenizer.id_to_token(i)) for i in row] for name, row in ids.items()}
-    return "\n".join(f"{name} Tokens: {'|'.join(row)}" for name, row in tokens.items())
+    lines = []
+    for name, ids in shown.items():
+        tokens = [str(tokenizer.id_to_token(id)) for id in ids]
+        lines.append(f"{name} Tokens: {'|'.join(tokens)}")
+    return "\n".join(lines)
+
+
+def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
+    """Prints the metrics of --weights on the validation split, and writes nothing."""
+    tokenizer = load_tokenizer(options)
+    (corpus,) = load_corpora(options, tokenizer, ["validation"]).values()
+    model = make_model(options, tokenizer).to(device)
+    validation = make_validation(options, corpus, tokenizer, device)
+    metrics = evaluate(model, validation, options.precision)
+    pairs = sum(len(batch["nsp_labels"]) for batch in validation)
+    print(f"{options.weights}, {pairs} pairs of the validation split, {options.precision}")
+    for name, value in metrics.items():
+        print(f"{name:<26}{value:.4f}")
+
+
+# ---- What a run needs ---------------------------------------------------------------------------
+
+
+def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
+    """Returns the tokenizer that is saved with the weights.
+
+    tokenizer: --tokenizer, if the user names one.
+    Raises ValueError if either of the two is not the one that the weights were trained with: ids
+    would silently refer to different tokens, and accuracy would drop without an error.
+    """
+    directory = fetch(weights)
+    saved = data.load_tokenizer(directory)
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if saved.get_vocab_size() > config.get("vocab_size", math.inf):
+        raise ValueError(f"{weights}: more tokens than the {config['vocab_size']} of the weights")
+
+    # Only models that this project saved have the hash. Without it, --tokenizer is compared with
+    # the tokenizer beside the weights.
+    saved_hash = config.get("tokenizer_hash", tokenizer_hash(saved))
+    for source in (tokenizer or directory, directory):
+        if not is_tokenizer_of(data.load_tokenizer(source), saved_hash):
+            raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
+    return saved
 
 
 def load_tokenizer(options: PretrainOptions) -> Tokenizer:
-    """Returns the tokenizer of --weights, of --tokenizer, or one learned from the corpus."""
+    """Returns the tokenizer of --weights, that of --tokenizer, or one learned from the corpus."""
     if options.weights:
         return matching_tokenizer(options.weights, options.tokenizer)
     if options.tokenizer:
         return data.load_tokenizer(options.tokenizer)
     if options.streaming:
         raise ValueError("--streaming needs a --tokenizer: none can be learned from a stream")
-    texts = stream.read_texts(
-        options.dataset, options.dataset_name, options.text_column, options.split
+    texts = data.get_texts(
+        options.dataset, options.split, options.dataset_name, options.text_column
     )
     return data.train_tokenizer(texts, options.vocab_size)
 
@@ -337,17 +575,19 @@ def load_corpora(
     options: PretrainOptions,
     tokenizer: Tokenizer,
     splits: Sequence[str] = ("train", "validation"),
-) -> dict:
-    """Returns the corpus of each split; with --streaming, the rows to read for "train"."""
+) -> dict[str, Any]:
+    """Returns the corpus of each split. With --streaming, "train" is a stream of rows instead."""
     if options.streaming:
-        rows, texts = stream.open_stream(
+        from extras import streaming
+
+        rows, texts = streaming.open_stream(
             options.dataset,
             options.dataset_name,
             options.text_column,
             options.rows_per_document,
             options.split,
         )
-        return {"train": rows, "validation": stream.tokenized(texts, 0, tokenizer)}
+        return {"train": rows, "validation": streaming.tokenize_block(texts, 0, tokenizer)}
     return {
         split: data.get_corpus(
             options.dataset,
@@ -364,11 +604,12 @@ def load_corpora(
 
 
 def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainModel:
-    """Returns the model of --weights, or a new one with the initial weights of torch's seed.
+    """Returns the model of --weights, or a new one with initial weights from torch's seed.
 
-    Position embeddings are learned, so a pair cannot be longer than the position table, and rows
-    beyond --max-seq-length learn nothing until a later run with longer pairs. [BERT] A.2 trains so:
-    900,000 steps of 128 tokens, then 100,000 of 512.
+    Position embeddings are learned, so an example cannot have more tokens than the position table
+    has rows. A table may have more rows than --max-seq-length: they learn nothing in this run, but
+    a later one can use longer examples. [BERT] A.2 trains 900,000 steps with 128 tokens, then
+    100,000 with 512.
     """
     dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
     if options.weights:
@@ -387,22 +628,29 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
             raise ValueError(
                 f"--max-seq-length {options.max_seq_length} exceeds --positions {positions}"
             )
+        vocabulary = tokenizer.get_vocab()
         config = BertConfig.named(
             options.size,
-            vocab_size=max(tokenizer.get_vocab().values()) + 1,
+            vocab_size=max(vocabulary.values()) + 1,
             max_seq_length=positions,
             **dropouts,
         )
-        model = BertPretrainModel(config, tokenizer.get_vocab()[data.PAD])
+        model = BertPretrainModel(config, vocabulary[data.PAD])
     check_padding(model, tokenizer)
-    if options.checkpoint_activations:  # of a layer, only what goes in is kept for the backward
+
+    if options.checkpoint_activations:  # only the input of each layer is kept for the backward pass
         for layer in model.bert.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
 
-def example_options(options: PretrainOptions) -> tuple[int, int, bool]:
-    return options.max_seq_length, options.seed, options.whole_word_masking
+def make_dataset(
+    options: PretrainOptions, corpus: data.TokenizedCorpus, tokenizer: Tokenizer
+) -> data.PretrainDataset:
+    """Returns the examples of a corpus."""
+    return data.PretrainDataset(
+        corpus, tokenizer, options.max_seq_length, options.seed, options.whole_word_masking
+    )
 
 
 def make_validation(
@@ -411,20 +659,40 @@ def make_validation(
     tokenizer: Tokenizer,
     device: torch.device,
 ) -> list[Batch]:
-    """Returns the batches of every evaluation, always the same ones."""
-    dataset = data.PretrainDataset(corpus, tokenizer, *example_options(options))
-    number = min(options.eval_batches, math.ceil(len(dataset) / options.batch_size))
+    """Returns the batches of every evaluation. They are always the same ones."""
+    dataset = make_dataset(options, corpus, tokenizer)
+    batches_per_epoch = math.ceil(len(dataset) / options.batch_size)
+    count = min(options.eval_batches, batches_per_epoch)
     loader = data.get_split_dataloader(dataset, options.batch_size, workers=0)
-    return [to_device(batch, device) for batch in itertools.islice(loader, number)]
+    return [to_device(batch, device) for batch in itertools.islice(loader, count)]
 
 
 def make_batches(
-    options: PretrainOptions, corpus: Any, tokenizer: Tokenizer, run: Run, progress: dict
-) -> Iterator[Batch]:
-    """Yields this rank's batches, from the run's step on; of a stream, from its `progress` on."""
-    gc.freeze()  # or workers' garbage collection would touch, and so copy, all pages they share
+    options: PretrainOptions,
+    corpus: Any,
+    tokenizer: Tokenizer,
+    run: Run,
+    saved_progress: list[dict] | None,
+) -> tuple[Iterator[Batch], dict]:
+    """Returns this rank's micro-batches from the run's step on, and the progress of their reader.
+
+    The batches of a corpus on disk can start at any step, so their progress is {}. The progress of
+    a stream changes as it is read, and is saved with every checkpoint.
+    saved_progress: that of each rank, from the checkpoint that is resumed.
+    """
+    # Forked workers share memory until it is written to. The garbage collector writes into every
+    # object that it visits, and so would copy all of it; it does not visit frozen objects.
+    gc.freeze()
     if options.streaming:
-        loader = stream.get_stream_dataloader(
+        from extras import streaming
+
+        workers = options.workers
+        fresh_progress = [streaming.new_progress(workers) for _ in range(run.world_size)]
+        if saved_progress is None:
+            progress = fresh_progress[run.rank]
+        else:
+            progress = streaming.same_readers(saved_progress, fresh_progress)[run.rank]
+        loader = streaming.get_stream_dataloader(
             corpus,
             options.text_column,
             progress,
@@ -432,114 +700,49 @@ def make_batches(
             run.world_size,
             tokenizer=tokenizer,
             batch_size=options.batch_size,
-            examples=example_options(options),
+            make_dataset=partial(make_dataset, options),
         )
-    else:
-        dataset = data.PretrainDataset(corpus, tokenizer, *example_options(options))
-        start = run.step * options.accumulate // run.world_size
-        loader = data.get_split_dataloader(
-            dataset, options.batch_size, start, run.rank, run.world_size, options.workers
-        )
-    loader.worker_init_fn = leave_group
-    return stream.take(loader, progress) if options.streaming else iter(loader)
+        loader.worker_init_fn = leave_group  # Ctrl-C must not reach the workers
+        return streaming.take(loader, progress), progress
+
+    loader = data.get_split_dataloader(
+        make_dataset(options, corpus, tokenizer),
+        options.batch_size,
+        start=run.step * options.accumulate // run.world_size,
+        rank=run.rank,
+        world_size=run.world_size,
+        workers=options.workers,
+    )
+    loader.worker_init_fn = leave_group  # Ctrl-C must not reach the workers
+    return iter_later(loader), {}
 
 
-def train(
-    options: PretrainOptions,
-    run: Run,
-    model: BertPretrainModel,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[Batch],
-    progress: dict,
-    report: Callable[[int], None],
-    export: Callable[[int], None],
-) -> None:
-    """Takes all steps from the run's on. `progress`: of a stream, kept with each checkpoint.
-
-    `report` evaluates and `export` writes the model as of a step; the first rank calls them.
+def iter_later(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Yields the loader's batches. Its workers start when the first batch is asked for: after the
+    run has begun, so that they inherit its handling of signals.
     """
-    device, share = model.nsp.weight.device, options.accumulate // run.world_size
-    losses_of: Any = PretrainLosses(model, options.precision)
-    if options.compile:
-        losses_of = torch.compile(losses_of, fullgraph=True)
-    if dist.is_initialized():
-        losses_of = DistributedDataParallel(losses_of)
-    guard = FiniteGuard(device)
-    warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
-
-    for step in range(run.step, options.steps + 1):
-        # Save, export, evaluate: the model after `step` updates. A checkpoint of step 0 comes
-        # first, so that a run can be resumed from its beginning on.
-        is_last, stop = step == options.steps, run.asked_to_stop()
-        is_due = step == 0 or step % options.save_every == 0
-        if step > run.saved_step and (is_due or is_last or stop):
-            guard.check(model)
-            run.save(step, progress, model=model, optimizer=optimizer)
-        if run.rank == 0 and (stop or step in options.export_steps):
-            guard.check(model)
-            export(step)
-        if stop:
-            run.stop(step)
-        if is_last or step % options.eval_every == 0:
-            guard.check()
-            if run.rank == 0:
-                report(step)
-        if is_last:
-            break
-
-        # This rank's micro-batches of the step.
-        micro_batches = [next(batches) for _ in range(share)]
-        real = (int((b["input_ids"] != model.padding_idx).sum()) for b in micro_batches)
-        run.tokens += sum(total(*real))
-        seeds = [(options.seed, step, run.rank + i * run.world_size) for i in range(share)]
-        ready = [to_device(batch, device) for batch in micro_batches]
-
-        losses = add_gradients(losses_of, ready, seeds)
-        rate = learning_rate(step, options.learning_rate, warmup, options.steps)
-        norm = update(model, optimizer, rate)
-        guard.note(step, norm)
-
-        run.bar.update()
-        if step % options.log_every == 0 or step + 1 == options.steps:  # else no wait for a GPU
-            guard.check()
-            mlm_loss, nsp_loss = run.add_up(losses)
-            run.write("train", step, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
-            run.show(f"loss {mlm_loss + nsp_loss:.3f}")
+    yield from loader
 
 
-def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
-    """Prints the metrics of --weights on the validation split, and writes nothing."""
-    if not options.weights:
-        raise ValueError("--steps 0 evaluates a saved model: name it with --weights")
-    tokenizer = load_tokenizer(options)
-    (corpus,) = load_corpora(options, tokenizer, ["validation"]).values()
-    model = make_model(options, tokenizer).to(device)
-    validation = make_validation(options, corpus, tokenizer, device)
-    metrics = evaluate(model, validation, options.precision)
-    pairs = sum(len(batch["nsp_labels"]) for batch in validation)
-    print(f"{options.weights}, {pairs} pairs of the validation split, {options.precision}")
-    for name, value in metrics.items():
-        print(f"{name:<21}{value:.4f}")
-
-
-def check_steps(options: PretrainOptions) -> None:
-    """Raises ValueError if a step that is named comes after the last one."""
-    late = [step for step in options.export_steps if step > options.steps]
-    if late:
-        raise ValueError(
-            f"--export-steps {late[0]} comes after the last of --steps {options.steps}"
-        )
-    warmup = options.warmup_steps or 0
-    if warmup > options.steps > 0:
-        raise ValueError(f"--warmup-steps {warmup} is more than --steps {options.steps}")
+def what_identifies(
+    options: PretrainOptions, tokenizer: Tokenizer, corpora: dict[str, Any], baselines: dict
+) -> dict[str, Any]:
+    """Returns everything that must be the same when the run is resumed."""
+    identity = {name: v for name, v in asdict(options).items() if name not in MAY_CHANGE}
+    identity["tokenizer_hash"] = tokenizer_hash(tokenizer)
+    if options.streaming:  # only this much of a stream is known before it has been read
+        identity["corpus_checksum"] = corpora["validation"].checksum()
+        identity["shards"] = corpora["train"].num_shards
+    else:
+        identity["corpus_checksum"] = corpora["train"].checksum()
+    return identity | baselines
 
 
 def pretrain(options: PretrainOptions) -> None:
-    """Pretrains a model, or evaluates one with --steps 0; the whole of this script."""
+    """Pretrains a model, or evaluates one with --steps 0: the whole of this script."""
     rank, world_size = join_processes(options.device)
     if options.accumulate % world_size:
         raise ValueError(f"--accumulate {options.accumulate} is no multiple of {world_size} ranks")
-    check_steps(options)
     device = choose_device(options.device)
     options = replace(options, precision=choose_precision(options.precision, device))
     if options.steps == 0:
@@ -553,49 +756,46 @@ def pretrain(options: PretrainOptions) -> None:
 def run_pretraining(
     options: PretrainOptions, out: Path, device: torch.device, rank: int, world_size: int
 ) -> None:
-    """Prepares corpus, model and run, trains, and writes the model. Every rank does so."""
+    """Prepares tokenizer, corpus, model and run; trains; writes the model. Every rank does so."""
     torch.manual_seed(options.seed)
-    with first_process_first(rank):  # it tokenizes, the others find that done
+    with first_process_first(rank):  # rank 0 tokenizes, the others find the result in the cache
         tokenizer = load_tokenizer(options)
         corpora = load_corpora(options, tokenizer)
     model = make_model(options, tokenizer).to(device).train()
     optimizer = make_optimizer(model)
     validation = make_validation(options, corpora["validation"], tokenizer, device)
-    known = corpora["validation" if options.streaming else "train"]
+
+    # Two losses to compare with: of a model that knows nothing, and of one that knows how often
+    # each token occurs.
+    known_corpus = corpora["validation" if options.streaming else "train"]
     baselines = {
         "ln_vocab_size": math.log(model.config.vocab_size),
-        "unigram_entropy": known.unigram_entropy(),
+        "unigram_entropy": known_corpus.unigram_entropy(),
     }
-    identity = {name: v for name, v in asdict(options).items() if name not in MAY_CHANGE}
-    identity |= {
-        "tokenizer_hash": tokenizer_hash(tokenizer),
-        "corpus_checksum": known.checksum(),
-        **baselines,
-    }
-    if options.streaming:  # of the rest of a stream nothing is known before it has been read
-        identity["shards"] = corpora["train"].num_shards
+
+    identity = what_identifies(options, tokenizer, corpora, baselines)
     run = Run(out, rank, world_size, options.steps, identity)
-    readers = options.workers if options.streaming else 0  # map-style batches need no memory
-    streams = [stream.new_state(readers) for _ in range(world_size)]
-    if options.resume:
-        streams = stream.same_readers(run.resume(model=model, optimizer=optimizer), streams)
+    saved_progress = run.resume(model=model, optimizer=optimizer) if options.resume else None
+    batches, progress = make_batches(options, corpora["train"], tokenizer, run, saved_progress)
     run.begin(options)
     if rank == 0:
-        print(stream.describe(corpora), *(f"{k} {v:.3f} nats" for k, v in baselines.items()))
+        for split, corpus in corpora.items():
+            if isinstance(corpus, data.TokenizedCorpus):
+                print(f"{split}: {corpus.describe()}")
+        print(*(f"{name} {value:.3f} nats" for name, value in baselines.items()))
         print(f"precision {options.precision}, dropout {options.dropout:g}")
 
     def report(step: int) -> None:
         metrics = evaluate(model, validation, options.precision)
         run.write("validation", step, **metrics, **baselines)
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         example = probe(model, validation[0], tokenizer, options.precision)
-        run.bar.write(f"step {step}  {shown}\n{example}")
+        run.bar.write(f"step {step}  {numbers}\n{example}")
 
     def export(step: int) -> None:
         model.save_pretrained(out / "models" / f"step-{step}", tokenizer)
 
-    batches = make_batches(options, corpora["train"], tokenizer, run, streams[rank])
-    train(options, run, model, optimizer, batches, streams[rank], report, export)
+    train(options, run, model, optimizer, batches, progress, report, export)
     if rank == 0:
         model.save_pretrained(out / "model", tokenizer)
         draw_pretraining(out)

@@ -15,10 +15,17 @@ from pathlib import Path
 import torch
 
 from support.curves import read_lines
+from support.devices import Precision
 from train_pretrain import PretrainOptions, pretrain
 
 LINES = Path(__file__).parents[1] / "results/precision.jsonl"
-RUNS = [("float32", 0), ("float32", 1), ("float32", 2), ("medium", 0), ("bfloat16", 0)]
+RUNS: list[tuple[Precision, int]] = [
+    ("float32", 0),
+    ("float32", 1),
+    ("float32", 2),
+    ("medium", 0),
+    ("bfloat16", 0),
+]
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def trap(corpus: str, vocabulary: str, size: str = "mini", steps: int = 300) -> 
             if step % 5 == 0:
                 metrics = evaluate(model, [batch])
                 line = {"learning_rate": rate, "step": step, "masked": len(batch["mlm_targets"])}
-                line |= {name: metrics[name] for name in ("mlm_loss", "commonest_prediction")}
+                line |= {name: metrics[name] for name in ("mlm_loss", "most_frequent_prediction")}
                 yield {"size": size, **line, "entropy_of_targets": entropy}
             add_gradients(PretrainLosses(model), [batch])
             update(model, optimizer, rate)

@@ -29,8 +29,8 @@ def mean_and_deviation(values: list[float]) -> str:
     return f"{np.mean(values):.1f}{deviation}"
 
 
-def commonest_token() -> float:
-    """The MLM accuracy, percent, of always saying the sample's commonest token."""
+def accuracy_of_most_frequent_token() -> float:
+    """Returns the MLM accuracy, in percent, of always predicting the most frequent token."""
     vocab_size = PretrainOptions.vocab_size
     tokenizer = data.train_tokenizer(data.get_dataset("sample")["text"], vocab_size)
     corpus = data.get_corpus("sample", "validation", tokenizer)
@@ -42,15 +42,15 @@ def table(folder: Path) -> str:
     pretrain = {
         name: np.array(v) for name, v in read_lines(folder / "pretrain", "validation").items()
     }
-    share, step = pretrain["commonest_prediction"], pretrain["step"]
+    share, step = pretrain["most_frequent_prediction"], pretrain["step"]
     pretrained, scratch = (best_accuracies(folder / run) for run in ("pretrained", "scratch"))
     rows = [
         ("the same token everywhere: highest share of one prediction",
          f"{100 * share.max():.0f}% at step {step[share.argmax()]}"),
         ("its share at the end", f"{100 * share[-1]:.0f}%"),
         ("MLM accuracy", f"{100 * pretrain['mlm_accuracy'][-1]:.0f}%"),
-        ("MLM accuracy of always saying the commonest token",
-         f"{commonest_token():.0f}%"),
+        ("MLM accuracy of always predicting the most frequent token",
+         f"{accuracy_of_most_frequent_token():.0f}%"),
         ("NSP accuracy", f"{100 * pretrain['nsp_accuracy'][-1]:.0f}%"),
         (f"reviews, {len(pretrained)} seeds, best epochs: accuracy with the pretrained weights",
          f"{mean_and_deviation(pretrained)}%"),

@@ -1,77 +1,63 @@
-"""Look into a model: its size by part, what it puts in place of masks, where its heads attend.
+"""Draws where every head of a model attends: a grid of pictures, a row for each layer.
 
-    python bert.py DIR "the [MASK] sat on the [MASK]"
-    python bert.py DIR "the cat sat on the mat" --attention attention.png
+    python -m extras.attention DIR "the cat sat on the mat" --out attention.png
 
-A heads, T sequence, N masks.
+Dimensions: layers, heads, seq.
 """
 
 import argparse
-import re
 import sys
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import bert
-from bert import Bert, BertPretrainModel
-
-
-def parameter_counts(model: torch.nn.Module) -> Counter[str]:
-    """Of each part, all layers together. They add up to all: the tied matrix is there once."""
-    counts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        part = re.sub(r"^bert\.|(?<=layers\.)\d+\.|\.(weight|bias)$", "", name)
-        counts[".".join(part.split(".")[:2])] += parameter.numel()
-    return counts
-
-
-def encode(tokenizer: Any, text: str) -> Tensor:
-    """(1, T), with [CLS], [SEP] and such [MASK]s as the text has."""
-    return torch.tensor([tokenizer.encode(text).ids])
-
-
-@torch.no_grad()
-def fill_masks(model: BertPretrainModel, tokenizer: Any, text: str, k: int = 5) -> list[dict]:
-    """The k likeliest tokens, with probabilities, for each `[MASK]` of the text."""
-    input_ids = encode(tokenizer, text)
-    positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
-    mlm_logits, _ = model.eval()(input_ids, positions=positions)
-    top = mlm_logits.softmax(dim=-1).topk(k)  # (N, k)
-    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [dict(zip(map(tokenizer.id_to_token, ids), probs, strict=True)) for ids, probs in rows]
+import data
+from bert import Bert, MultiHeadAttention, attention, check_padding, fetch
 
 
 @torch.no_grad()
 def attention_probs(model: Bert, input_ids: Tensor) -> Tensor:
-    """(layers, A, T, T) for one sequence (1, T), by a model with `fused_attention=False`: the other
-    path never holds the probabilities."""
-    seen, attention = [], bert.attention
+    """Returns the attention probabilities of one sequence, (layers, heads, seq, seq).
 
-    def attention_that_keeps(*arguments: Any) -> tuple[Tensor, Tensor]:
-        heads, probs = attention(*arguments)
+    input_ids: (1, seq). The fused attention never holds the probabilities. So a hook on each
+    attention module computes them once more, from the same input and by the explicit `attention`.
+    """
+    seen: list[Tensor] = []
+
+    def keep_probs(module: MultiHeadAttention, arguments: tuple[Tensor, Tensor], _: Tensor) -> None:
+        x, mask = arguments
+        q = module.split_heads(module.query(x))
+        k = module.split_heads(module.key(x))
+        v = module.split_heads(module.value(x))
+        _, probs = attention(q, k, v, mask)  # (1, heads, seq, seq)
         seen.append(probs)
-        return heads, probs
 
-    with mock.patch("bert.attention", attention_that_keeps):
+    modules = [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    hooks = [module.register_forward_hook(keep_probs) for module in modules]
+    try:
         model.eval()(input_ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return torch.cat(seen)
 
 
 def draw_attention(probs: Tensor, tokens: list[str]) -> Any:
-    """A figure of probabilities (layers, A, T, T): a row for each layer, a column for each head. In
-    a panel, the token at the left looks at the tokens below; its row adds up to 1."""
+    """Returns a figure of probabilities (layers, heads, seq, seq), with a panel for each head.
+
+    A row of a panel belongs to a query, the token at its left. It shows how much this token attends
+    to each of the tokens below, and adds up to 1.
+    """
     from matplotlib.figure import Figure
 
     layers, heads, length, _ = probs.shape
     side = max(1.2, 0.14 * length)  # inches of a panel
-    figure = Figure(figsize=(side * heads + 1.5, side * layers + 1.5), layout="constrained")
+    size = (side * heads + 1.5, side * layers + 1.5)
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
     for (layer, head), panel in np.ndenumerate(panels):
         image = panel.imshow(probs[layer, head].numpy(), vmin=0, vmax=1, cmap="viridis")
@@ -79,43 +65,39 @@ def draw_attention(probs: Tensor, tokens: list[str]) -> Any:
         panel.set_xticks(range(length), tokens, rotation=90, fontsize=6)
         panel.set_yticks(range(length), tokens, fontsize=6)
     figure.colorbar(image, ax=panels, label="probability", shrink=0.5)
-    figure.supxlabel("key: looked at")
-    figure.supylabel("query: looks")
+    figure.supxlabel("key: attended to")
+    figure.supylabel("query: attends")
     return figure
 
 
-def look(source: str, text: str, attention: str | None) -> None:
-    from data import load_tokenizer  # here, since --help need not wait for it
-
-    if attention and not Path(attention).resolve().parent.is_dir():
-        raise ValueError(f"--attention {attention}: its folder does not exist")
-    directory = bert.fetch(source)
-    tokenizer = load_tokenizer(directory)
+def draw_text(source: str, text: str, out: str) -> None:
+    """Draws a model's attention in a text to a file. source: a directory or a hub id."""
+    if not Path(out).resolve().parent.is_dir():
+        raise ValueError(f"--out {out}: its folder does not exist")
+    directory = fetch(source)
+    tokenizer = data.load_tokenizer(directory)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is missing is looked at below
-        model = BertPretrainModel.from_pretrained(directory, fused_attention=False)
-    bert.check_padding(model, tokenizer)
-    has_head = not any(name.startswith("mlm_") for name in model.initialized)
-    counts = parameter_counts(model if has_head else model.bert)
-    for part, count in (*counts.items(), ("in all", counts.total())):
-        print(f"{count:>13,}  {part}")
-    if "[MASK]" in text and not has_head:
-        raise ValueError(f"{directory} has no head to fill a [MASK] with, the encoder alone")
-    for best in fill_masks(model, tokenizer, text):
-        print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in best.items()))
-    if attention:
-        input_ids = encode(tokenizer, text)
-        tokens = [str(tokenizer.id_to_token(i)) for i in input_ids[0]]
-        draw_attention(attention_probs(model.bert, input_ids), tokens).savefig(attention, dpi=120)
+        warnings.simplefilter("ignore")  # heads that are not used
+        model = Bert.from_pretrained(directory)
+    check_padding(model, tokenizer)
+    ids = tokenizer.encode(text).ids  # with [CLS] and [SEP]
+    probs = attention_probs(model, torch.tensor([ids]))
+    tokens = [str(tokenizer.id_to_token(id)) for id in ids]
+    draw_attention(probs, tokens).savefig(out, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bert.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="extras.attention", description=__doc__.splitlines()[0])
     parser.add_argument("source", help="directory or hub id of a model")
-    parser.add_argument("text", nargs="?", default="", help="with [MASK] for tokens to be guessed")
-    parser.add_argument("--attention", metavar="PNG", help="draw every head's attention to a file")
+    parser.add_argument("text", help="what the model reads")
+    parser.add_argument("--out", default="attention.png", help="the picture (default: %(default)s)")
+    arguments = parser.parse_args()
     try:
-        look(**vars(parser.parse_args()))
+        draw_text(arguments.source, arguments.text, arguments.out)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

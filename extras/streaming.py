@@ -1,15 +1,18 @@
-"""Pretraining on a corpus that is read as it comes, for one that does not fit the disk.
+"""Pretraining on a stream: a corpus that is read without storing it, because it exceeds the disk.
 
-Each data worker reads shards of its own, a block of documents at a time, and does with a block what
-`data.py` does with a corpus: tokens, pairs, masks, in a random order. A block is what is shuffled,
-so no row waits in a buffer to be lost; the place of the block, and the number of batches taken from
-it, are all that has to be remembered.
+Each data worker reads shards of its own, one block of documents at a time. It treats a block as
+data.py treats a whole corpus: tokens, pairs, masks, in a random order. So only the documents of one
+block are shuffled among each other, and no shuffle buffer holds rows that a kill would lose.
+
+How far a worker is, is its bookmark: {"rows": the state of the library's reader, "documents": how
+many it has read, "block": the index of its block, "batch": how many batches of the block it made}.
+A checkpoint holds the bookmarks of all workers, and a resumed run reads on from them.
 """
 
 import copy
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -22,11 +25,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 import data
 
 BLOCK = 4_000_000  # characters, about 8,000 examples of 128 tokens: 4 MB of tokens
-END = object()
+HELD_OUT_DOCUMENTS = 64
+END_OF_EPOCH = object()
 
 
 def is_held_out(text: Any) -> bool:
-    """One document in a hundred, whatever the order in which they come."""
+    """Returns True for one document in a hundred, in whatever order they come."""
     return zlib.crc32(str(text).encode()) % 100 == 0
 
 
@@ -36,9 +40,11 @@ def open_stream(
     column: str,
     rows_per_document: int = 1,
     train_split: str = "train",
-) -> tuple:
-    """Returns the documents to train on, a `datasets.IterableDataset`, and a list of 64 to evaluate
-    on: of the split "validation", or held out of the split to train on, which must be a whole one.
+) -> tuple[Any, list]:
+    """Returns the documents to train on, a `datasets.IterableDataset`, and 64 to evaluate on.
+
+    The latter are of the split "validation". Without such a split, or if it is trained on, they are
+    held out of `train_split`, which must be one whole split.
     """
     splits = data.get_dataset(path, name, split=None, streaming=True)
     if train_split not in splits:
@@ -46,18 +52,19 @@ def open_stream(
             f"--streaming reads one whole split of {path}, one of {', '.join(splits)}; "
             f"--split {train_split} is none of them"
         )
-    row: dict = next(iter(splits[train_split]), {})
-    if column not in row:
-        raise ValueError(f"no --text-column {column} in the first row of {path}: {list(row)}")
+    first_row: dict = next(iter(splits[train_split]), {})
+    if column not in first_row:
+        raise ValueError(f"no --text-column {column} in the first row of {path}: {list(first_row)}")
     rows = {split: documents.select_columns(column) for split, documents in splits.items()}
     if rows_per_document > 1:
         rows = {split: documents.batch(rows_per_document) for split, documents in rows.items()}
+
     train = rows[train_split]
     held_out = rows.get("validation")
     if held_out is None or train_split == "validation":
         held_out = train.filter(is_held_out, input_columns=column)
         train = train.filter(lambda text: not is_held_out(text), input_columns=column)
-    texts = [row[column] for row in islice(held_out, 64)]
+    texts = [row[column] for row in islice(held_out, HELD_OUT_DOCUMENTS)]
     if len(texts) < 2:
         raise ValueError(
             f"--streaming: {path} has {len(texts)} documents to evaluate on, and 2 are needed: a"
@@ -67,31 +74,12 @@ def open_stream(
     return train, texts
 
 
-def read_texts(path: str, name: str | None, column: str, split: str = "train") -> Iterable[str]:
-    """Returns all texts of a corpus on disk, checked to be texts."""
-    rows = data.get_train_rows(path, split, name)
-    if column not in rows.column_names:
-        raise ValueError(f"no --text-column {column} in {rows.column_names}")
-    kind = rows.features[column]
-    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
-        raise ValueError(f"--text-column {column} is not text but {kind}")
-    return rows[column]
-
-
-def describe(corpora: dict) -> str:
-    """Of a split that is streamed, nothing is known."""
-    return "".join(
-        f"{split}: {len(corpus.document_starts) - 1} documents, {len(corpus):,} tokens; "
-        f"documents left out: {corpus.skipped}\n"
-        for split, corpus in corpora.items()
-        if isinstance(corpus, data.TokenizedCorpus)
-    )
-
-
-def tokenized(texts: list[str], first: int, tokenizer: Tokenizer) -> data.TokenizedCorpus:
-    """A block as a corpus, in memory."""
-    numbers = list(range(first, first + len(texts)))
-    columns = data.tokenize_documents({"text": texts}, numbers, tokenizer, "text")
+def tokenize_block(
+    texts: list[str], first_index: int, tokenizer: Tokenizer
+) -> data.TokenizedCorpus:
+    """Returns a block as a corpus in memory. first_index: of its first document, for errors."""
+    indices = list(range(first_index, first_index + len(texts)))
+    columns = data.tokenize_documents({"text": texts}, indices, tokenizer, "text")
     features = Features(
         tokens=List(Value("uint32")), starts=List(Value("uint32")), sentences=Value("int64")
     )
@@ -99,106 +87,141 @@ def tokenized(texts: list[str], first: int, tokenizer: Tokenizer) -> data.Tokeni
 
 
 class StreamedBatches(IterableDataset):
-    """Batches without end, as `PretrainDataset` makes them, each with the `place` behind it. Every
-    example of a block comes once; its last batch is filled up with some again, under other masks.
-    `places`: where each worker goes on, None: at the beginning. `turn`: whose batch is the next.
-    `first`, `everyone`: number of this process's first worker, and of all workers."""
+    """Yields batches without end, each with the bookmark behind it under the key "bookmark".
+
+    Every example of a block comes once. The last batch of a block is filled up with examples of the
+    same block, under other masks.
+    """
 
     def __init__(
-        self, rows: Any, column: str, places: list, turn: int, first: int, everyone: int, **how: Any
+        self,
+        rows: Any,
+        column: str,
+        bookmarks: list,
+        next_worker: int,
+        first_worker: int,
+        worker_count: int,
+        tokenizer: Tokenizer,
+        batch_size: int,
+        make_dataset: Callable[[data.TokenizedCorpus, Tokenizer], data.PretrainDataset],
     ) -> None:
-        self.rows, self.column, self.places, self.turn = rows, column, places, turn
-        self.first, self.everyone, self.how = first, everyone, how
+        """rows, column: the documents of this rank, and where their text is.
+        bookmarks: of each worker of this rank; None starts at the beginning.
+        next_worker: the worker of this rank that makes the next batch.
+        first_worker, worker_count: the index of this rank's first worker among the workers of all
+        ranks, and how many these are.
+        """
+        self.rows, self.column = rows, column
+        self.bookmarks, self.next_worker = bookmarks, next_worker
+        self.first_worker, self.worker_count = first_worker, worker_count
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.make_dataset = make_dataset
 
-    def documents(self, place: dict) -> Iterator[tuple[dict, Any]]:
-        """Each document with the place behind it, and `END` behind the last of an epoch."""
-        rows, number = copy.deepcopy(self.rows), place["documents"]
-        if place["rows"]:
-            rows.load_state_dict(place["rows"])
+    def documents(self, bookmark: dict) -> Iterator[tuple[dict, Any]]:
+        """Yields each document, then END_OF_EPOCH, and so on; each with the bookmark behind it."""
+        rows, index = copy.deepcopy(self.rows), bookmark["documents"]
+        if bookmark["rows"]:
+            rows.load_state_dict(bookmark["rows"])
         while True:
-            before = number
+            index_before = index
             for row in rows:
-                number += 1
-                behind = {"rows": copy.deepcopy(rows.state_dict()), "documents": number}
+                index += 1
+                behind = {"rows": copy.deepcopy(rows.state_dict()), "documents": index}
                 yield behind, row[self.column]
-            if number == before and not place["rows"]:
+            if index == index_before and not bookmark["rows"]:
                 raise ValueError("a data worker has no document to read")
-            place = {"rows": None, "documents": number}
-            yield place, END
-            rows = copy.deepcopy(self.rows)  # what was loaded would go on from there again
+            bookmark = {"rows": None, "documents": index}
+            yield bookmark, END_OF_EPOCH
+            rows = copy.deepcopy(self.rows)  # the other would start at its loaded state again
 
     def __iter__(self) -> Iterator[dict | None]:
         info = get_worker_info()
         worker = info.id if info else 0
-        if worker < self.turn:
-            yield None  # for it is another's turn
-        place = self.places[worker] or {"rows": None, "documents": 0, "block": 0, "batch": 0}
-        documents = self.documents(place)
+        if worker < self.next_worker:
+            yield None  # the loader asks worker 0 first, but it is another one's turn
+        start: dict[str, Any] = {"rows": None, "documents": 0, "block": 0, "batch": 0}
+        bookmark = self.bookmarks[worker] or start
+        documents = self.documents(bookmark)
         while True:
             texts, behind = read_block(documents)
-            number = place["block"] * self.everyone + self.first + worker  # of all blocks
-            batches = self.batches(texts, place["documents"], number)
-            for done, batch in enumerate(islice(batches, place["batch"], None), place["batch"] + 1):
-                yield {**batch, "place": {**place, "batch": done}}
-            place = {**behind, "block": place["block"] + 1, "batch": 0}
+            block_index = bookmark["block"] * self.worker_count + self.first_worker + worker
+            batches = self.batches(texts, bookmark["documents"], block_index)
+            remaining = islice(batches, bookmark["batch"], None)
+            for batches_made, batch in enumerate(remaining, bookmark["batch"] + 1):
+                yield {**batch, "bookmark": {**bookmark, "batch": batches_made}}
+            bookmark = {**behind, "block": bookmark["block"] + 1, "batch": 0}
 
-    def batches(self, texts: list[str], first: int, number: int) -> Iterator[dict]:
-        """Of a block, whose number takes the place of the epoch in every random draw."""
-        tokenizer, batch_size = self.how["tokenizer"], self.how["batch_size"]
-        corpus = tokenized(texts, first, tokenizer)
-        dataset = data.PretrainDataset(corpus, tokenizer, *self.how["examples"])
-        order = data.permutation(dataset.seed, number, len(dataset)).tolist()
+    def batches(self, texts: list[str], first_index: int, block_index: int) -> Iterator[dict]:
+        """Yields the batches of a block. Its index, among the blocks of all workers, is the epoch
+        of every random draw, so no two blocks draw the same numbers.
+        """
+        corpus = tokenize_block(texts, first_index, self.tokenizer)
+        dataset = self.make_dataset(corpus, self.tokenizer)
+        order = data.permutation(dataset.seed, block_index, len(dataset)).tolist()
         passes = chain.from_iterable(
-            [(number * 2**20 + again) * len(order) + i for i in order] for again in range(2**20)
+            [(block_index * 2**20 + again) * len(order) + i for i in order]
+            for again in range(2**20)
         )
-        for _ in range(0, len(order), batch_size):
-            yield dataset.batch(list(islice(passes, batch_size)))
+        for _ in range(0, len(order), self.batch_size):
+            yield dataset.batch(list(islice(passes, self.batch_size)))
 
 
 def read_block(documents: Iterator[tuple[dict, Any]]) -> tuple[list, dict]:
-    """Documents of `BLOCK` characters or up to the end of an epoch, at least two with a next
-    sentence, and the place behind them."""
+    """Returns the documents of a block, and the bookmark behind them.
+
+    A block ends after `BLOCK` characters, or at the end of an epoch. In either case it has at least
+    two documents with a next sentence, or no pair could be made of it.
+    """
     texts: list = []
-    size = pairs = epochs = 0
+    size = usable = epochs = 0
     while True:
         behind, text = next(documents)
-        epochs += text is END
-        if text is not END:
+        if text is END_OF_EPOCH:
+            epochs += 1
+        else:
             texts.append(text)
             size += len(str(text))
             parts = text if isinstance(text, list) else [text]
             whole = "\n\n".join(str(part) for part in parts if part)
-            pairs += pairs < 2 and len(data.split_sentences(whole)) > 1
-        if pairs > 1 and (text is END or size >= BLOCK):
+            if usable < 2 and len(data.split_sentences(whole)) > 1:
+                usable += 1
+        if usable > 1 and (text is END_OF_EPOCH or size >= BLOCK):
             return texts, behind
-        if pairs < 2 and epochs > 2:
-            raise ValueError(f"a data worker has {pairs} documents with a next sentence, not 2")
+        if usable < 2 and epochs > 2:
+            raise ValueError(f"a data worker has {usable} documents with a next sentence, not 2")
 
 
 def get_stream_dataloader(
-    rows: Any, column: str, state: dict, rank: int, world_size: int, **how: Any
+    rows: Any, column: str, progress: dict, rank: int, world_size: int, **batches: Any
 ) -> DataLoader:
-    """The batches of one of `world_size` processes. `state`: see `new_state`."""
-    workers = state["workers"]
-    everyone = world_size * max(1, workers)
-    if everyone > rows.num_shards:
+    """Returns the loader of one rank, from its progress on. batches: as in `StreamedBatches`."""
+    workers = progress["workers"]
+    per_rank = max(1, workers)  # without workers, the rank itself reads
+    worker_count = world_size * per_rank
+    if worker_count > rows.num_shards:
         raise ValueError(
-            f"--workers {workers} in {world_size} processes read {everyone} shards at a time, and "
+            f"--workers {workers} in {world_size} ranks read {worker_count} shards at a time, and "
             f"the corpus has {rows.num_shards}: use fewer workers, or split its files"
         )
-    if rows.num_shards % everyone:
+    if rows.num_shards % worker_count:
         warnings.warn(
-            f"{rows.num_shards} shards for {everyone} workers: some have more to read, and the "
+            f"{rows.num_shards} shards for {worker_count} workers: some have more to read, and the "
             "others read theirs more often",
             stacklevel=2,
         )
     if world_size > 1:
         rows = split_dataset_by_node(rows, rank, world_size)
-    places, turn = state["places"], state["taken"] % max(1, workers)
-    first = rank * max(1, workers)
-    batches = StreamedBatches(rows, column, places, turn, first, everyone, **how)
+    dataset = StreamedBatches(
+        rows,
+        column,
+        progress["bookmarks"],
+        next_worker=progress["taken"] % per_rank,
+        first_worker=rank * per_rank,
+        worker_count=worker_count,
+        **batches,
+    )
     return DataLoader(
-        batches,
+        dataset,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
@@ -206,28 +229,36 @@ def get_stream_dataloader(
     )
 
 
-def new_state(workers: int) -> dict:
-    """How far a process has come: places of its workers, batches taken in turn from them."""
-    return {"workers": workers, "places": [None] * max(1, workers), "taken": 0}
+def new_progress(workers: int) -> dict:
+    """Returns the progress of a rank that has read nothing: the bookmarks of its workers, and how
+    many batches were taken from them, in turn.
+    """
+    return {"workers": workers, "bookmarks": [None] * max(1, workers), "taken": 0}
 
 
-def take(loader: DataLoader, state: dict) -> Iterator[dict]:
-    """The loader's batches, each noted in `state` when it is taken: those that wait are not."""
+def take(loader: Iterable[dict | None], progress: dict) -> Iterator[dict]:
+    """Yields the loader's batches. `progress` counts a batch when it is taken, so that batches
+    which wait in the loader are read again by a resumed run.
+    """
     for batch in loader:
         if batch is not None:
-            state["places"][state["taken"] % len(state["places"])] = batch.pop("place")
-            state["taken"] += 1
+            worker = progress["taken"] % len(progress["bookmarks"])
+            progress["bookmarks"][worker] = batch.pop("bookmark")
+            progress["taken"] += 1
             yield batch
 
 
 def same_readers(saved: list[dict], fresh: list[dict]) -> list[dict]:
-    """How far a run's processes had come; `ValueError` if it was read by others than `fresh`."""
-    before, now = ([state["workers"] for state in states] for states in (saved, fresh))
-    if not any(state["taken"] for state in saved):
+    """Returns the saved progress of all ranks. Raises ValueError if this run, whose progress would
+    start as `fresh`, has other numbers of ranks or workers: the bookmarks would not fit.
+    """
+    if not any(progress["taken"] for progress in saved):
         return fresh
+    before = [progress["workers"] for progress in saved]
+    now = [progress["workers"] for progress in fresh]
     if before != now:
         raise ValueError(
-            f"--resume --streaming: {len(before)} processes with --workers {before[0]} have read "
-            f"the corpus, and only as many can go on, not {len(now)} with --workers {now[0]}"
+            f"--resume --streaming: {len(before)} ranks with --workers {before[0]} have read the"
+            f" corpus, and only as many can resume, not {len(now)} with --workers {now[0]}"
         )
     return saved

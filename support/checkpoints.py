@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-CHECKPOINT_NAME = re.compile(r"step-[0-9]{9}\.pt")  # any other file is not one of ours
+CHECKPOINT_NAME = re.compile(r"step-[0-9]{9}\.pt")  # other files are left alone
 
 
 def checkpoint_paths(out: Path) -> list[Path]:
@@ -19,9 +19,15 @@ def checkpoint_paths(out: Path) -> list[Path]:
 
 
 def save_checkpoint(out: Path, state: dict) -> None:
-    """Whole or not at all: written beside its place, forced to disk, renamed. Two are kept."""
-    (folder := out / "checkpoints").mkdir(exist_ok=True)
-    with (out / "metrics.jsonl").open("a") as file:  # what is added later, a resumed run cuts off
+    """Writes a checkpoint, completely or not at all, and deletes all but the last two.
+
+    1. Note how long metrics.jsonl is. A resumed run cuts off what is added later.
+    2. Write a temporary file, and force it to disk.
+    3. Rename it, and force the folder to disk, which holds the new name.
+    """
+    folder = out / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    with (out / "metrics.jsonl").open("a") as file:
         os.fsync(file.fileno())
         state["metrics_bytes"] = file.tell()
     path = folder / f"step-{state['step']:09}.pt"
@@ -36,16 +42,16 @@ def save_checkpoint(out: Path, state: dict) -> None:
         raise OSError(f"{path} not saved, the one before it stays: {error}") from error
     unfinished.replace(path)
     directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)  # the new name, too
+    os.fsync(directory)
     os.close(directory)
     for old in checkpoint_paths(out)[:-2]:
         old.unlink()
 
 
 def read_checkpoint(path: Path, names: Sequence[str]) -> dict:
-    """Returns what a checkpoint holds. Raises an error of many kinds if it is damaged."""
+    """Returns the content of a checkpoint. Raises one of many errors if the file is damaged."""
     with zipfile.ZipFile(path) as archive:
-        broken = archive.testzip()  # torch checks no checksums
+        broken = archive.testzip()  # torch does not verify checksums
     if broken:
         raise OSError(f"{broken} has another checksum")
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -56,9 +62,9 @@ def read_checkpoint(path: Path, names: Sequence[str]) -> dict:
 
 
 def load_checkpoint(out: Path, identity: dict, names: Sequence[str]) -> dict:
-    """Returns the newest checkpoint that is whole, with all these names.
+    """Returns the newest checkpoint that is complete and has all of `names`.
 
-    Raises ValueError if there is none, or if it is of a run with another identity.
+    Raises ValueError if there is none, or if it belongs to a run with another identity.
     """
     for path in reversed(checkpoint_paths(out)):
         try:

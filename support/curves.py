@@ -1,4 +1,4 @@
-"""Figures from the metrics.jsonl of runs: nothing in them is measured twice or typed by hand."""
+"""Draws the curves of a run from its metrics.jsonl."""
 
 import contextlib
 import functools
@@ -11,7 +11,10 @@ import numpy as np
 
 
 def read_lines(run: Path, split: str) -> dict[str, list]:
-    """The columns of a run's lines for "train", "validation" or "test". A folder, or a file."""
+    """Returns the lines of a run that have this split (train, validation or test), as columns.
+
+    run: the folder of a run, or the file itself.
+    """
     file = run / "metrics.jsonl" if run.is_dir() else run
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines = [line for line in lines if line["split"] == split]
@@ -19,7 +22,7 @@ def read_lines(run: Path, split: str) -> dict[str, list]:
 
 
 def optional(draw: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Without matplotlib, nothing is drawn."""
+    """Makes a drawing function do nothing where matplotlib is not installed."""
 
     @functools.wraps(draw)
     def draw_if_possible(run: Path) -> None:
@@ -32,19 +35,21 @@ def optional(draw: Callable[[Path], None]) -> Callable[[Path], None]:
 def means_of_seeds(
     run: Path, split: str, name: str, rate: float | None = None, by: str = "step"
 ) -> tuple[list[int], list[float]]:
-    """Steps, or epochs, of a run on SST-2, and a quantity's means there, over the seeds; of all
-    learning rates or of one."""
+    """Returns the steps (or epochs) of a run of train_sst2.py, and the mean of a quantity over the
+    seeds at each. rate: one learning rate; by default all of them.
+    """
     lines = read_lines(run, split)
     values: dict[int, list[float]] = {}
-    for i, place in enumerate(lines.get(by, [])):
+    for i, step in enumerate(lines.get(by, [])):
         if rate in (None, lines["learning_rate"][i]):
-            values.setdefault(place, []).append(lines[name][i])
+            values.setdefault(step, []).append(lines[name][i])
     return list(values), [float(np.mean(v)) for v in values.values()]
 
 
 def plot_pretraining(loss: Any, shares: Any, run: Path, known: dict[str, float]) -> None:
-    """Two panels: the MLM loss beside what could be `known` without reading the text, in nats; and
-    accuracies and the share of the commonest prediction."""
+    """Draws two panels: the MLM loss, and the accuracies with the share of the most frequent
+    prediction. known: losses, in nats, of models that do not read the text, as horizontal lines.
+    """
     train, validation = read_lines(run, "train"), read_lines(run, "validation")
     loss.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
     loss.plot(validation["step"], validation["mlm_loss"], label="validation")
@@ -52,7 +57,7 @@ def plot_pretraining(loss: Any, shares: Any, run: Path, known: dict[str, float])
     for (label, nats), style in zip(known.items(), (":", "--", "-."), strict=False):
         loss.axhline(nats, color="black", linestyle=style, linewidth=1, label=label)
     for name, label in {
-        "commonest_prediction": "share of the commonest prediction",
+        "most_frequent_prediction": "share of the most frequent prediction",
         "mlm_accuracy": "MLM accuracy",
         "nsp_accuracy": "NSP accuracy",
     }.items():
@@ -62,14 +67,14 @@ def plot_pretraining(loss: Any, shares: Any, run: Path, known: dict[str, float])
 
 
 def unigrams(run: Path) -> dict[str, float]:
-    """What a run's corpus lets a model know without reading, as `plot_pretraining` labels it."""
+    """Returns the loss of a model that knows how often each token occurs, with its label."""
     entropy = read_lines(run, "validation")["unigram_entropy"][0]
     return {"unigram entropy: how often tokens occur": entropy}
 
 
 @optional
 def draw_pretraining(run: Path) -> None:
-    """curves.png: losses beside ln V and the unigram entropy; accuracies and shares."""
+    """Draws curves.png into the folder of a run of train_pretrain.py."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -82,7 +87,9 @@ def draw_pretraining(run: Path) -> None:
 
 @optional
 def draw_sst2(run: Path) -> None:
-    """curves.png: loss and accuracy by step, means over seeds, a colour for each learning rate."""
+    """Draws curves.png into the folder of a run of train_sst2.py: means over the seeds, in a colour
+    for each learning rate.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")

@@ -1,14 +1,14 @@
-"""Where and how precisely a run computes: device, precision, memory that is used again."""
+"""The device of a run, its numerical precision, and how its memory is allocated."""
 
 import contextlib
 import ctypes
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-PRECISIONS = ["auto", "float32", "medium", "bfloat16"]
+Precision = Literal["auto", "float32", "medium", "bfloat16"]
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -31,15 +31,19 @@ def cpu_capabilities() -> Mapping[str, Any]:
     return get_capabilities()
 
 
-def choose_precision(name: str, device: torch.device) -> str:
-    """Returns a run's precision, "float32", "medium" or "bfloat16", and sets torch up for it.
+def choose_precision(name: Precision, device: torch.device) -> Precision:
+    """Returns a run's precision, which is not "auto", and sets torch up for it.
 
-    - float32: all products of matrices in float32.
-    - medium: float32 in memory, but products of matrices may round their factors to bfloat16.
+    - float32: all matrix products in float32.
+    - medium: float32 in memory, but matrix products may round their factors to bfloat16.
     - bfloat16: autocast, see `autocast`.
-    - auto: what is fastest. A training step of mini and of base is so many times as fast as in
-      float32: on a CPU with AMX 1.64 and 1.72 with medium, 1.28 and 1.45 with bfloat16; on one with
-      AVX512-BF16 alone 1.0 and 1.0, 1.34 and 1.43. Other CPUs emulate bfloat16, forty times slower.
+    - auto: the fastest of them. Other CPUs than the two here emulate bfloat16, forty times slower.
+
+    How many times as fast as in float32 a training step is:
+
+        CPU with            medium: mini, base    bfloat16: mini, base
+        AMX                         1.64, 1.72              1.28, 1.45
+        AVX512-BF16 alone           1.0,  1.0               1.34, 1.43
     """
     if name == "auto":
         capabilities = cpu_capabilities() if device.type == "cpu" else {}
@@ -56,16 +60,20 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager:
-    """Returns the context of a forward pass. With bfloat16, products of matrices are computed in
-    it; weights, gradients and the optimizer's state stay float32."""
+    """Returns the context of a forward pass. With bfloat16, it computes matrix products in
+    bfloat16; weights, gradients and the optimizer's state stay float32.
+    """
     if precision == "bfloat16":
         return torch.autocast(device_type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def keep_freed_memory() -> None:
-    """Linux with glibc: freed memory stays with the process. Else large tensors are given back and
-    taken anew in every step, a page fault for each 4 KiB: a tenth to a quarter of a step's time."""
+    """Makes the process keep the memory that it frees, on Linux with glibc.
+
+    Large tensors are otherwise returned to the system and allocated anew in every step. Each 4 KiB
+    then costs a page fault, which takes a tenth to a quarter of a step's time.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own

@@ -13,10 +13,10 @@ from support.checkpoints import checkpoint_paths
 
 @contextlib.contextmanager
 def run_folder(options: Any, rank: int = 0) -> Iterator[Path]:
-    """Holds the folder --out for one run: no other process can use it at the same time.
+    """Yields the folder --out, locked for this run: no other process can use it meanwhile.
 
-    A new run needs a folder that holds no run, --resume one that holds a checkpoint. Raises
-    ValueError, and changes nothing, otherwise. Only the first rank locks the folder.
+    A new run needs a folder that holds no run, and --resume one that holds a checkpoint. Otherwise
+    raises ValueError and changes nothing. Only rank 0 locks the folder.
     """
     out = Path(options.out)
     resume = getattr(options, "resume", False)
@@ -41,10 +41,10 @@ def run_folder(options: Any, rank: int = 0) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Holds a lock on a folder that ends with this process, however it ends.
+    """Locks a folder. The lock ends with this process, however it ends.
 
-    A POSIX record lock: unlike that of `flock`, forked data workers do not inherit it, so they
-    cannot keep it when the process is killed.
+    It is a POSIX record lock. Forked data workers inherit a lock of `flock`, and would keep it when
+    the process is killed; they do not inherit this one.
     """
     with (out / ".lock").open("a") as file:
         try:
@@ -63,7 +63,7 @@ def check_holds_no_run(out: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is whole or, if the process is killed, as it was before."""
+    """Writes a text file. If the process is killed, the file is either complete or as before."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 
 def process_group_backend(device: str | None, has_cuda: bool) -> str:
-    """Returns the backends of the group of ranks: gloo for tensors on the CPU, nccl for GPUs.
+    """Returns the backends of the process group: gloo for tensors on the CPU, nccl for GPUs.
 
-    Both are named. Without a name, torch would register the accelerator's alone, and every sum of
-    numbers on the CPU would fail.
+    Both have to be named. Otherwise torch registers only the accelerator's backend, and every sum
+    of numbers on the CPU fails.
     """
     if has_cuda and device != "cpu":
         return "cpu:gloo,cuda:nccl"
@@ -22,8 +22,10 @@ def process_group_backend(device: str | None, has_cuda: bool) -> str:
 
 
 def join_processes(device: str | None = None) -> tuple[int, int]:
-    """Returns this process's rank and the number of ranks, as torchrun set them, and forms their
-    group; without torchrun, 0 and 1. A single rank forms a group, too, so that one GPU tests nccl.
+    """Joins the process group of torchrun. Returns this process's rank and the number of ranks.
+
+    Without torchrun, returns 0 and 1. A single rank under torchrun forms a group, too, so that nccl
+    can be tested with one GPU.
     """
     variables = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if not variables:
@@ -40,7 +42,8 @@ def join_processes(device: str | None = None) -> tuple[int, int]:
             " each takes its own"
         )
 
-    import torch.distributed.nn  # later, its default arguments would keep the group for ever
+    # Imported later, its default arguments would hold a reference to the group.
+    import torch.distributed.nn
 
     if torch.cuda.is_available() and device != "cpu":
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", rank)), torch.cuda.device_count()
@@ -48,12 +51,12 @@ def join_processes(device: str | None = None) -> tuple[int, int]:
             raise ValueError(f"--nproc_per_node: {gpus} GPUs for {local_rank + 1} ranks or more")
         torch.cuda.set_device(local_rank)
     backend = process_group_backend(device, torch.cuda.is_available())
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for a tokenizer
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenize for hours
     return rank, world_size
 
 
 def need_one_process() -> None:
-    """Raises ValueError under torchrun with several ranks: all would do and write the same."""
+    """Raises ValueError under torchrun with several ranks: all would compute and write the same."""
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
         raise ValueError(
@@ -63,7 +66,7 @@ def need_one_process() -> None:
 
 @contextlib.contextmanager
 def first_process_first(rank: int) -> Iterator[None]:
-    """The others wait until the first one is done with the same."""
+    """Lets rank 0 run the body of a `with` statement before the other ranks run it."""
     if dist.is_initialized() and rank > 0:
         dist.barrier()
     yield
@@ -72,7 +75,7 @@ def first_process_first(rank: int) -> Iterator[None]:
 
 
 def total(*numbers: int) -> list[int]:
-    """Returns each number's sum over all ranks; on the CPU, so that no GPU is waited for."""
+    """Returns each number's sum over all ranks. Sums on the CPU wait for no GPU."""
     if not dist.is_initialized():
         return list(numbers)
     sums = torch.tensor(numbers)
@@ -81,8 +84,10 @@ def total(*numbers: int) -> list[int]:
 
 
 def note_signals() -> list[int]:
-    """Where Ctrl-C and SIGTERM are noted, for the loop to end between two steps. Of each several
-    may come: torchrun passes on what its processes have got themselves."""
+    """Returns a list to which Ctrl-C and SIGTERM are appended from now on, instead of ending the
+    process: the loop can stop between two steps. A signal may arrive several times, because
+    torchrun forwards what its ranks have received themselves.
+    """
     noted: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: noted.append(number))
@@ -90,6 +95,7 @@ def note_signals() -> list[int]:
 
 
 def leave_group(worker: int) -> None:
-    """For a data worker: Ctrl-C goes to a whole group of processes, and the worker has to go on
-    until the loop ends."""
+    """Moves a data worker to a process group of its own. Ctrl-C reaches a whole group, and workers
+    have to make batches until the loop ends.
+    """
     os.setpgrp()

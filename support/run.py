@@ -18,12 +18,16 @@ from support.processes import note_signals, total
 
 
 def set_seed(*numbers: int) -> None:
-    """What is drawn next, as dropout, depends on the numbers alone, not on what ran before."""
+    """Seeds torch with a hash of these numbers, so that what is drawn next (dropout, for example)
+    does not depend on what was drawn before.
+    """
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def progress_bar(steps: int, name: str | None = None, **more: Any) -> tqdm:
-    """Steps done, steps a second and the time that is left; in a log file, a line now and then."""
+    """Returns a bar of the steps done, steps per second and time left. In a log file, which is not
+    a terminal, it writes a line every 30 seconds.
+    """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(
         total=steps, unit="step", desc=name, dynamic_ncols=True, mininterval=interval, **more
@@ -31,9 +35,10 @@ def progress_bar(steps: int, name: str | None = None, **more: Any) -> tqdm:
 
 
 class FiniteGuard:
-    """Remembers the first step whose gradient was not finite, on the device: no step waits for it.
+    """Remembers, on the device, the first step whose gradient was not finite.
 
-    `note` after every step; `check` before anything is written down, which waits for a GPU.
+    `note` is called after every step and does not wait for a GPU. `check` is called before anything
+    is written down, and waits.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,30 +62,37 @@ class FiniteGuard:
 
 
 class Run:
-    """How far a run is, and what it keeps of that. Every process has one; the first one writes."""
+    """How far a run is, and what it writes. Every rank has one; only rank 0 writes."""
 
     def __init__(self, out: Path, rank: int, world_size: int, steps: int, identity: dict) -> None:
-        """`identity`: what may not change when the run is resumed."""
+        """identity: everything that must be the same when the run is resumed."""
         self.out, self.rank, self.world_size, self.steps = out, rank, world_size, steps
-        self.identity, self.step, self.tokens = identity, 0, 0
+        self.identity = identity
+        self.step = 0  # the first one of this process
+        self.tokens = 0  # that have been trained on, by all ranks
         self.saved_step = -1
-        self.seconds_before, self.metrics_bytes = 0.0, 0
+        self.seconds_before = 0.0  # that earlier processes of the run took
+        self.metrics_bytes = 0  # length of metrics.jsonl at the checkpoint
         self.signals: list[int] = []
 
     def resume(self, **parts: Any) -> list:
-        """Sets run and `parts` to the newest whole checkpoint; returns each rank's own state."""
+        """Loads the newest complete checkpoint into the run and into `parts`, such as model and
+        optimizer. Returns what each rank saved of its own.
+        """
         names = ("step", "tokens", "seconds", "metrics_bytes", "run", "own", *parts)
         state = load_checkpoint(self.out, self.identity, names)
         self.step = self.saved_step = state["step"]
         self.tokens = state["tokens"]
-        self.seconds_before, self.metrics_bytes = state["seconds"], state["metrics_bytes"]
+        self.seconds_before = state["seconds"]
+        self.metrics_bytes = state["metrics_bytes"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state["own"]
 
     def begin(self, options: Any) -> None:
-        """Before the first step: config.json has the options, metrics.jsonl is cut to what the
-        checkpoint knows of, signals are noted from here on, and the clock runs."""
+        """Prepares the folder before the first step: writes config.json, and cuts metrics.jsonl to
+        the length that the checkpoint knows. From here on, signals are noted and the clock runs.
+        """
         if total(self.step) != [self.step * self.world_size]:
             raise ValueError(
                 f"--resume: not all ranks see the checkpoint of step {self.step} in {self.out}"
@@ -95,20 +107,23 @@ class Run:
 
     @property
     def seconds(self) -> float:
+        """Seconds of training, over all processes of the run."""
         return round(time.perf_counter() - self.started, 2)
 
     def write(self, split: str, step: int, **values: Any) -> None:
+        """Adds a line to metrics.jsonl."""
         if self.rank == 0:
-            place = {"tokens": self.tokens, "seconds": self.seconds}
-            write_line(self.out, split=split, step=step, **place, **values)
+            progress = {"tokens": self.tokens, "seconds": self.seconds}
+            write_line(self.out, split=split, step=step, **progress, **values)
 
     def show(self, loss: str) -> None:
-        """In the bar, when it is drawn next."""
+        """Sets the text behind the bar, which appears when the bar is drawn next."""
         self.bar.set_postfix_str(f"{loss}, {self.tokens / self.seconds:,.0f} tokens/s", False)
 
     def save(self, step: int, own: Any, **parts: Any) -> None:
-        """A checkpoint of `parts`, as model and optimizer, which are the same in every process, and
-        of what each has of its `own`."""
+        """Writes a checkpoint. parts: what is the same in every rank, such as model and optimizer.
+        own: what this rank keeps for itself.
+        """
         gathered = [own]
         if self.world_size > 1:
             gathered = [None] * self.world_size
@@ -121,7 +136,7 @@ class Run:
         self.saved_step = step
 
     def asked_to_stop(self) -> bool:
-        """By Ctrl-C or SIGTERM, in any of the processes."""
+        """Returns whether any rank has received Ctrl-C or SIGTERM."""
         return total(len(self.signals)) != [0]
 
     def add_up(self, numbers: torch.Tensor) -> list[float]:
@@ -136,6 +151,7 @@ class Run:
             dist.destroy_process_group()
 
     def stop(self, step: int) -> NoReturn:
+        """Ends the process after a signal, with the exit status that belongs to it."""
         self.bar.close()
-        print(f"stopped before step {step}; --resume goes on from there", file=sys.stderr)
+        print(f"stopped before step {step}; --resume continues from there", file=sys.stderr)
         sys.exit(128 + max(self.signals, default=0))

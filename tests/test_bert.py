@@ -66,6 +66,11 @@ def test_sizes_that_do_not_fit_are_refused_with_their_values(changes, words):
         dataclasses.replace(FIXED, **changes)
 
 
+def test_a_dropout_of_zero_may_be_an_integer_as_json_writes_it():
+    config = dataclasses.replace(FIXED, dropout=0, attention_dropout=0)
+    assert Bert(config, PADDING).embeddings.dropout.p == 0
+
+
 def test_an_unknown_size_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"'huge' is not one of tiny, mini, .*, large"):
         BertConfig.named("huge")

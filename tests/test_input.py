@@ -16,8 +16,8 @@ from test_run_folder import write_corpus
 import data
 import train_sst2
 from bert import BertConfig, BertPretrainModel, SST2BertModel
-from extras import streaming as stream
-from extras.attention import look
+from extras import streaming
+from extras.attention import draw_text
 from support.command_line import parse_options
 from support.devices import choose_device
 from train_pretrain import PretrainOptions, pretrain
@@ -112,16 +112,16 @@ def test_a_row_is_named_by_its_own_number_where_rows_are_joined():
 
 
 def test_a_list_with_a_number_is_named_in_a_stream_too():
-    documents = iter([({}, ["a b", 7]), ({}, stream.END)] * 3)
-    texts, _ = stream.read_block(documents)
+    documents = iter([({}, ["a b", 7]), ({}, streaming.END_OF_EPOCH)] * 3)
+    texts, _ = streaming.read_block(documents)
     with pytest.raises(ValueError, match="row 0: text is int, not text"):
-        stream.tokenized(texts, 0, small_tokenizer())
+        streaming.tokenize_block(texts, 0, small_tokenizer())
 
 
 def test_the_splits_are_named_before_a_tokenizer_is_learned(tmp_path):
     write_rows(tmp_path / "validation.jsonl", [{"text": text} for text in TEXTS])
     with pytest.raises(ValueError, match="has no split train, only validation; see --split"):
-        stream.read_texts(str(tmp_path), None, "text")
+        data.get_texts(str(tmp_path))
 
 
 def test_a_column_of_lists_of_numbers_is_named(tmp_path):
@@ -186,10 +186,10 @@ def test_a_stream_of_few_documents_says_what_it_needs(tmp_path):
     with pytest.raises(
         ValueError, match=r"--streaming: .* has 0 documents to evaluate on, and 2 are"
     ):
-        stream.open_stream(str(tmp_path / "few"), None, "text")
+        streaming.open_stream(str(tmp_path / "few"), None, "text")
     write_rows(tmp_path / "both/train.jsonl", rows)
     write_rows(tmp_path / "both/validation.jsonl", rows[:2])
-    train, held_out = stream.open_stream(str(tmp_path / "both"), None, "text")
+    train, held_out = streaming.open_stream(str(tmp_path / "both"), None, "text")
     assert [row["text"] for row in train] == TEXTS
     assert held_out == TEXTS[:2]
 
@@ -310,8 +310,8 @@ def test_a_line_of_standard_input_that_is_not_utf_8_is_named(tmp_path, monkeypat
 
 
 def test_a_picture_into_a_folder_that_is_not_there_is_rejected_before_any_work(tmp_path, capsys):
-    with pytest.raises(ValueError, match=r"--attention .*a\.png: its folder does not exist"):
-        look(save(BertPretrainModel, tmp_path), "a b", str(tmp_path / "nowhere/a.png"))
+    with pytest.raises(ValueError, match=r"--out .*a\.png: its folder does not exist"):
+        draw_text(save(BertPretrainModel, tmp_path), "a b", str(tmp_path / "nowhere/a.png"))
     assert capsys.readouterr().out == ""
 
 

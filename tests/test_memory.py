@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from strategies import LETTERS, corpus_of, small_tokenizer
 from torch.utils.data import DataLoader
 
 import data
-from extras import streaming as stream
+from extras import streaming
 
 pytestmark = [
     pytest.mark.slow,
@@ -82,9 +83,10 @@ def shards(tmp_path_factory) -> Path:
 
 
 def streamed(folder: Path) -> DataLoader:
-    rows, _ = stream.open_stream(str(folder), None, "text")
-    how = {"tokenizer": small_tokenizer(), "batch_size": 8, "examples": (64,)}
-    return stream.get_stream_dataloader(rows, "text", stream.new_state(2), 0, 1, **how)
+    rows, _ = streaming.open_stream(str(folder), None, "text")
+    how = {"tokenizer": small_tokenizer(), "batch_size": 8,
+           "make_dataset": partial(data.PretrainDataset, max_seq_length=64)}  # fmt: skip
+    return streaming.get_stream_dataloader(rows, "text", streaming.new_progress(2), 0, 1, **how)
 
 
 def test_the_loader_does_not_grow():
@@ -97,7 +99,7 @@ def test_the_loader_does_not_grow():
 
 def test_the_streaming_loader_does_not_grow(shards, monkeypatch):
     """Over many blocks and epochs."""
-    monkeypatch.setattr(stream, "BLOCK", 100_000)
+    monkeypatch.setattr(streaming, "BLOCK", 100_000)
     grown = slope(streamed(shards))
     print(f"KiB in 100 batches: streaming {grown:.1f}")
     assert grown < LIMIT

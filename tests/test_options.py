@@ -178,7 +178,7 @@ def test_fine_tuning_has_dropout_whatever_the_weights_had(tmp_path):
 
 
 def test_a_dropout_of_one_is_rejected(options):
-    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match="--dropout must be at most 0.99, got 1.0"):
         pretrain(replace(options, dropout=1.0))
 
 

@@ -10,8 +10,16 @@ import torch
 from strategies import FIXED, PADDING, VOCABULARY, small_tokenizer
 from test_bert import build
 
-from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel
-from extras.attention import attention_probs, draw_attention, fill_masks, look, parameter_counts
+from bert import (
+    Bert,
+    BertConfig,
+    BertPretrainModel,
+    SST2BertModel,
+    fill_masks,
+    look,
+    parameter_counts,
+)
+from extras.attention import attention_probs, draw_attention
 
 ROOT = Path(__file__).parents[1]
 SMALL = dataclasses.replace(FIXED, vocab_size=len(VOCABULARY), attention_d_k=12, attention_d_v=12)
@@ -88,7 +96,11 @@ def pretrained(tmp_path_factory) -> Path:
 
 
 def bert(*arguments: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "bert.py", *arguments]
+    return run_python("bert.py", *arguments)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, *arguments]
     return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -109,7 +121,8 @@ def test_the_command_prints_counts_that_add_up_and_five_guesses_for_each_mask(pr
 
 def test_the_command_draws_attention(pretrained, tmp_path):
     pytest.importorskip("matplotlib")
-    ended = bert(str(pretrained), "a b c.", "--attention", str(tmp_path / "a.png"))
+    picture = str(tmp_path / "a.png")
+    ended = run_python("-m", "extras.attention", str(pretrained), "a b c.", "--out", picture)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -117,8 +130,8 @@ def test_the_command_draws_attention(pretrained, tmp_path):
 def test_an_encoder_without_a_head_fills_no_mask(tmp_path, capsys):
     """A new, random head would guess nonsense. Its parts are counted all the same."""
     Bert(SMALL, PADDING).save_pretrained(tmp_path, small_tokenizer())
-    look(str(tmp_path), "a b", None)
+    look(str(tmp_path), "a b")
     model = Bert(SMALL, PADDING)
     assert f"{sum(p.numel() for p in model.parameters()):,}  in all" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has no head to fill a .MASK. with"):
-        look(str(tmp_path), "a [MASK]", None)
+        look(str(tmp_path), "a [MASK]")

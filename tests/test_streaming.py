@@ -5,6 +5,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from test_resume import OPTIONS, assert_same, in_process, run, state
 from torch.utils.data import DataLoader
 
 import data
-from extras import streaming as stream
+from extras import streaming
 
 SHARDS = 5
 
@@ -51,22 +52,26 @@ def all_documents(folder: Path) -> Counter:
     return Counter(json.loads(line)["text"] for f in files for line in f.read_text().splitlines())
 
 
-class Reading(stream.StreamedBatches):
+class Reading(streaming.StreamedBatches):
     """The documents of one epoch instead of batches."""
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
-        place = self.places[info.id if info else 0] or {"rows": None, "documents": 0}
-        for behind, text in self.documents(place):
-            if text is stream.END:
+        bookmark = self.bookmarks[info.id if info else 0] or {"rows": None, "documents": 0}
+        for behind, text in self.documents(bookmark):
+            if text is streaming.END_OF_EPOCH:
                 return
-            yield {"text": text, "place": behind}
+            yield {"text": text, "bookmark": behind}
 
 
 def loader(folder: Path, state: dict, rank: int = 0, world_size: int = 1, seed: int = 0):
-    rows, _ = stream.open_stream(str(folder), None, "text")
-    how = {"tokenizer": small_tokenizer(), "batch_size": 4, "examples": (16, seed)}
-    return stream.get_stream_dataloader(rows, "text", state, rank, world_size, **how)
+    rows, _ = streaming.open_stream(str(folder), None, "text")
+    how = {
+        "tokenizer": small_tokenizer(),
+        "batch_size": 4,
+        "make_dataset": partial(data.PretrainDataset, max_seq_length=16, seed=seed),
+    }
+    return streaming.get_stream_dataloader(rows, "text", state, rank, world_size, **how)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +81,7 @@ def test_every_document_is_read_once_in_an_epoch(world_size, workers, folder):
     """By any number of workers and processes up to that of the shards; every worker has some."""
     seen: Counter = Counter()
     for rank in range(world_size):
-        batches = loader(folder, stream.new_state(workers), rank, world_size).dataset
+        batches = loader(folder, streaming.new_progress(workers), rank, world_size).dataset
         batches.__class__ = Reading
         found = [item["text"] for item in DataLoader(batches, batch_size=None, num_workers=workers)]
         assert found
@@ -88,56 +93,64 @@ def test_every_document_is_read_once_in_an_epoch(world_size, workers, folder):
 def test_more_readers_than_shards_are_refused(folder):
     for world_size, workers in ((1, 6), (2, 3), (6, 0)):
         with pytest.raises(ValueError, match=r"read 6 shards at a time, and the corpus has 5: use"):
-            loader(folder, stream.new_state(workers), 0, world_size)
+            loader(folder, streaming.new_progress(workers), 0, world_size)
 
 
 def test_a_block_goes_on_until_two_documents_have_a_next_sentence(folder):
     """A title alone at the end of an epoch, or a long text and a title, are no reason to stop."""
-    batches = loader(folder, stream.new_state(0)).dataset
+    batches = loader(folder, streaming.new_progress(0)).dataset
     long, title, pair = "aa bb. " * 999, "aa", "aa bb. cc dd."
 
     def documents(*texts):
         ends = (
-            (({}, text)) for text in (*texts, stream.END, *texts, stream.END, *texts, stream.END)
+            (({}, text))
+            for text in (
+                *texts,
+                streaming.END_OF_EPOCH,
+                *texts,
+                streaming.END_OF_EPOCH,
+                *texts,
+                streaming.END_OF_EPOCH,
+            )
         )
         return iter(list(ends))
 
-    assert stream.read_block(documents(long, title, pair))[0] == [long, title, pair]
-    assert stream.read_block(documents(title, pair))[0] == [title, pair] * 2
+    assert streaming.read_block(documents(long, title, pair))[0] == [long, title, pair]
+    assert streaming.read_block(documents(title, pair))[0] == [title, pair] * 2
     with pytest.raises(ValueError, match="a data worker has 0 documents with a next sentence"):
-        stream.read_block(documents(title, title))
+        streaming.read_block(documents(title, title))
     assert next(batches.batches([long, title, pair], 0, 0))
 
 
 def test_a_worker_without_a_document_is_an_error_not_silence(tmp_path):
     (write_shards(tmp_path) / "train-2.jsonl").write_text("")
-    batches = loader(tmp_path, stream.new_state(5))
+    batches = loader(tmp_path, streaming.new_progress(5))
     with pytest.raises(ValueError, match="a data worker has no document to read"):
-        list(islice(stream.take(batches, stream.new_state(5)), 20))
+        list(islice(streaming.take(batches, streaming.new_progress(5)), 20))
 
 
 def counts(state: dict) -> list:
     """By worker, of documents, blocks and batches; the library's own counters may differ."""
-    return [state["taken"], *({**place, "rows": None} for place in state["places"])]
+    return [state["taken"], *({**bookmark, "rows": None} for bookmark in state["bookmarks"])]
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("block", [60, 10**9])
 def test_a_stream_goes_on_where_it_was_left(workers, block, folder, monkeypatch):
     """From any batch, over ends of blocks and epochs, after a state went through a file."""
-    monkeypatch.setattr(stream, "BLOCK", block)
-    fresh = stream.new_state(workers)
+    monkeypatch.setattr(streaming, "BLOCK", block)
+    fresh = streaming.new_progress(workers)
     expected, states = [], []
-    for batch in islice(stream.take(loader(folder, fresh), fresh), 60):
+    for batch in islice(streaming.take(loader(folder, fresh), fresh), 60):
         expected.append(batch)
         states.append(copy.deepcopy(fresh))
-    epochs = {place["documents"] // 9 for place in states[-1]["places"]}
+    epochs = {bookmark["documents"] // 9 for bookmark in states[-1]["bookmarks"]}
     assert max(epochs) >= 1
     for taken in (1, 2, 17, 40):
         torch.save(states[taken - 1], file := io.BytesIO())
         file.seek(0)
         left = torch.load(file, weights_only=True)
-        batches = stream.take(loader(folder, left), left)
+        batches = streaming.take(loader(folder, left), left)
         for number, batch in enumerate(islice(batches, 15), taken):
             assert_same(batch, expected[number])
         assert counts(left) == counts(states[taken + 14])
@@ -145,17 +158,19 @@ def test_a_stream_goes_on_where_it_was_left(workers, block, folder, monkeypatch)
 
 def test_every_example_of_a_block_comes_once_and_never_with_the_same_masks(folder):
     """One worker, so that an epoch is one block; the batch that ends it is filled up."""
-    fresh = stream.new_state(0)
-    batches = stream.take(loader(folder, fresh), fresh)
+    fresh = streaming.new_progress(0)
+    batches = streaming.take(loader(folder, fresh), fresh)
     blocks: dict[int, list] = {}
     for batch in batches:
-        number = fresh["places"][0]["block"]
+        number = fresh["bookmarks"][0]["block"]
         if number > 1:
             break
         blocks.setdefault(number, []).append(batch)
     rows = list(all_documents(folder).elements())
     examples = len(
-        data.PretrainDataset(stream.tokenized(rows, 0, small_tokenizer()), small_tokenizer(), 16)
+        data.PretrainDataset(
+            streaming.tokenize_block(rows, 0, small_tokenizer()), small_tokenizer(), 16
+        )
     )
     for found in blocks.values():
         assert len(found) == -(-examples // 4)
@@ -168,7 +183,7 @@ def test_documents_are_held_out_where_there_is_no_validation_split(tmp_path):
     """The same ones every time, about one in a hundred, and none of them is trained on."""
     texts = [f"{word(i % 200)} {i}. {i}." for i in range(2000)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    rows, held_out = stream.open_stream(str(tmp_path), None, "text")
+    rows, held_out = streaming.open_stream(str(tmp_path), None, "text")
     trained = [row["text"] for row in rows]
     assert sorted(trained + held_out) == sorted(texts)
     assert 5 <= len(held_out) <= 40  # 20 expected; outside is less likely than 1e-4
@@ -179,9 +194,9 @@ def test_rows_are_joined_to_documents(tmp_path):
     for split in ("train", "validation"):
         rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
         (tmp_path / f"{split}.jsonl").write_text(rows)
-    rows, _ = stream.open_stream(str(tmp_path), None, "text", rows_per_document=3)
+    rows, _ = streaming.open_stream(str(tmp_path), None, "text", rows_per_document=3)
     assert next(iter(rows))["text"] == texts[:3]
-    corpus = stream.tokenized([texts[:3]] * 2, 0, small_tokenizer())
+    corpus = streaming.tokenize_block([texts[:3]] * 2, 0, small_tokenizer())
     assert len(corpus.document_starts) == 3
     assert len(corpus) == 2 * len(data.encode_plain(small_tokenizer(), [" ".join(texts[:3])])[0])
 
@@ -213,7 +228,7 @@ def test_a_killed_run_on_a_stream_ends_as_if_it_never_was(options, tmp_path):
 
 def test_a_stream_is_not_resumed_by_another_number_of_workers(options, tmp_path):
     run(replace(options, out=str(tmp_path), steps=4))
-    message = "1 processes with --workers 2 have read the corpus.*not 1 with --workers 1"
+    message = "1 ranks with --workers 2 have read the corpus.*not 1 with --workers 1"
     with pytest.raises(ValueError, match=message):
         run(replace(options, out=str(tmp_path), steps=4, workers=1, resume=True))
 

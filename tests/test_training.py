@@ -206,7 +206,7 @@ def test_metrics_are_means_over_all_masked_tokens_and_all_pairs():
     assert metrics["mlm_accuracy"] == pytest.approx(right)
     assert metrics["mlm_loss"] == pytest.approx(loss)
     assert metrics["perplexity"] == pytest.approx(math.exp(loss))
-    assert metrics["commonest_prediction"] == 1.0
+    assert metrics["most_frequent_prediction"] == 1.0
     hits = sum(int(b["nsp_labels"][0]) + int((b["nsp_labels"][1:] == 0).sum()) for b in batches)
     assert metrics["nsp_accuracy"] == hits / 7
 

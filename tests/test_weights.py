@@ -15,8 +15,15 @@ import bert
 import data
 import train_pretrain
 import train_sst2
-from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel, published_name, tokenizer_hash
-from extras.attention import look
+from bert import (
+    Bert,
+    BertConfig,
+    BertPretrainModel,
+    SST2BertModel,
+    look,
+    published_name,
+    tokenizer_hash,
+)
 from train_pretrain import PretrainOptions, matching_tokenizer
 from train_sst2 import SST2Options
 
@@ -276,7 +283,7 @@ def test_two_padding_ids_are_an_error_that_names_both(published):
     with pytest.raises(ValueError, match=message):
         train_sst2.make_model(SST2Options(weights=str(published)), small_tokenizer())
     with pytest.raises(ValueError, match=message):
-        look(str(published), "a [MASK]", None)
+        look(str(published), "a [MASK]")
 
 
 # ---- The hub is asked for nothing that is a path ------------------------------------------------
@@ -342,5 +349,5 @@ def test_a_classifier_knows_what_was_not_in_its_files(published):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = SST2BertModel.from_pretrained(published)
-    assert model.initialized == ["classifier.weight", "classifier.bias"]
-    assert BertPretrainModel.from_pretrained(published).initialized == []
+    assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
+    assert BertPretrainModel.from_pretrained(published).missing_parameters == []

@@ -1,0 +1,110 @@
+"""The structure of the project: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOUR_FILES = ("bert", "data", "train_pretrain", "train_sst2")
+FOLDERS = ("support", "extras", "experiments", "benchmarks", "sample")
+MAY_IMPORT = {
+    "bert": set(),
+    "data": set(),
+    "support": {"support"},
+    "train_pretrain": {"bert", "data", "support"},
+    "train_sst2": {"bert", "data", "support", "train_pretrain"},
+    "extras": {*FOUR_FILES, "support", "extras"},
+    "experiments": {*FOUR_FILES, "support", "extras", "experiments"},
+    "benchmarks": {*FOUR_FILES, "support", "extras", "benchmarks"},
+    "sample": {"sample"},
+}
+UPWARD = {  # imports within a function, for those who ask: (module, function) -> imported module
+    ("bert", "look"): "data",
+    ("train_pretrain", "load_corpora"): "extras.streaming",
+    ("train_pretrain", "make_batches"): "extras.streaming",
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of the project but the tests, parsed, by dotted name."""
+    files = [ROOT / f"{name}.py" for name in FOUR_FILES]
+    files += [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
+    return {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): ast.parse(file.read_text())
+        for file in files
+    }
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """The modules of this project that a piece of code imports."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else node.module for name in below]
+        yield from {name for name in names if name in MODULES}
+
+
+def top_level_imports(tree: ast.Module) -> set[str]:
+    statements = [
+        node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    return {name for statement in statements for name in imports(statement)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    allowed = MAY_IMPORT[module.split(".")[0]]
+    assert {name.split(".")[0] for name in top_level_imports(MODULES[module])} <= allowed
+
+
+def test_the_only_upward_imports_are_in_the_branch_that_asks_for_them():
+    found = {}
+    for module, tree in MODULES.items():
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef):
+                for name in imports(function):
+                    assert (module, function.name) not in found
+                    found[module, function.name] = name
+    assert found == UPWARD
+
+
+def test_no_module_imports_itself_in_a_circle():
+    graph = {module: set(imports(tree)) for module, tree in MODULES.items()}
+    for (module, _), upward in UPWARD.items():
+        graph[module].discard(upward)  # they run later
+    TopologicalSorter(graph).prepare()  # raises CycleError
+    assert sum(len(imported) for imported in graph.values()) > 30
+
+
+def test_no_module_edits_the_search_path():
+    for file in [
+        *ROOT.glob("*.py"),
+        *(f for d in (*FOLDERS, "tests") for f in ROOT.glob(f"{d}/*")),
+    ]:
+        if file.suffix == ".py" and file != Path(__file__):
+            assert "sys.path." not in file.read_text(), file
+
+
+def test_results_holds_no_code():
+    assert list((ROOT / "results").rglob("*.py")) == []
+
+
+@pytest.mark.slow
+def test_importing_the_modules_does_nothing_but_define():
+    """It prints nothing and starts no thread."""
+    pytest.importorskip("matplotlib")
+    names = ", ".join(MODULES)
+    code = f"import threading, {names}; print(threading.active_count())"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "1\n"), ended.stderr
