@@ -11,6 +11,8 @@ Stage 2 makes one example at a time. Its random numbers depend only on the seed,
 index of the example within the epoch. So the masks differ in every epoch, and neither workers nor
 ranks nor a resume change a token.
 
+Differs: [Code] writes ten differently masked copies of the corpus to disk before training.
+
 Words used throughout:
     document   a text such as a book or a review: one row of a data set, or several joined
     position   offset of a token in the whole corpus: the number of tokens before it
@@ -539,9 +541,9 @@ def choose_words(
     the word of the candidate before it.
 
     The number of masked positions should be `masked_count`, but whole words rarely add up to it.
-    [Code] takes words in a random order and skips a word that would exceed the number. Then long
-    words are skipped more often: it masks 18.9% of one-token words and 11.7% of words of four
-    pieces or more. Here every word has the same chance:
+    Differs: [Code] takes words in a random order and skips a word that would exceed the number.
+    Then long words are skipped more often: it masks 18.9% of one-token words and 11.7% of words of
+    four pieces or more. Here every word has the same chance:
 
     1. Lay the words in a random order around a circle of n tokens.
     2. Cut out an arc of `masked_count` tokens that starts at a random token.
