@@ -1,4 +1,4 @@
-# make run | make test | make bench | make lint | make mutants: each makes .venv by itself; python3 with venv is all it needs.
+# make run | make test | make bench | make lint | make wheel | make mutants: each makes .venv by itself; python3 with venv is all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ EPOCHS ?= 10
 SEEDS ?= 3
 FINE = --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS)
 
-.PHONY: run test bench lint mutants clean
+.PHONY: run test bench lint wheel mutants clean
 
 run: $(VENV)/ready
 	rm -rf $(RUN)
@@ -31,6 +31,13 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What `pip install .` gives in an empty environment works in any folder.
+wheel:
+	rm -rf runs/wheel
+	$(PYTHON) -m venv runs/wheel
+	runs/wheel/bin/pip install --quiet --constraint constraints.txt .
+	cd runs/wheel && bin/python -m train_pretrain --steps 2
 
 mutants: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt mutmut
