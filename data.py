@@ -383,8 +383,8 @@ def draw_pair(
 
     1. Draw the length of the pair. In nine examples of ten it is `room` tokens; in the tenth it is
        drawn from 2 .. room, because fine-tuning meets short texts too.
-    2. Draw a position in this index's share of the corpus, and find a seam near it: at most half a
-       pair away, so that the pair still covers the drawn position.
+    2. Draw a position in this index's share of the corpus, and find a seam near it: less than
+       half a pair away, so that the pair lies around the drawn position.
     3. Find a seam of the same kind in another document.
     4. Draw segment A's share of the pair, and toss two coins. `place_pair` does the rest.
 
@@ -729,11 +729,11 @@ class EpochSampler(Sampler):
     those of the next.
 
     There is one order of batches for all ranks: rank r of n takes batches r, r + n, r + 2n, and so
-    on. It can start at any batch, so a resumed run needs one integer. A batch may end one epoch and
-    start the next.
+    on. start: how many of its batches a rank skips. A resumed run needs only this integer. A batch
+    may contain the end of one epoch and the start of the next.
 
     Example: 5 examples in batches of 2. If the orders of two epochs are 3 0 4 1 2 and 1 4 0 3 2,
-    the batches are [3, 0], [4, 1], [2, 6], [9, 5], [8, 7]: the second epoch's indices go on from 5.
+    the batches are [3, 0], [4, 1], [2, 6], [9, 5], [8, 7]: indices 5 to 9 are the second epoch.
     """
 
     def __init__(
@@ -750,12 +750,13 @@ class EpochSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in count(self.first_batch, self.stride):
-            start = batch * self.batch_size
             indices = []
-            for turn in range(start, start + self.batch_size):  # counts through all epochs
+            turn = batch * self.batch_size  # counts all examples of all epochs, in their order
+            for _ in range(self.batch_size):
                 epoch, turn_in_epoch = divmod(turn, self.size)
                 order = permutation(self.seed, epoch, self.size)
                 indices.append(epoch * self.size + int(order[turn_in_epoch]))
+                turn += 1
             yield indices
 
 

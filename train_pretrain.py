@@ -384,9 +384,8 @@ def train(
 ) -> None:
     """Trains from the run's step to the last one.
 
-    batches: this rank's micro-batches.
-    progress: how far a stream has been read, saved with each checkpoint; {} for a corpus on disk.
-    report: evaluates the model and writes the metrics. export: writes the model. Both get the step.
+    batches: this rank's micro-batches. progress: how far a stream has been read, saved with each
+    checkpoint; {} for a corpus on disk. report(step): evaluates. export(step): writes the model.
     """
     device = model.nsp.weight.device
     losses_of: Any = PretrainLosses(model, options.precision)
@@ -398,11 +397,9 @@ def train(
     warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
     per_rank = options.accumulate // run.world_size  # micro-batches
 
-    # One more pass than there are steps: the last one only saves and evaluates.
-    for step in range(run.step, options.steps + 1):
+    for step in range(run.step, options.steps + 1):  # the last pass only saves and evaluates
         # Save, export, evaluate: the model as it is after `step` updates. Before it is written,
-        # `guard` makes sure that all its weights are finite. `run.saved_step` is the step of the
-        # newest checkpoint, -1 without one.
+        # `guard` makes sure that all its weights are finite.
         is_last = step == options.steps
         must_stop = run.asked_to_stop()
         save_is_due = step == 0 or step % options.save_every == 0 or is_last or must_stop

@@ -70,7 +70,7 @@ class Run:
         self.identity = identity
         self.step = 0  # the first one of this process
         self.tokens = 0  # that have been trained on, by all ranks
-        self.saved_step = -1
+        self.saved_step = -1  # of the newest checkpoint; -1 without one
         self.seconds_before = 0.0  # that earlier processes of the run took
         self.metrics_bytes = 0  # length of metrics.jsonl at the checkpoint
         self.signals: list[int] = []
