@@ -151,6 +151,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Computes softmax(Q K^T / sqrt(d_head)) V. [Transformer] equation 1, where d_head is d_k.
 
+    This is the explicit form, to read and to test against. A model computes it only with
+    `fused_attention=False`; by default PyTorch's own function does the same.
+
     q, k, v: (..., seq, d_head), the queries, keys and values of one head, or of several at once.
     The values may have another width than queries and keys.
     mask: bool, broadcastable to (..., seq, seq), True where a query (row) may attend to a key

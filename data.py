@@ -383,7 +383,7 @@ def draw_pair(
 
     1. Draw the length of the pair. In nine examples of ten it is `room` tokens; in the tenth it is
        drawn from 2 .. room, because fine-tuning meets short texts too.
-    2. Draw a position in this index's share of the corpus, and find a seam near it: less than
+    2. Draw a position in this index's part of the corpus, and find a seam near it: less than
        half a pair away, so that the pair lies around the drawn position.
     3. Find a seam of the same kind in another document.
     4. Draw segment A's share of the pair, and toss two coins. `place_pair` does the rest.
@@ -393,9 +393,9 @@ def draw_pair(
       and lengths are fixed before the coins, and whatever the first coin says, the second is fair.
     - It is independent of whether segment A ends a sentence and segment B starts one, because both
       seams are of one kind (see `find_other_seam` for the exception).
-    - The first position of index i is drawn from the i-th of `examples_per_epoch` equal shares of
-      the corpus. The shares leave no token out, and every token can get into an example. (With both
-      coins 1 the example is a true pair at the other seam, and this share is passed over.)
+    - The first position of index i is drawn from the i-th of `examples_per_epoch` equal parts of
+      the corpus. The parts leave no token out, and every token can get into an example. (With both
+      coins 1 the example is a true pair at the other seam, and this part is passed over.)
     - A random segment B is from another document.
 
     One leak remains. Where documents are hardly longer than a pair, a segment A that starts its
@@ -411,9 +411,9 @@ def draw_pair(
     target = int(rng.integers(2, room + 1)) if is_short else room
     reach = target / 2
 
-    share_start = index * len(corpus) // examples_per_epoch
-    share_end = (index + 1) * len(corpus) // examples_per_epoch
-    position = int(rng.integers(share_start, share_end))
+    part_start = index * len(corpus) // examples_per_epoch
+    part_end = (index + 1) * len(corpus) // examples_per_epoch
+    position = int(rng.integers(part_start, part_end))
     seam = find_seam(corpus, position, reach)
     other = find_other_seam(corpus, rng, seam, reach)
 
@@ -486,11 +486,11 @@ def place_pair(
 ) -> Pair:
     """Returns the pair, of at most `target` tokens, that two seams and two coins make.
 
-    1. The lengths. Segment A gets `share_of_a`, in 0 .. 1, of the pair. Both lengths are then
-       clamped to fit before and after either seam. (Near the end of a document, clamping makes
-       segment B reach up to that end again and again. So the last tokens of a document get into
-       half as many examples as those in its middle; if a length were drawn among those that fit,
-       they would get into a tenth.)
+    1. The lengths. Segment A gets one token, and `share_of_a`, in 0 .. 1, of the others. Both
+       lengths are then clamped to fit before and after either seam. (Near the end of a document,
+       clamping makes segment B reach up to that end again and again. So the last tokens of a
+       document get into half as many examples as those in its middle; if a length were drawn among
+       those that fit, they would get into a tenth.)
     2. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
        says: 0 is `seam`, 1 is `other`. The pair is a true one if both coins say the same.
 

@@ -274,8 +274,9 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     because Adam's first estimates of the moments are poor, and because the gradients of a post-LN
     model are large at the start.
 
-    A rate that is too large is a trap. At 1e-2 a model does not even overfit one sample: the first
-    huge steps leave every position with the same hidden state, so the model predicts the same token
+    A rate that is too large is a trap. At 1e-2 a model of the size mini or larger does not even
+    overfit one sample, with warmup or without (WALKTHROUGH.md, section 12). The first huge steps
+    leave every position with the same hidden state, so the model predicts the same token
     everywhere. If the n masked tokens all differ, the best it can do is to give each of them the
     probability 1/n, and the loss stays at ln n. (If some are equal, at their entropy.)
 
@@ -306,6 +307,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": 0.01},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
+    # `update` sets the learning rate before each step.
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
@@ -462,7 +464,7 @@ def evaluate(
     Losses are in nats. Perplexity is exp(MLM loss), without the NSP loss.
     `most_frequent_prediction` is the share of masked positions that get the most frequent
     prediction. It is 1.0 when the model predicts the same token everywhere, as it does early in
-    training.
+    training. The model is in training mode afterwards.
     """
     model.eval()
     sums: defaultdict[str, float] = defaultdict(float)

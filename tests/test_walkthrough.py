@@ -1,0 +1,109 @@
+"""The walkthrough shows what the code computes: every block runs, every output is compared."""
+
+import contextlib
+import importlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sybil import Example, Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser
+
+ROOT = Path(__file__).parents[1]
+WALKTHROUGH = ROOT / "WALKTHROUGH.md"
+TEXT = WALKTHROUGH.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+run_python = PythonEvaluator()
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    """The walkthrough sets the number of threads; the next test has the old one again."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def lines_of(output: str) -> list[str]:
+    """Returns the lines of an output without the white space at their ends."""
+    return [line.rstrip() for line in output.strip("\n").splitlines()]
+
+
+def run_block(example: Example) -> None:
+    """Runs a python block, and keeps what it prints for the text block that follows."""
+    printed = example.namespace.setdefault("printed", [])
+    assert printed == [], "the output of the block before is not shown"
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        run_python(example)
+    printed.extend(lines_of(output.getvalue()))
+
+
+def compare_output(example: Example) -> None:
+    """Compares a text block with what the python blocks before it have printed."""
+    printed = example.namespace["printed"]
+    assert lines_of(str(example.parsed)) == printed
+    printed.clear()
+
+
+def check(page: Path) -> int:
+    """Runs the blocks of a page in order, compares their outputs, and returns how many it has."""
+    parsers = [CodeBlockParser("python", run_block), CodeBlockParser("text", compare_output)]
+    document = Sybil(parsers).parse(page)
+    examples = list(document.examples())
+    for example in examples:
+        example.evaluate()
+    assert document.namespace["printed"] == [], "the last output is not shown"
+    return len(examples)
+
+
+def test_every_number_of_the_walkthrough_is_what_the_code_computes():
+    assert check(WALKTHROUGH) == TEXT.count("```python\n") + TEXT.count("```text\n")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "```python\nprint(0.125)\n```\n\n```text\n0.126\n```\n",
+        "```python\nprint(1)\nprint(2)\n```\n\n```text\n1\n```\n",
+        "```python\nprint(1)\n```\n\n```python\nprint(2)\n```\n\n```text\n2\n```\n",
+        "```python\nprint(1)\n```\n",
+    ],
+    ids=[
+        "a changed number",
+        "a missing line",
+        "an output that is not shown",
+        "no output at the end",
+    ],
+)
+def test_a_page_that_does_not_show_what_is_printed_fails(tmp_path, page):
+    (tmp_path / "page.md").write_text(page)
+    with pytest.raises(AssertionError):
+        check(tmp_path / "page.md")
+
+
+def test_every_function_that_the_walkthrough_names_exists():
+    names = set(re.findall(r"`((?:bert|data|train_pretrain)\.(?!py)[\w.]+)`", TEXT))
+    assert len(names) >= 30
+    for name in names:
+        module, *attributes = name.split(".")
+        thing = importlib.import_module(module)
+        for attribute in attributes:
+            assert hasattr(thing, attribute), name
+            thing = getattr(thing, attribute)
+
+
+def test_every_link_of_the_walkthrough_leads_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)", TEXT)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_every_block_is_short_and_fits_on_the_page():
+    for block in BLOCKS:
+        assert block.count("\n") <= 15, block
+        assert max(map(len, block.splitlines())) <= 88, block
