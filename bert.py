@@ -21,7 +21,7 @@ Dimensions, as they stand in comments on shapes:
     heads    attention heads; d_head is the width of one, d_k / heads or d_v / heads
     d_k      width of queries and of keys, all heads together; d_v the same of values
     vocab    tokens in the vocabulary
-    masked   masked positions of the whole batch: the tokens to be predicted
+    masked   masked positions of the whole batch, those of the tokens to be predicted
 """
 
 import argparse
@@ -149,7 +149,7 @@ class Embeddings(nn.Module):
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Computes softmax(Q K^T / sqrt(d_head)) V. [Transformer] equation 1, where d_head is d_k.
+    """Computes softmax(Q K^T / sqrt(d_head)) V. [Transformer] equation 1; its d_k is d_head here.
 
     This is the explicit form, to read and to test against. A model computes it only with
     `fused_attention=False`; by default PyTorch's own function does the same.
@@ -167,7 +167,7 @@ def attention(
     d_head = q.size(-1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(d_head)  # (..., seq, seq)
 
-    # The lowest finite number, not -inf: a row without any key would become 0 / 0 = NaN.
+    # The lowest finite number: with -inf, a row without any key would become 0 / 0 = NaN.
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(dim=-1)
@@ -256,7 +256,9 @@ class EncoderLayer(nn.Module):
 class PretrainedModel(nn.Module):
     """What the three models below share: initial weights, loading and saving."""
 
-    architecture: str  # the class of transformers that opens what `save_pretrained` writes
+    architecture: (
+        str  # the class in the library transformers that opens what `save_pretrained` writes
+    )
 
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
         super().__init__()
@@ -271,9 +273,8 @@ class PretrainedModel(nn.Module):
         With weights this small, the first logits are close to 0: each is the product of a hidden
         state, which LayerNorm gives the length sqrt(d_model), with a row of weights around 0.02.
         So the model finds all tokens about equally probable, and the first MLM loss is about
-        ln(vocab). PyTorch's own embeddings,
-        with standard deviation 1 and tied to the decoder, would make large logits: the loss would
-        start far above ln(vocab).
+        ln(vocab). PyTorch's default for embeddings is a standard deviation of 1. Tied to the
+        decoder, they would make large logits, and the loss would start far above ln(vocab).
 
         Differs: [Code] cuts the distribution off at two standard deviations.
         """
@@ -305,7 +306,7 @@ class Bert(PretrainedModel):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)  # to every module above; models with heads add only these
+        self.apply(self.init_weights)  # to all modules above; the classes below add their heads
 
     def forward(
         self,
@@ -353,8 +354,8 @@ class BertPretrainModel(PretrainedModel):
     Next sentence prediction (NSP): does segment B follow segment A in the corpus?
 
     The decoder is tied to the token embeddings: the vector that stands for a token in the input
-    also scores it in the output. This matrix, vocab x d_model, is the largest of all, with a fifth
-    of base's parameters and nine tenths of tiny's.
+    also scores it in the output. With the published vocabulary of 30,522 tokens, this matrix, vocab
+    x d_model, is the largest of all: a fifth of base's parameters, nine tenths of tiny's.
     """
 
     architecture = "BertForPreTraining"
@@ -808,7 +809,7 @@ def look(source: str, text: str) -> None:
     directory = fetch(source)
     tokenizer = load_tokenizer(directory)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # missing heads are treated below
+        warnings.simplefilter("ignore")  # missing heads are handled below
         model = BertPretrainModel.from_pretrained(directory)
     check_padding(model, tokenizer)
 

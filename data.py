@@ -17,7 +17,9 @@ Words used throughout:
     document   a text such as a book or a review: one row of a data set, or several joined
     position   offset of a token in the whole corpus: the number of tokens before it
     column     offset of a token in an example, where column 0 is [CLS]
-    masked positions: the columns of an example whose tokens are to be predicted
+    candidates the columns that may be masked: those of both segments, without [CLS] and [SEP]
+    masked positions: the columns whose tokens are to be predicted (the field's term; in a batch
+               they are counted through all rows, as row * seq + column)
     start, end of a span: its first token, and the token after its last one (exclusive)
     example    `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
     seam       a position where segment A may end and segment B may start
@@ -59,12 +61,12 @@ SAMPLE = Path(__file__).with_name("sample")  # a small invented corpus that come
 
 # A sentence ends after . ! ? or an ellipsis before white space, but not after an initial or a
 # title: (?<!...) looks back, and can do so only over strings of one length. Closing quotation marks
-# and brackets belong to the sentence. It also ends after a Chinese full stop and at a blank line.
+# and brackets belong to the sentence. It also ends after 。！？ and at a blank line.
 SENTENCE_END = re.compile(
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
     r"""|[。！？]|\n\s*\n"""
 )
-# Up to 1,000 characters that end with white space, or exactly 1,000 that have none.
+# Up to 1,000 characters that end with white space or with the text, or else exactly 1,000.
 PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)
 
 
@@ -130,13 +132,15 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     A "[MASK]" that stands in a text is read as ordinary text. At most 1,000 texts are encoded at a
     time, because the encodings of `tokenizers` take far more memory than their ids.
     """
-    tokenizer.encode_special_tokens = True
     ids: list[list[int]] = []
-    for start in range(0, len(texts), 1000):
-        part = texts[start : start + 1000]
-        encodings = tokenizer.encode_batch_fast(part, add_special_tokens=False)
-        ids.extend(encoding.ids for encoding in encodings)
-    tokenizer.encode_special_tokens = False
+    tokenizer.encode_special_tokens = True
+    try:
+        for start in range(0, len(texts), 1000):
+            part = texts[start : start + 1000]
+            encodings = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            ids.extend(encoding.ids for encoding in encodings)
+    finally:
+        tokenizer.encode_special_tokens = False
     return ids
 
 
@@ -151,8 +155,9 @@ def tokenize_documents(
 ) -> dict:
     """Tokenizes a few documents: the function that `tokenize_dataset` maps over all of them.
 
-    rows: texts, or lists of texts that are joined, under the key `column`. indices: of these
-    documents in the corpus, for errors. Raises ValueError, naming the row, if one is not text.
+    rows: texts, or lists of texts that are joined, under the key `column`.
+    indices: the index of each document in the corpus, for error messages.
+    Raises ValueError, naming the row, if one is not text.
 
     Example: a document whose two sentences have the ids [7, 8, 9] and [4, 5] gives the tokens
     [7, 8, 9, 4, 5], the starts [0, 3], and 2 sentences.
@@ -212,7 +217,9 @@ def tokenize_dataset(
             "rows_per_document": rows_per_document,
         },
         batched=True,
-        batch_size=min(max(len(dataset) // 1000, 16), 1000),  # a file is written in such portions
+        batch_size=min(
+            max(len(dataset) // 1000, 16), 1000
+        ),  # documents in a call, and in a chunk of the file
         with_indices=True,
         features=Features(tokens=tokens, starts=List(Value("uint32")), sentences=Value("int64")),
         remove_columns=[text_column],
@@ -228,7 +235,7 @@ def tokenize_dataset(
 class TokenizedCorpus:
     """All documents with two sentences or more, as one array of tokens that is mapped from disk.
 
-        tokens            6 3 7 9 . 4 4 . 8 1 5 . 2 2 .     all documents, end to end
+        tokens            6 3 7 9 . 4 4 . 8 1 5 . 2 2 .     all documents, end to end: `tokens()`
         sentence_starts   0         5     8       12    15  the last entry is the end of the corpus
         document_starts   0               8             15  two documents here
 
@@ -341,7 +348,7 @@ def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.
     So every example has its own random numbers, whoever draws them and whatever was drawn before.
     Philox makes this cheap: it computes numbers directly from (seed, counter). The counter has four
     words, here [block, index, epoch, purpose]. Drawing more numbers advances only the block, so two
-    generators never give the same numbers.
+    generators with different arguments never give the same numbers.
     """
     key: Any = PhiloxKey(seed)
     philox = np.random.Philox(key, counter=[0, index, epoch, purpose])
@@ -381,31 +388,34 @@ def draw_pair(
 ) -> Pair:
     """Draws segment A and segment B of one example. [BERT] §3.1 task 2 and A.2.
 
-    1. Draw the length of the pair. In nine examples of ten it is `room` tokens; in the tenth it is
-       drawn from 2 .. room, because fine-tuning meets short texts too.
-    2. Draw a position in this index's part of the corpus, and find a seam near it: less than
-       half a pair away, so that the pair lies around the drawn position.
+    1. Draw the length of the pair. With probability 0.9 it is `room` tokens; otherwise it is drawn
+       from 2 .. room, because fine-tuning meets short texts too.
+    2. Draw a position in this index's part of the corpus, and find a seam less than half a pair
+       away, so that the pair usually contains the drawn position.
     3. Find a seam of the same kind in another document.
     4. Draw segment A's share of the pair, and toss two coins. `place_pair` does the rest.
 
     Properties:
-    - The label is independent of segment A, of segment B, and of both lengths, in any corpus. Seams
-      and lengths are fixed before the coins, and whatever the first coin says, the second is fair.
+    - The label is independent of segment A alone, of segment B alone, and of both lengths, in any
+      corpus. Seams and lengths are fixed before the coins, and whatever one coin says, the other is
+      fair. Only both segments together tell the label.
     - It is independent of whether segment A ends a sentence and segment B starts one, because both
       seams are of one kind (see `find_other_seam` for the exception).
-    - The first position of index i is drawn from the i-th of `examples_per_epoch` equal parts of
-      the corpus. The parts leave no token out, and every token can get into an example. (With both
-      coins 1 the example is a true pair at the other seam, and this part is passed over.)
+    - The position of step 2 is drawn, for index i, from the i-th of `examples_per_epoch` equal
+      parts of the corpus. The parts leave no token out, and every token can get into an example.
+      (With both coins 1, the example is a true pair at the other seam, and nothing of it is from
+      the part of index i.)
     - A random segment B is from another document.
 
-    One leak remains. Where documents are hardly longer than a pair, a segment A that starts its
-    document, together with a segment B that ends its document, is more often a random pair, because
-    lengths are cut to fit two documents. Guessing the label from this alone is right in 54% of
-    pairs of 128 tokens from film reviews of 250 tokens, in 51% of pairs of 64 tokens, and in 50%
-    of pairs from novels.
+    One leak remains, where documents are hardly longer than a pair. If segment A starts its
+    document and segment B ends its document, the pair is more often a random one: a true pair that
+    reaches from end to end needs another seam with as much room on both sides, a random pair needs
+    only one side in each document. Guessing the label from this alone is right in 54% of pairs of
+    128 tokens from film reviews of 250 tokens, in 51% of pairs of 64 tokens, and in 50% of pairs
+    from novels.
 
-    Differs: [Code] draws a random segment B from any document, maybe the same one, by another rule
-    than a true one.
+    Differs: [Code] draws a random segment B by another rule than a true one, and after ten attempts
+    to find another document it keeps the same one.
     """
     is_short = rng.random() < 0.1
     target = int(rng.integers(2, room + 1)) if is_short else room
@@ -457,8 +467,9 @@ def find_other_seam(
 
     1. Draw positions in other documents until the seam near one is of the same kind, at most
        MAX_REDRAWS times.
-    2. Where seams of that kind are rare, force it, at most MAX_REDRAWS times: take the start of the
-       next sentence however far it is, or the drawn position itself.
+    2. Where seams of that kind are rare, force it, at most MAX_REDRAWS times. If `seam` starts a
+       sentence, take the start of the next sentence, however far it is; if not, take the drawn
+       position itself.
 
     The kinds can differ only if step 2 fails, too: if nearly every token of all other documents is
     a sentence of its own.
@@ -487,10 +498,9 @@ def place_pair(
     """Returns the pair, of at most `target` tokens, that two seams and two coins make.
 
     1. The lengths. Segment A gets one token, and `share_of_a`, in 0 .. 1, of the others. Both
-       lengths are then clamped to fit before and after either seam. (Near the end of a document,
-       clamping makes segment B reach up to that end again and again. So the last tokens of a
-       document get into half as many examples as those in its middle; if a length were drawn among
-       those that fit, they would get into a tenth.)
+       lengths are then clamped so that A fits before, and B after, both seams. (The first and last
+       tokens of a document get into fewer examples than those in its middle. With clamping it is
+       about half as many; if lengths were drawn among those that fit, it would be a tenth.)
     2. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
        says: 0 is `seam`, 1 is `other`. The pair is a true one if both coins say the same.
 
@@ -678,8 +688,7 @@ class PretrainDataset(Dataset):
         columns = np.arange(last_sep)
         candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])
         if self.whole_word_masking:
-            follows_candidate = np.diff(candidates, prepend=0) == 1  # not the first of a segment
-            follows_candidate[0] = False
+            follows_candidate = np.diff(candidates, prepend=-1) == 1  # not the first of a segment
             continues_word = follows_candidate & self.is_piece[input_ids[candidates]]
             masked_positions = choose_words(candidates, continues_word, rng)
         else:
@@ -768,8 +777,9 @@ def get_split_dataloader(
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Returns an endless loader of batches for one rank. start: how many batches of this rank to
-    skip.
+    """Returns an endless loader of one rank's batches: those of an epoch are split among the ranks.
+
+    start: how many batches of this rank to skip.
 
     Two workers feed a fast GPU, and more only hold more memory. Each has 4 batches ready, and a
     token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
@@ -822,8 +832,9 @@ class SST2Batches:
     """Batches of all sentences, each once, with sentences of similar lengths together.
 
     1. Shuffle the sentences, by (seed, `epoch`).
-    2. Cut the order into pools of 64 batches, and sort each pool by length. So little is padded
-       (4% of a batch, not 67%), and every epoch still puts other sentences together.
+    2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
+       is padding (67%, if every sentence were padded to the longest of all), and every epoch still
+       puts other sentences together.
     3. Cut the pools into batches, and shuffle the batches.
 
     Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is
@@ -883,7 +894,8 @@ def get_corpus(
 
     The part to train on is `train_split`, as `datasets` spells it: "train", "train+unsupervised",
     "train[:10%]". The validation part is the split of that name; where there is none, or where it
-    is trained on, it is the last 1% of the usable documents of `train_split`, at least two.
+    is trained on, it is the last 1% of the documents of `train_split` that have two sentences or
+    more, and at least two of them. stage_1: further arguments of `tokenize_dataset`.
     """
     splits = get_dataset(path, name, split=None)
     has_validation = "validation" in splits and "validation" not in train_split
@@ -931,8 +943,8 @@ def get_dataset(
     a sentence of SST-2.
 
     path: "sample", a hub id, or a directory or file of parquet, jsonl or text; a .txt is one
-    document. Names with train, validation or test make those splits, as `datasets` has it; without
-    such names, all is train. Raises ValueError if there is nothing to read.
+    document. File names that contain train, validation or test make those splits, as `datasets` has
+    it; without such names, all is train. Raises ValueError if there is nothing to read.
     """
     where = SAMPLE / "corpus" if path == "sample" else Path(path)
     if where.exists():

@@ -3,12 +3,12 @@
     python train_pretrain.py                                      # the sample, on any machine
     python train_pretrain.py --dataset DIR --tokenizer vocab.txt --size base \
         --learning-rate 1e-4 --accumulate 4 --out runs/base
-    torchrun --nproc_per_node=4 train_pretrain.py ...    # the same options, the same steps, 4 GPUs
+    torchrun --nproc_per_node=4 train_pretrain.py ...    # the same line on 4 GPUs: the same steps
 
 Writes into the folder --out:
     config.json    the options
-    metrics.jsonl  a line for every log, whose "step" is the index of the step, and for every
-                   evaluation, whose "step" is how many steps were taken; losses in nats
+    metrics.jsonl  a line for every log and every evaluation; losses in nats. The "step" of a log is
+                   the index of the step, from 0; that of an evaluation is how many steps were taken
     checkpoints/   the last two; a run that was killed at any point resumes exactly with --resume
     model/         weights and tokenizer in the published format
     curves.png     loss and accuracies over the steps
@@ -137,7 +137,7 @@ class PretrainOptions:
     """Batches of an evaluation, at most."""
     save_every: int = 500
     """Steps between two checkpoints."""
-    export_steps: tuple[int, ...] = ()
+    export_steps: tuple[int, ...] | None = None
     """Steps after which the model is also written to models/step-N."""
 
     # The machine
@@ -152,7 +152,9 @@ class PretrainOptions:
 
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)
-        late_exports = [step for step in self.export_steps if step > self.steps]
+        if self.export_steps == ():
+            raise ValueError("--export-steps needs a step, or several")
+        late_exports = [step for step in self.export_steps or () if step > self.steps]
         if late_exports:
             raise ValueError(
                 f"--export-steps {late_exports[0]} comes after the last of --steps {self.steps}"
@@ -163,6 +165,11 @@ class PretrainOptions:
             )
         if self.steps == 0 and not self.weights:
             raise ValueError("--steps 0 evaluates a saved model: name it with --weights")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of rising learning rate."""
+        return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
 
 
 LIMITS = {  # the smallest and the largest value
@@ -184,8 +191,8 @@ LIMITS = {  # the smallest and the largest value
     "save_every": (1, LARGEST_SEED),
     "export_steps": (0, LARGEST_SEED),
 }
-# Options that may differ when a run is resumed. They change a result by rounding at most. (A stream
-# needs the same --workers all the same: see `same_readers`.)
+# Options that may differ when a run is resumed. They change rounding at most, and --device and
+# --compile also which units dropout drops. A stream is an exception: it needs the same --workers.
 MAY_CHANGE = {
     "out",
     "resume",
@@ -278,7 +285,8 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     overfit one sample, with warmup or without (WALKTHROUGH.md, section 12). The first huge steps
     leave every position with the same hidden state, so the model predicts the same token
     everywhere. If the n masked tokens all differ, the best it can do is to give each of them the
-    probability 1/n, and the loss stays at ln n. (If some are equal, at their entropy.)
+    probability 1/n, and the loss stays at ln n. (If some tokens repeat, it stays at the entropy
+    of their frequencies.)
 
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
@@ -293,10 +301,10 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """Returns AdamW with weight decay 0.01 ([BERT] A.2), except for biases and LayerNorm ([Code]).
 
-    Decay pulls a weight towards 0. LayerNorm's weights start at 1 and belong there, and a bias near
-    0 makes nothing simpler. eps is that of [Code], too.
+    Decay pulls a parameter towards 0. LayerNorm's weights start at 1 and should not be pulled away
+    from it, and a small bias does not make a function smoother. eps is that of [Code], too.
 
-    Differs: [Code] does not correct the bias of the moments.
+    Differs: [Code] lacks Adam's correction of the moments, which start at 0.
     """
     decayed: list[Tensor] = []
     not_decayed: list[Tensor] = []
@@ -395,20 +403,20 @@ def train(
         losses_of = torch.compile(losses_of, fullgraph=True)
     if dist.is_initialized():
         losses_of = DistributedDataParallel(losses_of)
+    # note() remembers a gradient that was not finite; check() stops the run if there was one.
     guard = FiniteGuard(device)
-    warmup = options.steps // 10 if options.warmup_steps is None else options.warmup_steps
     per_rank = options.accumulate // run.world_size  # micro-batches
+    exports = options.export_steps or ()  # a run that is stopped exports, too
 
     for step in range(run.step, options.steps + 1):  # the last pass only saves and evaluates
-        # Save, export, evaluate: the model as it is after `step` updates. Before it is written,
-        # `guard` makes sure that all its weights are finite.
+        # Save, export, evaluate: the model as it is after `step` updates.
         is_last = step == options.steps
         must_stop = run.asked_to_stop()
         save_is_due = step == 0 or step % options.save_every == 0 or is_last or must_stop
         if save_is_due and step > run.saved_step:
             guard.check(model)
             run.save(step, progress, model=model, optimizer=optimizer)
-        if run.rank == 0 and (must_stop or step in options.export_steps):
+        if run.rank == 0 and (must_stop or step in exports):
             guard.check(model)
             export(step)
         if must_stop:
@@ -421,7 +429,7 @@ def train(
             break
 
         # Learning rate.
-        rate = learning_rate(step, options.learning_rate, warmup, options.steps)
+        rate = learning_rate(step, options.learning_rate, options.warmup, options.steps)
 
         # The micro-batches of the step. The seed of a micro-batch's dropout depends on the step and
         # on which of the step's micro-batches it is, not on the rank that computes it.
@@ -550,9 +558,12 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
     # Only models that this project saved have the hash. Without it, --tokenizer is compared with
     # the tokenizer beside the weights.
     saved_hash = config.get("tokenizer_hash", tokenizer_hash(saved))
-    for source in (tokenizer or directory, directory):
-        if not is_tokenizer_of(data.load_tokenizer(source), saved_hash):
-            raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
+    named = data.load_tokenizer(tokenizer) if tokenizer else saved
+    for candidate, source in ((named, tokenizer), (saved, directory)):
+        if not is_tokenizer_of(candidate, saved_hash):
+            raise ValueError(
+                f"the tokenizer {source or directory} is not the one {weights} was trained with"
+            )
     return saved
 
 
@@ -680,7 +691,7 @@ def make_batches(
     saved_progress: that of each rank, from the checkpoint that is resumed.
     """
     # Forked workers share memory until it is written to. The garbage collector writes into every
-    # object that it visits, and so would copy all of it; it does not visit frozen objects.
+    # object that it visits, so each worker would get a copy of it; frozen objects are not visited.
     gc.freeze()
     if options.streaming:
         from extras import streaming
@@ -755,7 +766,9 @@ def pretrain(options: PretrainOptions) -> None:
 def run_pretraining(
     options: PretrainOptions, out: Path, device: torch.device, rank: int, world_size: int
 ) -> None:
-    """Prepares tokenizer, corpus, model and run; trains; writes the model. Every rank does so."""
+    """Prepares tokenizer, corpus, model and run, and trains. Every rank runs this; only rank 0
+    evaluates, and writes the model at the end.
+    """
     torch.manual_seed(options.seed)
     with first_process_first(rank):  # rank 0 tokenizes, the others find the result in the cache
         tokenizer = load_tokenizer(options)

@@ -63,7 +63,7 @@ class SST2Options:
     # The run
     out: str = "runs/sst2"
     """Folder of the run: a new one."""
-    predict: tuple[str, ...] = ()
+    predict: tuple[str, ...] | None = None
     """Texts to classify with --weights, instead of training; - reads lines of standard input."""
     seeds: int = 1
     """Models to train for each learning rate, for a mean and a deviation."""
@@ -114,6 +114,8 @@ class SST2Options:
         check_limits(self, LIMITS)
         if not self.learning_rate:
             raise ValueError("--learning-rate needs a value, or several")
+        if self.predict == ():
+            raise ValueError("--predict needs a text, or - for the lines of standard input")
         if self.predict and not self.weights:
             raise ValueError("--predict needs --weights: the model/ of a run on SST-2")
 
@@ -188,9 +190,9 @@ def fine_tune(
     device = next(model.parameters()).device
     optimizer = make_optimizer(model.train())
     guard = FiniteGuard(device)
-    training.seed = seed  # shuffles in an order of its own
+    training.seed = seed  # so each model sees the sentences in an order of its own
     steps = epochs * len(training)
-    warmup = steps // 10
+    warmup = steps // 10  # [BERT] does not tell; [Code] has a tenth
     step = 0
     best_model = model
     accuracies: list[float] = []
@@ -294,7 +296,7 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     write_whole(out / "config.json", json.dumps(asdict(options), indent=2) + "\n")
     tokenizer = make_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
-    model = make_model(options, tokenizer)  # to check the options now, and for its positions
+    model = make_model(options, tokenizer)  # now, so that wrong options fail early
     longest = options.max_seq_length or model.config.max_seq_length
 
     def load(
@@ -305,6 +307,7 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
         return data.SST2Batches(rows, labels, options.batch_size, padding_idx, seed)
 
     # All splits are read now: a mistake in the test split must not show up after hours.
+    # A seed makes the batches shuffle; `fine_tune` sets that of each model.
     training = load(options.dataset, "train", options.dataset_name, seed=options.seed)
     validation = load(options.dataset, "validation", options.dataset_name)
     test_source = options.test_dataset or ("sample" if options.dataset == "sample" else None)
@@ -315,7 +318,7 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     for rate in options.learning_rate:
         accuracies = []
         for seed in range(options.seed, options.seed + options.seeds):
-            torch.manual_seed(seed)  # of the classifier's initial weights, or of all weights
+            torch.manual_seed(seed)  # decides the initial weights, at least of the classifier
             model = make_model(options, tokenizer).to(device)
             model, accuracy = fine_tune(
                 model,
@@ -371,14 +374,14 @@ def predict(options: SST2Options) -> None:
     precision = choose_precision(options.precision, device)
     tokenizer = make_tokenizer(options)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # missing heads are treated below
+        warnings.simplefilter("ignore")  # missing heads are handled below
         model = make_model(options, tokenizer).eval().to(device)
     if model.missing_parameters:  # an untrained classifier would guess, and print a probability
         raise ValueError(
             f"--predict needs the model/ of a run on SST-2; {options.weights} has no"
             f" {', '.join(model.missing_parameters)}"
         )
-    for text in texts_to_predict(options.predict):
+    for text in texts_to_predict(options.predict or ()):
         rows = data.encode_sentences(tokenizer, [text], model.config.max_seq_length)
         logits = forward(model, torch.tensor(rows, device=device), precision)  # (1, 2)
         probs = logits.softmax(dim=-1)[0]

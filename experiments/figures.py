@@ -46,8 +46,9 @@ def summary() -> list[str]:
         (f"perplexity of masked tokens on the books: tiny, {tokens:.0f} million tokens, "
          f"{minutes:.0f} minutes on a core", f"{np.exp(loss):.0f}",
          "BERT-base 3.99, toynlp 5.90 (other corpora)"),
-        ("the same, knowing only how often tokens occur; or pairs of neighbours",
-         f"{np.exp(unigrams):.0f}; {np.exp(bigrams):.0f}", ""),
+        ("the same, of a model that knows only how often tokens occur",
+         f"{np.exp(unigrams):.0f}", ""),
+        ("the same, of one that knows the token before", f"{np.exp(bigrams):.0f}", ""),
     ]  # fmt: skip
     published = {
         "tiny from scratch": "toynlp's base: about 80",

@@ -45,16 +45,16 @@ def table(folder: Path) -> str:
     share, step = pretrain["most_frequent_prediction"], pretrain["step"]
     pretrained, scratch = (best_accuracies(folder / run) for run in ("pretrained", "scratch"))
     rows = [
-        ("the same token everywhere: highest share of one prediction",
+        ("share of the most frequent prediction, at its highest",
          f"{100 * share.max():.0f}% at step {step[share.argmax()]}"),
-        ("its share at the end", f"{100 * share[-1]:.0f}%"),
+        ("the same share at the end", f"{100 * share[-1]:.0f}%"),
         ("MLM accuracy", f"{100 * pretrain['mlm_accuracy'][-1]:.0f}%"),
         ("MLM accuracy of always predicting the most frequent token",
          f"{accuracy_of_most_frequent_token():.0f}%"),
         ("NSP accuracy", f"{100 * pretrain['nsp_accuracy'][-1]:.0f}%"),
-        (f"reviews, {len(pretrained)} seeds, best epochs: accuracy with the pretrained weights",
+        (f"reviews, {len(pretrained)} seeds: validation accuracy with the pretrained weights",
          f"{mean_and_deviation(pretrained)}%"),
-        ("reviews: accuracy from scratch", f"{mean_and_deviation(scratch)}%"),
+        ("reviews: validation accuracy from scratch", f"{mean_and_deviation(scratch)}%"),
         ("pretraining took", f"{pretrain['seconds'][-1]:.0f} s, {step[-1]} steps"),
     ]  # fmt: skip
     width = max(len(what) for what, _ in rows)

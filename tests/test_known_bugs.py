@@ -123,7 +123,7 @@ BUGS = {
         test_training.test_an_all_isnext_batch_has_an_nsp_gradient, {},
     ),
     "6 the same masks every epoch": (
-        data, "generator", "index, epoch, purpose", "index, 0, purpose",
+        data, "generator", "[0, index, epoch, purpose]", "[0, index, 0, purpose]",
         test_data.test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise, {},
     ),
     "7 a blank line ends a document": (
