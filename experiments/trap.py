@@ -49,4 +49,5 @@ def trap(corpus: str, vocabulary: str, size: str = "mini", steps: int = 300) -> 
 
 
 if __name__ == "__main__":
-    print_lines(trap(*sys.argv[1:]))
+    corpus, vocabulary = sys.argv[1:]
+    print_lines(trap(corpus, vocabulary))

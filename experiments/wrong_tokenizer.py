@@ -14,8 +14,8 @@ from experiments.lines import print_lines
 
 
 def wrong_tokenizer(dataset: str, model: str, out: str) -> Iterator[dict]:
-    """Copies a model's folder, with a vocabulary learned from SST-2 in place of its own, and without
-    the hash in config.json, which would be noticed.
+    """Copies a model's folder, with a vocabulary learned from SST-2 in place of its own, and
+    without the hash in config.json, by which it would be noticed.
     """
     shutil.copytree(model, out)
     config = json.loads((Path(out) / "config.json").read_text())
