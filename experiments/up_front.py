@@ -51,7 +51,8 @@ def transform(rows: dict, tokenizer: Tokenizer) -> dict:
 
 def up_front(corpus: str, vocabulary: str) -> Iterator[dict]:
     """Yields, for more and more text, the seconds until the first batch and the bytes that were
-    made for it: with all examples made before training, and with examples made on the fly. One process.
+    made for it: with all examples made before training, and with examples made on the fly. All in
+    one process.
     """
     random.seed(0)
     tokenizer = data.load_tokenizer(vocabulary)
