@@ -41,6 +41,7 @@ from functools import lru_cache, partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+
 import datasets
 import numpy as np
 import torch
