@@ -162,8 +162,9 @@ def attention(
     Returns the output, as wide as v, and the probabilities, (..., seq, seq): row i says how much
     token i takes from the value of each token.
     """
-    # A score is a sum of d_head products. If their factors have variance 1, so has each product,
-    # and the sum has variance d_head. Unscaled, the softmax would saturate and its gradient vanish.
+    # A score is a sum of d_head products. If their factors are independent, with mean 0 and
+    # variance 1, each product has variance 1, and the sum has variance d_head. Unscaled, the
+    # softmax would saturate and its gradient vanish.
     d_head = q.size(-1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(d_head)  # (..., seq, seq)
 
@@ -227,11 +228,11 @@ class EncoderLayer(nn.Module):
     between tokens. The feed-forward network computes on each token by itself; it has two thirds of
     a layer's parameters.
 
-    LayerNorm comes after the sum ("post-LN"), so every path from the loss down to the embeddings
-    passes through all LayerNorms. At the start of training the gradients of the last layers are
-    then large, and training needs warmup. Later models compute x + f(LayerNorm(x)) ("pre-LN"): one
-    path avoids all LayerNorms, training works without warmup, and the output of the last layer
-    needs one more LayerNorm.
+    LayerNorm comes after the sum ("post-LN"). At the start of training, the gradients of the last
+    layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
+    models compute x + f(LayerNorm(x)) ("pre-LN"). There a path from the embeddings to the last
+    layer's output passes through no LayerNorm, so training works without warmup, and one LayerNorm
+    follows the last layer.
 
     Differs: [Code] approximates GELU by a tanh (at most 5e-4 off); this is GELU itself.
     """
@@ -256,9 +257,8 @@ class EncoderLayer(nn.Module):
 class PretrainedModel(nn.Module):
     """What the three models below share: initial weights, loading and saving."""
 
-    architecture: (
-        str  # the class in the library transformers that opens what `save_pretrained` writes
-    )
+    # The class in the library transformers that opens what `save_pretrained` writes.
+    architecture: str
 
     def __init__(self, config: BertConfig, padding_idx: int) -> None:
         super().__init__()
@@ -270,11 +270,12 @@ class PretrainedModel(nn.Module):
         """Draws weights from a normal distribution with mean 0 and standard deviation
         `initializer_range`, 0.02, and sets biases to 0. LayerNorm keeps PyTorch's weight 1, bias 0.
 
-        With weights this small, the first logits are close to 0: each is the product of a hidden
-        state, which LayerNorm gives the length sqrt(d_model), with a row of weights around 0.02.
-        So the model finds all tokens about equally probable, and the first MLM loss is about
-        ln(vocab). PyTorch's default for embeddings is a standard deviation of 1. Tied to the
-        decoder, they would make large logits, and the loss would start far above ln(vocab).
+        With weights this small, the first logits are close to 0: each is the dot product of a
+        hidden state, which LayerNorm gives the length sqrt(d_model), with a row of weights of
+        standard deviation 0.02. So the model finds all tokens about equally probable, and the first
+        MLM loss is about ln(vocab). PyTorch's default for embeddings is a standard deviation of 1.
+        Embeddings of this size, tied to the decoder, would make large logits and a first loss far
+        above ln(vocab).
 
         Differs: [Code] cuts the distribution off at two standard deviations.
         """
@@ -425,8 +426,9 @@ class SST2BertModel(PretrainedModel):
 #
 # A published BERT is a directory with config.json, model.safetensors (or the older
 # pytorch_model.bin, or shards of either), tokenizer.json or vocab.txt, and tokenizer_config.json.
-# All of them, Google's included, name their tensors alike. The table is also a map of the paper's
-# matrices: W^Q, W^K, W^V and W^O of attention, W_1 and W_2 of the feed-forward network.
+# All of them, Google's included, name their tensors alike. PUBLISHED_NAMES is
+# also a map of the paper's matrices: W^Q, W^K, W^V and W^O of attention, W_1 and W_2 of the
+# feed-forward network.
 
 PUBLISHED_NAMES = {  # our name of a module: its published name. * is the index of a layer.
     "embeddings.token": "embeddings.word_embeddings",  # also the decoder
@@ -774,7 +776,8 @@ def check_padding(model: PretrainedModel, tokenizer: Any) -> None:
 
 
 def parameter_counts(model: nn.Module) -> Counter[str]:
-    """Returns how many parameters each part of a model has, all layers together.
+    """Returns how many parameters each part of a model has, all layers together: the part of
+    `bert.layers.3.expand.bias` is `layers.expand`.
 
     The counts add up to the whole model: the tied matrix is one parameter and is counted once.
     """
@@ -790,7 +793,10 @@ def parameter_counts(model: nn.Module) -> Counter[str]:
 def fill_masks(
     model: BertPretrainModel, tokenizer: Any, text: str, k: int = 5
 ) -> list[dict[str, float]]:
-    """Returns, for each [MASK] in a text, the k most probable tokens and their probabilities."""
+    """Returns, for each [MASK] in a text, the k most probable tokens and their probabilities.
+
+    The model is in evaluation mode afterwards.
+    """
     input_ids = torch.tensor([tokenizer.encode(text).ids])  # (1, seq), with [CLS] and [SEP]
     positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
     mlm_logits, _ = model.eval()(input_ids, positions=positions)  # (masked, vocab)

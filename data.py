@@ -1,7 +1,7 @@
 """BERT's data: tokenize once, build examples on the fly, each a function of (corpus, seed, index).
 
-Transforming a whole corpus into masked examples before training takes days, and gives every epoch
-the same masks. So the work is divided:
+Transforming a whole corpus into masked examples before training gives every epoch the same masks,
+and other masks for every epoch would take days. So the work is divided:
 
     stage 1, once        text -> sentences -> tokens -> one array on disk, memory-mapped
     stage 2, in workers  a pair of segments -> masked positions -> an example -> a batch
@@ -18,9 +18,10 @@ Words used throughout:
     position   offset of a token in the whole corpus: the number of tokens before it
     column     offset of a token in an example, where column 0 is [CLS]
     candidates the columns that may be masked: those of both segments, without [CLS] and [SEP]
-    masked positions: the columns whose tokens are to be predicted (the field's term; in a batch
-               they are counted through all rows, as row * seq + column)
-    start, end of a span: its first token, and the token after its last one (exclusive)
+    masked positions: the columns whose tokens are to be predicted. They are columns, despite the
+               usual name; `to_device` of train_pretrain.py counts them through all rows of a batch
+    start, end of a span: its first token, and the token after its last one. A span is written
+               start .. end, without its end; "from 2 to 61" includes both
     example    `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
     seam       a position where segment A may end and segment B may start
 
@@ -51,7 +52,8 @@ from numpy.random.bit_generator import ISeedSequence
 from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# Processes are the parallelism here. Threads inside them, started before a fork, can deadlock.
+# Tokenizing runs in several processes. If `tokenizers` also started threads, a process that is
+# forked afterwards could deadlock.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -61,8 +63,8 @@ SAMPLE = Path(__file__).with_name("sample")  # a small invented corpus that come
 # ---- Text -> sentences ---------------------------------------------------------------------------
 
 # A sentence ends after . ! ? or an ellipsis before white space, but not after an initial or a
-# title: (?<!...) looks back, and can do so only over strings of one length. Closing quotation marks
-# and brackets belong to the sentence. It also ends after 。！？ and at a blank line.
+# title. (?<!...) looks back, only over strings of one length, so "mrs" stands apart. Closing
+# quotation marks and brackets belong to it. A sentence also ends after 。！？ and at a blank line.
 SENTENCE_END = re.compile(
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
     r"""|[。！？]|\n\s*\n"""
@@ -75,7 +77,7 @@ def split_sentences(text: str) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). A span of
-    more than 1,000 characters is cut at white space.
+    more than 1,000 characters is cut at white space, or without any after 1,000.
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -192,7 +194,7 @@ def tokenize_dataset(
 ) -> datasets.Dataset:
     """Returns stage 1: a table with a row for each document.
 
-    - `tokens`: all its tokens, 2 bytes each, 4 where an id is above 65,535;
+    - `tokens`: all its tokens, 2 bytes each, or 4 if the vocabulary has an id above 65,535;
     - `starts`: where its sentences start among them;
     - `sentences`: how many it has. Documents with fewer than two get no tokens, because no sentence
       follows another.
@@ -303,7 +305,7 @@ class TokenizedCorpus:
         return int(start), int(end)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
-        """Returns the tokens at positions start .. end, all of one document."""
+        """Returns the tokens at positions start .. end, a span that must lie in one document."""
         chunk = self.chunk_starts.searchsorted(start, side="right") - 1
         chunk_start = self.chunk_starts[chunk]
         return self.chunks[chunk][start - chunk_start : end - chunk_start]
@@ -365,7 +367,7 @@ class Seam(NamedTuple):
     """A position where a document may be cut: segment A ends before it, segment B starts at it."""
 
     document_start: int
-    position: int  # at least one token of the document lies on either side
+    position: int  # at least one token of the document lies on each side
     document_end: int
     starts_sentence: bool
 
@@ -389,29 +391,32 @@ def draw_pair(
 ) -> Pair:
     """Draws segment A and segment B of one example. [BERT] §3.1 task 2 and A.2.
 
-    1. Draw the length of the pair. With probability 0.9 it is `room` tokens; otherwise it is drawn
-       from 2 .. room, because fine-tuning meets short texts too.
-    2. Draw a position in this index's part of the corpus, and find a seam less than half a pair
-       away, so that the pair usually contains the drawn position.
-    3. Find a seam of the same kind in another document.
+    index: of the example in its epoch. room: how many tokens both segments may have together.
+
+    1. Draw the target length of the pair. With probability 0.9 it is `room` tokens; otherwise it is
+       drawn from 2 to `room`, because fine-tuning meets short texts too. (`place_pair` makes the
+       pair shorter where documents have no room for it.)
+    2. Draw a position in the index-th of `examples_per_epoch` equal parts of the corpus, and find a
+       seam less than half a pair away. So a true pair at this seam usually contains the position.
+    3. Find a seam of the same kind (it starts a sentence or does not) in another document.
     4. Draw segment A's share of the pair, and toss two coins. `place_pair` does the rest.
 
     Properties:
     - The label is independent of segment A alone, of segment B alone, and of both lengths, in any
-      corpus. Seams and lengths are fixed before the coins, and whatever one coin says, the other is
-      fair. Only both segments together tell the label.
-    - It is independent of whether segment A ends a sentence and segment B starts one, because both
-      seams are of one kind (see `find_other_seam` for the exception).
-    - The position of step 2 is drawn, for index i, from the i-th of `examples_per_epoch` equal
-      parts of the corpus. The parts leave no token out, and every token can get into an example.
-      (With both coins 1, the example is a true pair at the other seam, and nothing of it is from
-      the part of index i.)
+      corpus. Seams and lengths are fixed before the coins. A segment can at most show its own coin,
+      and whatever one coin says, the other is fair. Only both segments together tell the label.
+    - The label is independent of whether segment A ends a sentence and segment B starts one,
+      because both seams are of one kind (see `find_other_seam` for the exception).
+    - The parts of step 2 leave no token out, and every token can get into an example. (A segment
+      whose coin is 1 is from the other document, so many examples have nothing of their part.)
     - A random segment B is from another document.
 
-    One leak remains, where documents are hardly longer than a pair. If segment A starts its
-    document and segment B ends its document, the pair is more often a random one: a true pair that
-    reaches from end to end needs another seam with as much room on both sides, a random pair needs
-    only one side in each document. Guessing the label from this alone is right in 54% of pairs of
+    One leak remains, where documents are hardly longer than a pair: if segment A starts a document
+    and segment B ends a document, the pair is more often a random one. The reason is that
+    `place_pair` clamps the lengths to the smaller room of the two seams, before and after. A true
+    pair covers its whole document only if the other seam has at least as much room before and
+    after. For a random pair it is enough that one document has the smaller room before, and the
+    other the smaller room after. Guessing the label from this alone is right in 54% of pairs of
     128 tokens from film reviews of 250 tokens, in 51% of pairs of 64 tokens, and in 50% of pairs
     from novels.
 
@@ -454,6 +459,7 @@ def find_seam(corpus: TokenizedCorpus, position: int, reach: float) -> Seam:
         return Seam(document_start, candidate, document_end, starts_sentence=True)
 
     position = max(position, document_start + 1)  # segment A needs a token
+    # sentence_end: the first sentence has one token, and the line above moved behind it.
     starts_sentence = position in (sentence_start, sentence_end)
     return Seam(document_start, position, document_end, starts_sentence)
 
@@ -498,10 +504,11 @@ def place_pair(
 ) -> Pair:
     """Returns the pair, of at most `target` tokens, that two seams and two coins make.
 
-    1. The lengths. Segment A gets one token, and `share_of_a`, in 0 .. 1, of the others. Both
-       lengths are then clamped so that A fits before, and B after, both seams. (The first and last
-       tokens of a document get into fewer examples than those in its middle. With clamping it is
-       about half as many; if lengths were drawn among those that fit, it would be a tenth.)
+    1. The lengths. Segment A gets one token plus the fraction `share_of_a`, in 0 .. 1, of the
+       remaining tokens. Both lengths are then clamped so that A fits before, and B after, both
+       seams. (With clamping, the first and last tokens of a document get into half as many examples
+       as those in its middle. If, instead, lengths were drawn among those that fit, they would get
+       into a tenth as many.)
     2. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
        says: 0 is `seam`, 1 is `other`. The pair is a true one if both coins say the same.
 
@@ -583,6 +590,7 @@ def choose_words(
     inside_after_wrap = np.minimum(ends, arc_end - n) - starts  # the arc may go on from token 0
     tokens_inside = np.maximum(inside, 0) + np.maximum(inside_after_wrap, 0)  # (words,), in order
 
+    # True with probability tokens_inside / length
     is_taken = rng.random(len(lengths)) * lengths[order] < tokens_inside
     if not is_taken.any():
         is_taken[np.argmax(tokens_inside)] = True
@@ -600,10 +608,10 @@ def mask_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the input and the labels of the masked language model for one row, int64 (seq,).
 
-    [BERT] §3.1 task 1 and A.1. Of the tokens at `masked_positions`,
-    - 80% become [MASK];
-    - 10% become one of `ordinary_ids`, so that the model cannot trust any token that it reads;
-    - 10% stay, which biases each representation towards the token that is actually there.
+    [BERT] §3.1 task 1 and A.1. Each token at `masked_positions`, by a draw of its own,
+    - becomes [MASK] with probability 0.8. (Fine-tuning has no [MASK]; hence the other two.)
+    - becomes one of `ordinary_ids` with probability 0.1: the model cannot trust any token it reads.
+    - stays with probability 0.1, which biases the representation towards the actual token.
     Labels are the original ids at masked positions, and -100 elsewhere.
 
     Example: three masked positions. Draws of 0.31, 0.85 and 0.97 put [MASK], a random token and
@@ -689,7 +697,9 @@ class PretrainDataset(Dataset):
         columns = np.arange(last_sep)
         candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])
         if self.whole_word_masking:
-            follows_candidate = np.diff(candidates, prepend=-1) == 1  # not the first of a segment
+            follows_candidate = (
+                np.diff(candidates, prepend=-1) == 1
+            )  # 2 or more at the first of a segment
             continues_word = follows_candidate & self.is_piece[input_ids[candidates]]
             masked_positions = choose_words(candidates, continues_word, rng)
         else:
@@ -730,7 +740,7 @@ def collate(examples: list[dict[str, np.ndarray]], padding_idx: int) -> dict[str
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Returns the order of an epoch's examples: 0 .. size - 1, shuffled."""
+    """Returns the order of an epoch's examples: the numbers from 0 to size - 1, shuffled."""
     return generator(seed, PURPOSE_ORDER, epoch).permutation(size)
 
 
@@ -835,7 +845,7 @@ class SST2Batches:
     1. Shuffle the sentences, by (seed, `epoch`).
     2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
        is padding (67%, if every sentence were padded to the longest of all), and every epoch still
-       puts other sentences together.
+       groups other sentences.
     3. Cut the pools into batches, and shuffle the batches.
 
     Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is

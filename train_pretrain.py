@@ -166,6 +166,9 @@ class PretrainOptions:
         if self.steps == 0 and not self.weights:
             raise ValueError("--steps 0 evaluates a saved model: name it with --weights")
 
+    def exports_at(self, step: int) -> bool:
+        return step in (self.export_steps or ())
+
     @property
     def warmup(self) -> int:
         """Steps of rising learning rate."""
@@ -191,8 +194,9 @@ LIMITS = {  # the smallest and the largest value
     "save_every": (1, LARGEST_SEED),
     "export_steps": (0, LARGEST_SEED),
 }
-# Options that may differ when a run is resumed. They change rounding at most, and --device and
-# --compile also which units dropout drops. A stream is an exception: it needs the same --workers.
+# Options that may differ when a run is resumed. They change nothing but rounding, except that
+# --device and --compile also change the random numbers of dropout. (A streamed run must keep
+# --workers, which extras/streaming.py checks.)
 MAY_CHANGE = {
     "out",
     "resume",
@@ -302,7 +306,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """Returns AdamW with weight decay 0.01 ([BERT] A.2), except for biases and LayerNorm ([Code]).
 
     Decay pulls a parameter towards 0. LayerNorm's weights start at 1 and should not be pulled away
-    from it, and a small bias does not make a function smoother. eps is that of [Code], too.
+    from it, and decaying biases regularizes little. eps is that of [Code], too.
 
     Differs: [Code] lacks Adam's correction of the moments, which start at 0.
     """
@@ -336,7 +340,7 @@ def add_gradients(
     Returns what these micro-batches contribute to the MLM and to the NSP loss of the step, (2,).
 
     Example: two micro-batches with MLM sums of 12 nats at 3 masked positions and 20 nats at 5. They
-    contribute 12 / 8 and 20 / 8, and the loss of the step is 32 / 8 = 4 nats.
+    contribute 12 / 8 and 20 / 8, and the MLM loss of the step is 32 / 8 = 4 nats.
     """
     ddp = losses_of if isinstance(losses_of, DistributedDataParallel) else None
     ranks = dist.get_world_size() if ddp else 1
@@ -403,12 +407,12 @@ def train(
         losses_of = torch.compile(losses_of, fullgraph=True)
     if dist.is_initialized():
         losses_of = DistributedDataParallel(losses_of)
-    # note() remembers a gradient that was not finite; check() stops the run if there was one.
+    # note() remembers a gradient that was not finite, check() stops the run if there was one, and
+    # check(model) also if a weight is not finite.
     guard = FiniteGuard(device)
     per_rank = options.accumulate // run.world_size  # micro-batches
-    exports = options.export_steps or ()  # a run that is stopped exports, too
 
-    for step in range(run.step, options.steps + 1):  # the last pass only saves and evaluates
+    for step in range(run.step, options.steps + 1):  # the last pass takes no step
         # Save, export, evaluate: the model as it is after `step` updates.
         is_last = step == options.steps
         must_stop = run.asked_to_stop()
@@ -416,7 +420,7 @@ def train(
         if save_is_due and step > run.saved_step:
             guard.check(model)
             run.save(step, progress, model=model, optimizer=optimizer)
-        if run.rank == 0 and (must_stop or step in exports):
+        if run.rank == 0 and (must_stop or options.exports_at(step)):  # a stopped run exports, too
             guard.check(model)
             export(step)
         if must_stop:
@@ -449,7 +453,7 @@ def train(
         # Log. In other steps the CPU does not wait for a GPU.
         if step % options.log_every == 0 or step + 1 == options.steps:
             guard.check()
-            mlm_loss, nsp_loss = run.add_up(losses)
+            mlm_loss, nsp_loss = run.add_up(losses)  # over the ranks
             run.write("train", step, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
             run.show(f"loss {mlm_loss + nsp_loss:.3f}")
 
@@ -457,7 +461,8 @@ def train(
 def count_tokens(micro_batches: list[Batch], padding_idx: int) -> int:
     """Returns how many tokens the micro-batches of all ranks have, without padding."""
     here = sum(int((batch["input_ids"] != padding_idx).sum()) for batch in micro_batches)
-    return sum(total(here))
+    (everywhere,) = total(here)  # summed over the ranks
+    return everywhere
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------

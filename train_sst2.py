@@ -190,7 +190,7 @@ def fine_tune(
     device = next(model.parameters()).device
     optimizer = make_optimizer(model.train())
     guard = FiniteGuard(device)
-    training.seed = seed  # so each model sees the sentences in an order of its own
+    training.seed = seed  # each seed has an order of its own
     steps = epochs * len(training)
     warmup = steps // 10  # [BERT] does not tell; [Code] has a tenth
     step = 0
@@ -203,7 +203,8 @@ def fine_tune(
     for epoch in range(epochs):
         training.epoch = epoch  # another order of the sentences
         for batch in training:
-            # Forward, loss, backward. The dropout of a step depends on its seed and index alone.
+            # Forward, loss, backward. Dropout depends only on the seed of the model and on
+            # the step.
             set_seed(seed, step)
             input_ids = batch["input_ids"].to(device, non_blocking=True)
             labels = batch["labels"].to(device, non_blocking=True)
@@ -307,7 +308,7 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
         return data.SST2Batches(rows, labels, options.batch_size, padding_idx, seed)
 
     # All splits are read now: a mistake in the test split must not show up after hours.
-    # A seed makes the batches shuffle; `fine_tune` sets that of each model.
+    # Any seed makes the batches shuffle; `fine_tune` replaces it by the seed of the model.
     training = load(options.dataset, "train", options.dataset_name, seed=options.seed)
     validation = load(options.dataset, "validation", options.dataset_name)
     test_source = options.test_dataset or ("sample" if options.dataset == "sample" else None)

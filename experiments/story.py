@@ -45,9 +45,9 @@ def table(folder: Path) -> str:
     share, step = pretrain["most_frequent_prediction"], pretrain["step"]
     pretrained, scratch = (best_accuracies(folder / run) for run in ("pretrained", "scratch"))
     rows = [
-        ("share of the most frequent prediction, at its highest",
+        ("masked positions that get the same prediction, at most",
          f"{100 * share.max():.0f}% at step {step[share.argmax()]}"),
-        ("the same share at the end", f"{100 * share[-1]:.0f}%"),
+        ("the same at the end", f"{100 * share[-1]:.0f}%"),
         ("MLM accuracy", f"{100 * pretrain['mlm_accuracy'][-1]:.0f}%"),
         ("MLM accuracy of always predicting the most frequent token",
          f"{accuracy_of_most_frequent_token():.0f}%"),
