@@ -36,7 +36,7 @@ def read(name: str, **wanted: Any) -> dict[str, np.ndarray]:
 
 
 def summary() -> list[str]:
-    """The rows of the README's table: what was measured, here, published."""
+    """Returns the rows of the README's table: what was measured, here, published."""
     books = read_lines(RESULTS / "books", "validation")
     minutes = books["seconds"][-1] / 60
     loss, tokens = books["mlm_loss"][-1], books["tokens"][-1] / 1e6
@@ -87,7 +87,7 @@ def curves(axes: Any, run: str, split: str, name: str, rate: float, **style: Any
 
 
 def draw_phases() -> Any:
-    """The phases of pretraining on the books: first how often words occur, then what they mean."""
+    """Draws the phases of pretraining on the books: first single tokens, then context."""
     figure = new_figure((11, 4.2))
     left, right = figure.subplots(1, 2)
     entropies = read("bigrams.jsonl")
@@ -100,12 +100,13 @@ def draw_phases() -> Any:
         axes.set_xscale("symlog", linthresh=100)
         axes.set_xlim(left=0)
         axes.set_xticks([0, 50, 100, 300, 1000, 3000], ["0", "50", "100", "300", "1000", "3000"])
-        axes.legend(fontsize=8)
+    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc=(0.02, 0.3))  # where no curve runs
     return figure
 
 
 def draw_sst2() -> Any:
-    """SST-2 from scratch at three learning rates, and with the weights from the books."""
+    """Draws SST-2 from scratch at three learning rates, and with pretrained weights."""
     figure = new_figure((14, 4.2))
     loss, accuracy, bars = figure.subplots(1, 3, width_ratios=[1, 1, 1.2])
     for i, rate in enumerate((5e-5, 1e-5, 1e-6)):
@@ -134,7 +135,7 @@ def draw_sst2() -> Any:
 
 
 def draw_mistakes() -> Any:
-    """A rate too large, everything made up front, a corpus in lists under sixteen workers."""
+    """Draws a rate too large, examples made up front, a corpus in lists under sixteen workers."""
     figure = new_figure((14, 4.2))
     trap, up_front, memory = figure.subplots(1, 3)
     for i, rate in enumerate((1e-2, 1e-3, 1e-4)):
