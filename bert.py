@@ -76,16 +76,19 @@ class BertConfig:
     initializer_range: float = 0.02  # standard deviation of initial weights
 
     # True: PyTorch's scaled_dot_product_attention, which is faster and needs less memory.
-    # False: `attention` below, which shows every step. Tests hold the two equal, except for a
-    # sequence that is nothing but padding.
+    # False: `attention` below, which shows every step. Tests check that both give the same outputs,
+    # except for a sequence that is nothing but padding.
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not isinstance(value, int | float):
                 raise ValueError(f"{name} must be a number, got {value!r}")
+            is_size = self.__annotations__[name] is int
             is_dropout = name.endswith("dropout")
-            if type(value) is int and value < 1 and not is_dropout:
+            if is_size and type(value) is not int:
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if is_size and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
             if name.startswith("attention_d_") and value % max(1, self.head_num):
                 raise ValueError(f"{name}={value} is not divisible by head_num={self.head_num}")
@@ -159,8 +162,8 @@ def attention(
     mask: bool, broadcastable to (..., seq, seq), True where a query (row) may attend to a key
     (column).
 
-    Returns the output, as wide as v, and the probabilities, (..., seq, seq): row i says how much
-    token i takes from the value of each token.
+    Returns the output, as wide as v, and the probabilities, (..., seq, seq): row i holds the
+    weights with which token i averages the values of all tokens.
     """
     # A score is a sum of d_head products. If their factors are independent, with mean 0 and
     # variance 1, each product has variance 1, and the sum has variance d_head. Unscaled, the
@@ -231,8 +234,9 @@ class EncoderLayer(nn.Module):
     LayerNorm comes after the sum ("post-LN"). At the start of training, the gradients of the last
     layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
     models compute x + f(LayerNorm(x)) ("pre-LN"). There a path from the embeddings to the last
-    layer's output passes through no LayerNorm, so training works without warmup, and one LayerNorm
-    follows the last layer.
+    layer's output passes through no LayerNorm. The gradient flows along it unchanged, and
+    training works without warmup. The sum on this path grows from layer to layer, so one LayerNorm
+    follows the last one.
 
     Differs: [Code] approximates GELU by a tanh (at most 5e-4 off); this is GELU itself.
     """
@@ -274,8 +278,8 @@ class PretrainedModel(nn.Module):
         hidden state, which LayerNorm gives the length sqrt(d_model), with a row of weights of
         standard deviation 0.02. So the model finds all tokens about equally probable, and the first
         MLM loss is about ln(vocab). PyTorch's default for embeddings is a standard deviation of 1.
-        Embeddings of this size, tied to the decoder, would make large logits and a first loss far
-        above ln(vocab).
+        Tied to the decoder, such embeddings would make large logits and a first loss far above
+        ln(vocab).
 
         Differs: [Code] cuts the distribution off at two standard deviations.
         """
@@ -307,7 +311,7 @@ class Bert(PretrainedModel):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)  # to all modules above; the classes below add their heads
+        self.apply(self.init_weights)  # the models with heads initialize only these
 
     def forward(
         self,
@@ -321,7 +325,7 @@ class Bert(PretrainedModel):
         token_type_ids: 0 = segment A, 1 = segment B; by default all 0.
         attention_mask: True = a token, False = padding; by default `input_ids != padding_idx`.
 
-        No query attends to padding, so padding never changes the output at the other positions. The
+        No token attends to padding, so padding never changes the output at the other positions. The
         output at padding positions themselves means nothing; the losses ignore it.
         """
         if token_type_ids is None:
@@ -776,8 +780,8 @@ def check_padding(model: PretrainedModel, tokenizer: Any) -> None:
 
 
 def parameter_counts(model: nn.Module) -> Counter[str]:
-    """Returns how many parameters each part of a model has, all layers together: the part of
-    `bert.layers.3.expand.bias` is `layers.expand`.
+    """Returns how many parameters each part of a model has, all layers together. For example,
+    `bert.layers.3.expand.bias` belongs to the part `layers.expand`.
 
     The counts add up to the whole model: the tied matrix is one parameter and is counted once.
     """

@@ -16,10 +16,11 @@ Differs: [Code] writes ten differently masked copies of the corpus to disk befor
 Words used throughout:
     document   a text such as a book or a review: one row of a data set, or several joined
     position   offset of a token in the whole corpus: the number of tokens before it
-    column     offset of a token in an example, where column 0 is [CLS]
+    column     offset of a token in an example, where column 0 is [CLS] (in stage 1, and where files
+               are read, it is a named column of a table)
     candidates the columns that may be masked: those of both segments, without [CLS] and [SEP]
-    masked positions: the columns whose tokens are to be predicted. They are columns, despite the
-               usual name; `to_device` of train_pretrain.py counts them through all rows of a batch
+    masked positions: the columns whose tokens are to be predicted. So they are no positions in the
+               corpus; `to_device` of train_pretrain.py counts them through all rows of a batch
     start, end of a span: its first token, and the token after its last one. A span is written
                start .. end, without its end; "from 2 to 61" includes both
     example    `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
@@ -77,7 +78,7 @@ def split_sentences(text: str) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). A span of
-    more than 1,000 characters is cut at white space, or without any after 1,000.
+    more than 1,000 characters is cut at white space, or after 1,000 characters if it has none.
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -212,6 +213,7 @@ def tokenize_dataset(
     largest_id = max(tokenizer.get_vocab().values())  # a vocabulary may have holes
     tokens = List(Value("uint16" if largest_id < 2**16 else "uint32"))
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
+    documents_per_call = min(max(len(dataset) // 1000, 16), 1000)  # also in a chunk of the file
     return dataset.map(
         tokenize_documents,
         fn_kwargs={
@@ -220,9 +222,7 @@ def tokenize_dataset(
             "rows_per_document": rows_per_document,
         },
         batched=True,
-        batch_size=min(
-            max(len(dataset) // 1000, 16), 1000
-        ),  # documents in a call, and in a chunk of the file
+        batch_size=documents_per_call,
         with_indices=True,
         features=Features(tokens=tokens, starts=List(Value("uint32")), sentences=Value("int64")),
         remove_columns=[text_column],
@@ -236,7 +236,8 @@ def tokenize_dataset(
 
 
 class TokenizedCorpus:
-    """All documents with two sentences or more, as one array of tokens that is mapped from disk.
+    """All documents with two sentences or more: one array of tokens, mapped from disk, and two of
+    starts.
 
         tokens            6 3 7 9 . 4 4 . 8 1 5 . 2 2 .     all documents, end to end: `tokens()`
         sentence_starts   0         5     8       12    15  the last entry is the end of the corpus
@@ -351,7 +352,7 @@ def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.
     So every example has its own random numbers, whoever draws them and whatever was drawn before.
     Philox makes this cheap: it computes numbers directly from (seed, counter). The counter has four
     words, here [block, index, epoch, purpose]. Drawing more numbers advances only the block, so two
-    generators with different arguments never give the same numbers.
+    generators of one seed never share a block.
     """
     key: Any = PhiloxKey(seed)
     philox = np.random.Philox(key, counter=[0, index, epoch, purpose])
@@ -397,7 +398,8 @@ def draw_pair(
        drawn from 2 to `room`, because fine-tuning meets short texts too. (`place_pair` makes the
        pair shorter where documents have no room for it.)
     2. Draw a position in the index-th of `examples_per_epoch` equal parts of the corpus, and find a
-       seam less than half a pair away. So a true pair at this seam usually contains the position.
+       seam less than target / 2 tokens from it. So a true pair at this seam usually contains the
+       position.
     3. Find a seam of the same kind (it starts a sentence or does not) in another document.
     4. Draw segment A's share of the pair, and toss two coins. `place_pair` does the rest.
 
@@ -408,17 +410,14 @@ def draw_pair(
     - The label is independent of whether segment A ends a sentence and segment B starts one,
       because both seams are of one kind (see `find_other_seam` for the exception).
     - The parts of step 2 leave no token out, and every token can get into an example. (A segment
-      whose coin is 1 is from the other document, so many examples have nothing of their part.)
+      whose coin is 1 is from the other document. Therefore many examples contain no token of
+      their part.)
     - A random segment B is from another document.
 
     One leak remains, where documents are hardly longer than a pair: if segment A starts a document
-    and segment B ends a document, the pair is more often a random one. The reason is that
-    `place_pair` clamps the lengths to the smaller room of the two seams, before and after. A true
-    pair covers its whole document only if the other seam has at least as much room before and
-    after. For a random pair it is enough that one document has the smaller room before, and the
-    other the smaller room after. Guessing the label from this alone is right in 54% of pairs of
-    128 tokens from film reviews of 250 tokens, in 51% of pairs of 64 tokens, and in 50% of pairs
-    from novels.
+    and segment B ends a document, the pair is more often a random one (see `place_pair`). Guessing
+    the label from this alone is right in 54% of pairs of 128 tokens from film reviews of 250
+    tokens, in 51% of pairs of 64 tokens, and in 50% of pairs from novels.
 
     Differs: [Code] draws a random segment B by another rule than a true one, and after ten attempts
     to find another document it keeps the same one.
@@ -459,7 +458,8 @@ def find_seam(corpus: TokenizedCorpus, position: int, reach: float) -> Seam:
         return Seam(document_start, candidate, document_end, starts_sentence=True)
 
     position = max(position, document_start + 1)  # segment A needs a token
-    # sentence_end: the first sentence has one token, and the line above moved behind it.
+    # If the first sentence of a document has one token, the line above may have moved `position`
+    # to sentence_end, where the second sentence starts.
     starts_sentence = position in (sentence_start, sentence_end)
     return Seam(document_start, position, document_end, starts_sentence)
 
@@ -504,17 +504,28 @@ def place_pair(
 ) -> Pair:
     """Returns the pair, of at most `target` tokens, that two seams and two coins make.
 
-    1. The lengths. Segment A gets one token plus the fraction `share_of_a`, in 0 .. 1, of the
-       remaining tokens. Both lengths are then clamped so that A fits before, and B after, both
-       seams. (With clamping, the first and last tokens of a document get into half as many examples
-       as those in its middle. If, instead, lengths were drawn among those that fit, they would get
-       into a tenth as many.)
-    2. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
+    1. The room before and the room after: in each case the smaller one of the two seams.
+    2. The lengths. The pair has `target` tokens, or fewer if both rooms together have less. Segment
+       A gets one token plus the fraction `share_of_a`, from 0 to 1, of the remaining ones, but at
+       most the room before. Segment B gets the rest, at most the room after; what exceeds it goes
+       back to A.
+    3. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
        says: 0 is `seam`, 1 is `other`. The pair is a true one if both coins say the same.
 
     Example: seams at 28 and 97, each far from both ends of its document; target 12, share_of_a 0.4,
     coins 0 and 1. The lengths are 5 and 7: segment A is 23 .. 28, segment B is 97 .. 104, and the
     pair is random. With coins 0 and 0, segment B is 28 .. 35.
+
+    Measured: the first and last tokens of a document get into half as many examples as those in its
+    middle. (If the length of A were drawn from shortest_a to longest_a instead of clamped to them,
+    it would be a tenth as many in long documents.)
+
+    Why a leak remains: to cover a whole document, a true pair needs a seam that has both smaller
+    rooms. But in a document of given length, more room before a seam is less room after it, so the
+    two seams usually have one smaller room each. Then a random pair can reach the start of one
+    document and the end of the other. For example, let the rooms before the seams be 10 and 30, and
+    those after 40 and 20: segment A gets at most 10 tokens, the first document's start, and segment
+    B at most 20, the second document's end.
     """
     room_before = min(seam.position - seam.document_start, other.position - other.document_start)
     room_after = min(seam.document_end - seam.position, other.document_end - other.position)
@@ -587,8 +598,8 @@ def choose_words(
     arc_start = int(rng.integers(n))
     arc_end = arc_start + count
     inside = np.minimum(ends, arc_end) - np.maximum(starts, arc_start)
-    inside_after_wrap = np.minimum(ends, arc_end - n) - starts  # the arc may go on from token 0
-    tokens_inside = np.maximum(inside, 0) + np.maximum(inside_after_wrap, 0)  # (words,), in order
+    inside_after_wrap = np.minimum(ends, arc_end - n) - starts  # the part at 0 .. arc_end - n
+    tokens_inside = np.maximum(inside, 0) + np.maximum(inside_after_wrap, 0)  # (words,), by `order`
 
     # True with probability tokens_inside / length
     is_taken = rng.random(len(lengths)) * lengths[order] < tokens_inside
@@ -697,9 +708,9 @@ class PretrainDataset(Dataset):
         columns = np.arange(last_sep)
         candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])
         if self.whole_word_masking:
-            follows_candidate = (
-                np.diff(candidates, prepend=-1) == 1
-            )  # 2 or more at the first of a segment
+            # The difference is 1 within a segment, and 2 at its first token: a ## piece there
+            # continues no word.
+            follows_candidate = np.diff(candidates, prepend=-1) == 1
             continues_word = follows_candidate & self.is_piece[input_ids[candidates]]
             masked_positions = choose_words(candidates, continues_word, rng)
         else:
@@ -788,11 +799,11 @@ def get_split_dataloader(
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Returns an endless loader of one rank's batches: those of an epoch are split among the ranks.
+    """Returns an endless loader of one rank's batches; batches are dealt to the ranks in turn.
 
     start: how many batches of this rank to skip.
 
-    Two workers feed a fast GPU, and more only hold more memory. Each has 4 batches ready, and a
+    Two workers should feed a fast GPU, and more only hold more memory. Each has 4 batches ready, and a
     token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
     """
     sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
@@ -880,8 +891,8 @@ class SST2Batches:
 
         batches = np.split(order, range(self.batch_size, size, self.batch_size))
         batch_order = rng.permutation(len(self)) if shuffles else range(len(self))
-        for batch in batch_order:
-            indices = batches[batch]
+        for batch_index in batch_order:
+            indices = batches[batch_index]
             rows = [torch.tensor(self.rows[index]) for index in indices]
             input_ids = torch.nn.utils.rnn.pad_sequence(
                 rows, batch_first=True, padding_value=self.padding_idx

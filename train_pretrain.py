@@ -7,8 +7,8 @@
 
 Writes into the folder --out:
     config.json    the options
-    metrics.jsonl  a line for every log and every evaluation; losses in nats. The "step" of a log is
-                   the index of the step, from 0; that of an evaluation is how many steps were taken
+    metrics.jsonl  a line for every log and every evaluation; losses in nats. A log with "step" 10
+                   is of the eleventh step, an evaluation with "step" 10 comes before that step
     checkpoints/   the last two; a run that was killed at any point resumes exactly with --resume
     model/         weights and tokenizer in the published format
     curves.png     loss and accuracies over the steps
@@ -194,9 +194,9 @@ LIMITS = {  # the smallest and the largest value
     "save_every": (1, LARGEST_SEED),
     "export_steps": (0, LARGEST_SEED),
 }
-# Options that may differ when a run is resumed. They change nothing but rounding, except that
-# --device and --compile also change the random numbers of dropout. (A streamed run must keep
-# --workers, which extras/streaming.py checks.)
+# Options that may differ when a run is resumed. They do not change the training, except for
+# rounding; --device and --compile also change the random numbers of dropout. (A streamed run must
+# keep --workers, which extras/streaming.py checks.)
 MAY_CHANGE = {
     "out",
     "resume",
@@ -279,7 +279,7 @@ class PretrainLosses(nn.Module):
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Returns the learning rate of a step in 0 .. steps - 1. [BERT] A.2.
+    """Returns the learning rate of a step, from 0 to steps - 1. [BERT] A.2.
 
     It rises linearly to `peak` in `warmup` steps, then falls linearly towards 0. Warmup is needed
     because Adam's first estimates of the moments are poor, and because the gradients of a post-LN
@@ -371,8 +371,9 @@ def add_gradients(
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
     """Clips the accumulated gradients to norm 1 ([Code]), takes one optimizer step, zeroes them.
 
-    Returns the norm before clipping, (). If it is not finite, the weights stay as they are: fused
-    AdamW reads `found_inf` on the device, so that the CPU need not wait for the norm.
+    Returns the norm before clipping, (). If it is not finite, the step is skipped: where
+    `optimizer.found_inf` is 1, fused AdamW changes nothing. It reads this on the device, so that
+    the CPU need not wait for the norm.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
@@ -420,11 +421,11 @@ def train(
         if save_is_due and step > run.saved_step:
             guard.check(model)
             run.save(step, progress, model=model, optimizer=optimizer)
-        if run.rank == 0 and (must_stop or options.exports_at(step)):  # a stopped run exports, too
+        if run.rank == 0 and (must_stop or options.exports_at(step)):  # if stopped, too
             guard.check(model)
             export(step)
         if must_stop:
-            run.stop(step)
+            run.stop(step)  # ends the process
         if is_last or step % options.eval_every == 0:
             guard.check()
             if run.rank == 0:
@@ -450,7 +451,7 @@ def train(
         guard.note(step, norm)
         run.bar.update()
 
-        # Log. In other steps the CPU does not wait for a GPU.
+        # Log. Only here does the CPU wait for a GPU: to read a loss.
         if step % options.log_every == 0 or step + 1 == options.steps:
             guard.check()
             mlm_loss, nsp_loss = run.add_up(losses)  # over the ranks
@@ -550,8 +551,9 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
     """Returns the tokenizer that is saved with the weights.
 
     tokenizer: --tokenizer, if the user names one.
-    Raises ValueError if either of the two is not the one that the weights were trained with: ids
-    would silently refer to different tokens, and accuracy would drop without an error.
+    Raises ValueError if the saved tokenizer, or the named one, is not the one that the weights were
+    trained with: ids would silently refer to different tokens, and accuracy would drop without an
+    error.
     """
     directory = fetch(weights)
     saved = data.load_tokenizer(directory)
@@ -746,10 +748,11 @@ def what_identifies(
     identity = {name: v for name, v in asdict(options).items() if name not in MAY_CHANGE}
     identity["tokenizer_hash"] = tokenizer_hash(tokenizer)
     if options.streaming:  # only this much of a stream is known before it has been read
-        identity["corpus_checksum"] = corpora["validation"].checksum()
+        identity["validation_checksum"] = corpora["validation"].checksum()
         identity["shards"] = corpora["train"].num_shards
     else:
         identity["corpus_checksum"] = corpora["train"].checksum()
+        identity["validation_checksum"] = corpora["validation"].checksum()
     return identity | baselines
 
 

@@ -10,7 +10,7 @@ accuracy on the validation split is kept, and the best of these models is writte
 
 Writes into the folder --out: config.json, metrics.jsonl, model/, curves.png.
 
-[BERT] Devlin et al. 2018, arXiv 1810.04805, §4.1 and A.3.
+[BERT] Devlin et al. 2018, arXiv 1810.04805, §4.1 and A.3. [Code] google-research/bert.
 Dimensions: batch, seq.
 """
 
@@ -149,7 +149,10 @@ def evaluate(
     device: torch.device,
     precision: str = "float32",
 ) -> dict[str, float]:
-    """Returns the loss in nats and the accuracy, both means over all sentences."""
+    """Returns the loss in nats and the accuracy, both means over all sentences.
+
+    The model is in training mode afterwards.
+    """
     model.eval()
     loss = correct = sentences = 0.0
     for batch in batches:
@@ -192,7 +195,7 @@ def fine_tune(
     guard = FiniteGuard(device)
     training.seed = seed  # each seed has an order of its own
     steps = epochs * len(training)
-    warmup = steps // 10  # [BERT] does not tell; [Code] has a tenth
+    warmup = steps // 10  # the paper does not say how many; [Code] has a tenth
     step = 0
     best_model = model
     accuracies: list[float] = []
@@ -281,7 +284,7 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
 
 
 def train(options: SST2Options) -> None:
-    """Fine-tunes on SST-2."""
+    """Chooses device and precision, opens the run's folder, and fine-tunes there."""
     need_one_process()
     device = choose_device(options.device)
     options = replace(options, precision=choose_precision(options.precision, device))
@@ -308,7 +311,7 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
         return data.SST2Batches(rows, labels, options.batch_size, padding_idx, seed)
 
     # All splits are read now: a mistake in the test split must not show up after hours.
-    # Any seed makes the batches shuffle; `fine_tune` replaces it by the seed of the model.
+    # A seed makes the batches shuffle; this one is a placeholder until `fine_tune` sets its own.
     training = load(options.dataset, "train", options.dataset_name, seed=options.seed)
     validation = load(options.dataset, "validation", options.dataset_name)
     test_source = options.test_dataset or ("sample" if options.dataset == "sample" else None)

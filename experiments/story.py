@@ -45,7 +45,7 @@ def table(folder: Path) -> str:
     share, step = pretrain["most_frequent_prediction"], pretrain["step"]
     pretrained, scratch = (best_accuracies(folder / run) for run in ("pretrained", "scratch"))
     rows = [
-        ("masked positions that get the same prediction, at most",
+        ("largest share of masked positions with the same prediction",
          f"{100 * share.max():.0f}% at step {step[share.argmax()]}"),
         ("the same at the end", f"{100 * share[-1]:.0f}%"),
         ("MLM accuracy", f"{100 * pretrain['mlm_accuracy'][-1]:.0f}%"),
