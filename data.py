@@ -803,8 +803,8 @@ def get_split_dataloader(
 
     start: how many batches of this rank to skip.
 
-    Two workers should feed a fast GPU, and more only hold more memory. Each has 4 batches ready, and a
-    token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
+    Two workers should feed a fast GPU, and more only hold more memory. Each has 4 batches ready,
+    and a token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
     """
     sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
     return DataLoader(
