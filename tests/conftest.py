@@ -1,12 +1,14 @@
-"""Profiles of hypothesis, and the devices that tests run on."""
+"""Profiles of hypothesis, the devices that tests run on, and a small run that several files use."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub
+# No test needs the hub. The libraries read this when they are imported, so they are imported later.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 shared = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=30, derandomize=True, **shared)
@@ -23,5 +25,22 @@ def device(request) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _same_seed() -> None:
+def _same_start() -> None:
+    """Every test starts with the same seed, and with the precision that no earlier run has set."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory) -> Path:
+    from strategies import write_corpus
+
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def options(small_corpus, tmp_path):
+    """The PretrainOptions of a run that takes a second."""
+    from helpers import make_options
+
+    return make_options(small_corpus, tmp_path / "run")

@@ -1,9 +1,14 @@
-"""What the tests draw: configurations, batches, tokenizers and corpora, all valid by construction.
+"""What several test files share: strategies, small models and small corpora.
 
-Every strategy shrinks to the simplest case: one head, one layer, two tokens.
+The strategies draw configurations, batches and corpora that are valid by construction, and shrink
+to the simplest case: one head, one layer, two tokens.
 """
 
+import dataclasses
+import json
 import math
+from collections.abc import Iterable
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,7 +16,12 @@ import torch
 from hypothesis import strategies as st
 
 import data
-from bert import BertConfig
+from bert import BertConfig, BertPretrainModel, PretrainedModel
+from train_pretrain import PretrainLosses, add_gradients, to_device
+
+CPU = torch.device("cpu")
+
+# ---- Small models ----------------------------------------------------------------------------
 
 # All sizes differ, so that a transposed axis cannot hide.
 FIXED = BertConfig(
@@ -27,12 +37,19 @@ FIXED = BertConfig(
     attention_dropout=0.0,
 )
 PADDING = 0
+
+# Sums of a few dozen terms near 1 in float64, in another order.
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
 seeds = st.integers(0, 2**31)
+lengths = st.integers(5, 40)  # of an example: a pair needs five tokens
 
 
 @st.composite
 def configs(draw: st.DrawFn, published: bool = False) -> BertConfig:
-    """Without dropout. `published`: d_k = d_v = d_model, which is all that other code can hold."""
+    """Draws a configuration without dropout; if `published`, d_k = d_v = d_model, which is all that
+    the published format has words for.
+    """
     heads = draw(st.integers(1, 3))
     d_k, d_v = (heads * draw(st.integers(1, 4)) for _ in "kv")
     width = heads * draw(st.integers(2, 4)) if published else draw(st.integers(2, 9))
@@ -52,7 +69,7 @@ def configs(draw: st.DrawFn, published: bool = False) -> BertConfig:
 
 @st.composite
 def batches(draw: st.DrawFn, config: BertConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids, each row of at least one real token and then padding, and token_type_ids."""
+    """Draws input_ids, rows of at least one token and then padding, and their token_type_ids."""
     length = draw(st.integers(1, config.max_seq_length))
     rows = draw(st.lists(st.integers(1, length), min_size=1, max_size=3))
     generator = torch.Generator().manual_seed(draw(seeds))
@@ -63,18 +80,91 @@ def batches(draw: st.DrawFn, config: BertConfig) -> tuple[torch.Tensor, torch.Te
     return input_ids.masked_fill(padded, PADDING), token_type_ids.masked_fill(padded, 0)
 
 
+def build(cls: type[PretrainedModel], config: BertConfig, seed: int = 0):
+    """Returns a model in float64 whose weights are so large that every part shows in the output."""
+    torch.manual_seed(seed)
+    model = cls(dataclasses.replace(config, initializer_range=0.5), PADDING).double().eval()
+    for name, parameter in model.named_parameters():  # biases and norms, too
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.5)
+    return model
+
+
 # ---- A small vocabulary: ordinary ids start at 5 ---------------------------------------------
 
+PAD, UNK, CLS, SEP, MASK = range(5)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = [*data.SPECIAL_TOKENS, *LETTERS, *(f"##{c}" for c in LETTERS[:9]), "."]
+
+any_words = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=30)
+familiar_words = st.text(alphabet=LETTERS[:12] + "ÀÉñ .,'-\u0301中文😀\t\x00\u200b", max_size=40)
 
 
 def small_tokenizer():
     return data.wordpiece({token: i for i, token in enumerate(VOCABULARY)})
 
 
+# ---- Small models with this vocabulary -------------------------------------------------------
+
+SMALL = dataclasses.replace(FIXED, vocab_size=len(VOCABULARY), max_seq_length=40)
+# Of a shape that the published format has words for.
+PUBLISHABLE = dataclasses.replace(
+    FIXED, vocab_size=len(VOCABULARY), attention_d_k=12, attention_d_v=12
+)
+STILL = dataclasses.replace(SMALL, dropout=0.0, attention_dropout=0.0)
+TINY = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
+
+
+def publish(
+    folder: Path,
+    config: BertConfig = PUBLISHABLE,
+    cls: type[PretrainedModel] = BertPretrainModel,
+) -> Path:
+    """Writes a new model with its tokenizer; returns its folder."""
+    cls(config, PADDING).save_pretrained(folder, small_tokenizer())
+    return folder
+
+
+def dropouts_of(model: PretrainedModel) -> set[float]:
+    """Returns all probabilities of dropout that a model has."""
+    hidden = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    return hidden | {model.config.dropout, model.config.attention_dropout}
+
+
+class Malicious:
+    """An object whose unpickling runs code, which here only leaves a file."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def some_batches(count: int, size: int = 3, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Returns batches of a small corpus; rows differ in length, so in their masked positions."""
+    docs = [
+        [[5 + (i * j + i) % 26 for i in range(3 + j)] for j in range(2, 6 + d)] for d in range(5)
+    ]
+    dataset = data.PretrainDataset(corpus_of(docs), small_tokenizer(), 40, seed)
+    return [dataset.batch(range(i * size, (i + 1) * size)) for i in range(count)]
+
+
+def gradients(
+    model: BertPretrainModel, micro_batches: list[dict], losses_of=None
+) -> list[torch.Tensor]:
+    """Returns both losses of a step, and the gradient of every parameter."""
+    model.zero_grad()
+    ready = [to_device(batch, CPU) for batch in micro_batches]
+    losses = add_gradients(PretrainLosses(model) if losses_of is None else losses_of, ready)
+    return [losses, *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+# ---- Small corpora ---------------------------------------------------------------------------
+
+
 def corpus_of(documents: list[list[list[int]]]) -> data.TokenizedCorpus:
-    """Documents of sentences of token ids, as stage 1 would have left them."""
+    """Returns documents of sentences of token ids as the corpus that stage 1 makes of them."""
     columns: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
     for sentences in documents:
         kept = sentences if len(sentences) > 1 else []
@@ -95,7 +185,7 @@ def corpus_of(documents: list[list[list[int]]]) -> data.TokenizedCorpus:
 
 @st.composite
 def documents(draw: st.DrawFn, most: int = 6, longest: int = 30) -> list[list[list[int]]]:
-    """2 to `most` documents of 2 to 8 sentences of 1 to `longest` tokens."""
+    """Draws 2 to `most` documents of 2 to 8 sentences of 1 to `longest` tokens."""
     generator = np.random.default_rng(draw(seeds))
     sizes = st.lists(st.integers(1, longest), min_size=2, max_size=8)
     return [
@@ -118,7 +208,9 @@ def candidates_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def is_within(share: float, expected: float, draws: int) -> bool:
-    """Five standard deviations: a right share is outside once in 1.7 million times."""
+    """Returns whether a share is within five standard deviations of what is expected, which a right
+    one is not once in 1.7 million times.
+    """
     return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / draws)
 
 
@@ -164,12 +256,81 @@ def corpora_of_all_kinds(room: int) -> dict[str, list[list[int]]]:
 
 
 def numbered(documents: list[list[list[int]]]) -> list[list[list[int]]]:
-    """The same shapes, but token k of the corpus has id 1000 + k: every id names its place."""
-    place = iter(range(1000, 65000))
-    return [[[next(place) for _ in sentence] for sentence in document] for document in documents]
+    """Returns documents of the same shapes whose token at position k has the id 1000 + k, so that
+    every id tells its position.
+    """
+    ids = iter(range(1000, 65000))
+    return [[[next(ids) for _ in sentence] for sentence in document] for document in documents]
 
 
-def place_tokenizer(size: int = 20_000):
-    """A tokenizer with an id for every place of a `numbered` corpus."""
+def position_tokenizer(size: int = 20_000):
+    """Returns a tokenizer with an id for every position of a `numbered` corpus."""
     names = [*data.SPECIAL_TOKENS, *(f"t{i}" for i in range(5, size))]
     return data.wordpiece({token: i for i, token in enumerate(names)})
+
+
+# ---- Small corpora in files ------------------------------------------------------------------
+
+
+TEXTS = ["aa b.\n\nc d", "ee f.\n\ng h", "ii a.\n\nb c"]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Writes a jsonl file, and the folder that it is in; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> str:
+    """Writes a jsonl file of documents; returns its path."""
+    return write_rows(path, [{"text": text} for text in texts])
+
+
+def write_corpus(folder: Path) -> Path:
+    """Writes corpus.jsonl, a document for each letter, and tokenizer.json; returns the folder."""
+    texts = ["\n\n".join(f"{a} {b} {a} {a} {b}" for b in LETTERS[:9]) for a in LETTERS]
+    write_texts(folder / "corpus.jsonl", texts)
+    small_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def write_many_documents(path: Path) -> str:
+    """Writes 104 documents of nine sentences of three words each; returns the path."""
+    texts = [
+        ". ".join(f"{a}{b} {b} {a}{a}" for b in LETTERS[i % 13 :][:9])
+        for i, a in enumerate(LETTERS * 4)
+    ]
+    return write_texts(path, texts)
+
+
+def write_reviews(folder: Path, **splits: int) -> str:
+    """Writes splits of so many sentences of five letters, with label 1 if they are of the first
+    half of the alphabet; returns the folder.
+    """
+    generator = np.random.default_rng(0)
+    for split, size in splits.items():
+        labels = generator.integers(0, 2, size)
+        words = [generator.choice(list(LETTERS[:13] if y else LETTERS[13:]), 5) for y in labels]
+        rows = [
+            {"sentence": " ".join(w), "label": int(y)} for w, y in zip(words, labels, strict=True)
+        ]
+        write_rows(folder / f"{split}.jsonl", rows)
+    return str(folder)
+
+
+def review_batches(sizes: list[int], batch_size: int, seed: int | None) -> data.SST2Batches:
+    """Returns batches of sentences: the i-th is sizes[i] times the token i + 1, labelled i % 2."""
+    rows = [[i + 1] * size for i, size in enumerate(sizes)]
+    return data.SST2Batches(rows, [i % 2 for i in range(len(sizes))], batch_size, seed=seed)
+
+
+def write_cased_vocabulary(folder: Path, **tokenizer_config) -> Path:
+    """Writes a cased vocabulary in the old form, vocab.txt alone or with a config; returns the
+    folder.
+    """
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join([*VOCABULARY, "A", "é"]) + "\n", encoding="utf-8")
+    if tokenizer_config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return folder

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says it does; how fast anything is, is not tested here."""
+"""The benchmark measures what it says it does. How fast anything is, is not tested here."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from train_pretrain import sum_losses, to_device
 
 @pytest.mark.parametrize(("rows", "length"), [(2, 16), (3, 40)])
 def test_useful_flops_are_what_torch_counts_in_a_step_of_full_rows(rows, length):
-    """Of the explicit attention; the fused one is not counted on a CPU."""
+    """The explicit attention is counted, since the fused one is not counted on a CPU."""
     config = BertConfig.named("mini", vocab_size=500, fused_attention=False)
     batch = to_device(bench.random_batch(rows, length, 500), torch.device("cpu"))
     assert bench.row_lengths(rows, length) == [length] * rows
@@ -30,16 +30,16 @@ def test_useful_flops_are_what_torch_counts_in_a_step_of_full_rows(rows, length)
 
 def test_a_random_batch_has_the_masks_of_a_real_one():
     batch = bench.random_batch(4, 128)
-    scored = batch["mlm_labels"] != data.IGNORED_LABEL
-    assert scored.sum(dim=1).tolist() == [19, 19, 19, 15]
-    assert scored.sum() == bench.masked_tokens(4, 128)
-    assert (batch["input_ids"][scored] == 4).all()
+    is_masked = batch["mlm_labels"] != data.IGNORED_LABEL
+    assert is_masked.sum(dim=1).tolist() == [19, 19, 19, 15]
+    assert is_masked.sum() == bench.masked_tokens(4, 128)
+    assert (batch["input_ids"][is_masked] == 4).all()
     lengths = (batch["input_ids"] != PADDING).sum(dim=1).tolist()
     assert lengths == bench.row_lengths(4, 128) == [128, 128, 128, 103]
 
 
 def counted(path: Path, factor: int):
-    """Work that takes `factor` times as long, and leaves a note of its turn."""
+    """Returns work that takes `factor` times as long, and leaves a note of its turn."""
 
     def work() -> None:
         with path.open("a") as file:

@@ -1,6 +1,9 @@
-"""The structure of the project: who may import whom."""
+"""The structure of the project: who may import whom. Importing a module does nothing but define,
+and bert.py and data.py can be copied alone.
+"""
 
 import ast
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,10 +11,15 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, python
+from strategies import LETTERS, write_texts
 
-ROOT = Path(__file__).parents[1]
 FOUR_FILES = ("bert", "data", "train_pretrain", "train_sst2")
+
+
 FOLDERS = ("support", "extras", "experiments", "benchmarks", "sample")
+
+
 MAY_IMPORT = {
     "bert": set(),
     "data": set(),
@@ -23,6 +31,8 @@ MAY_IMPORT = {
     "benchmarks": {*FOUR_FILES, "support", "extras", "benchmarks"},
     "sample": {"sample"},
 }
+
+
 UPWARD = {  # imports within a function, for those who ask: (module, function) -> imported module
     ("bert", "look"): "data",
     ("train_pretrain", "load_corpora"): "extras.streaming",
@@ -31,7 +41,7 @@ UPWARD = {  # imports within a function, for those who ask: (module, function) -
 
 
 def modules() -> dict[str, ast.Module]:
-    """Every module of the project but the tests, parsed, by dotted name."""
+    """Returns every module of the project but the tests, parsed, by dotted name."""
     files = [ROOT / f"{name}.py" for name in FOUR_FILES]
     files += [file for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))]
     return {
@@ -44,7 +54,7 @@ MODULES = modules()
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """The modules of this project that a piece of code imports."""
+    """Yields the modules of this project that a piece of code imports."""
     for node in ast.walk(tree):
         names = []
         if isinstance(node, ast.Import):
@@ -100,11 +110,49 @@ def test_results_holds_no_code():
     assert list((ROOT / "results").rglob("*.py")) == []
 
 
+# ---- Importing and copying ----------------------------------------------------------------------
+
+
 @pytest.mark.slow
 def test_importing_the_modules_does_nothing_but_define():
-    """It prints nothing and starts no thread."""
+    """Importing prints nothing and starts no thread."""
     pytest.importorskip("matplotlib")
     names = ", ".join(MODULES)
     code = f"import threading, {names}; print(threading.active_count())"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (0, "1\n"), ended.stderr
+
+
+def test_importing_a_script_starts_nothing():
+    code = "import train_pretrain, train_sst2, bert, data"
+    ended = python("-c", code)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+def test_bert_needs_nothing_but_torch_to_be_imported():
+    others = ("tokenizers", "safetensors", "datasets", "data")
+    code = f"import sys, bert; print(any(m in sys.modules for m in {others}))"
+    assert python("-c", code).stdout == "False\n"
+
+
+def test_bert_alone_in_a_folder_works(tmp_path):
+    shutil.copy(ROOT / "bert.py", tmp_path)
+    code = """
+from bert import *
+print(Bert(BertConfig.named('tiny'), 0)(torch.ones(1, 3).long()).shape)
+"""
+    assert python("-c", code, cwd=tmp_path).stdout == "torch.Size([1, 3, 128])\n"
+
+
+def test_data_alone_in_a_folder_works(tmp_path):
+    shutil.copy(ROOT / "data.py", tmp_path)
+    write_texts(tmp_path / "corpus.jsonl", [f"{c} aa. bb cc." for c in LETTERS])
+    code = """
+import data
+tokenizer = data.train_tokenizer(data.get_dataset("corpus.jsonl")["text"], 70)
+corpus = data.get_corpus("corpus.jsonl", "train", tokenizer)
+dataset = data.PretrainDataset(corpus, tokenizer, 16)
+print(sorted(next(iter(data.get_split_dataloader(dataset, 2, workers=0)))))
+"""
+    names = "['input_ids', 'mlm_labels', 'nsp_labels', 'token_type_ids']\n"
+    assert python("-c", code, cwd=tmp_path).stdout == names

@@ -1,27 +1,73 @@
-"""Hub ids, against a server on this machine that speaks the hub's protocol."""
+"""Ids of the hub: what is one, and what is fetched for it. The hub is a server on this machine that
+speaks the protocol.
+"""
 
 import hashlib
 import http.server
 import json
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
-from strategies import PADDING, VOCABULARY, small_tokenizer
+from strategies import TINY, publish, small_tokenizer
 
-from bert import BertConfig, BertPretrainModel, published_name
+import bert
+import data
+from bert import BertPretrainModel, published_name
 
-ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.slow
+# ---- The hub is asked for nothing that is a path ------------------------------------------------
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A working folder with runs/ but no runs/bas, and a hub that must not be asked."""
+
+    def asked(*arguments, **named):
+        raise AssertionError(f"the hub was asked for {arguments}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    monkeypatch.setattr(data, "snapshot_download", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+
+
+@pytest.mark.parametrize(
+    "source", ["runs/bas", "./bas", "../bas/model", "/no/such", "~/bert", "a/b/c"]
+)
+def test_a_mistyped_directory_is_no_hub_id(source, no_hub):
+    with pytest.raises(ValueError, match="is no directory, and no id of the hub"):
+        bert.fetch(source)
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        data.load_tokenizer(source)
+    with pytest.raises(ValueError, match="does not exist"):
+        data.get_dataset(source)
+    assert not bert.is_hub_id(source)
+
+
+@pytest.mark.parametrize(
+    "source", ["bert-base-uncased", "google-bert/bert-base-uncased", "a/b.c_d"]
+)
+def test_a_hub_id_is_announced_before_it_is_fetched(source, no_hub, capsys):
+    for load in (bert.fetch, data.load_tokenizer):
+        with pytest.raises((AssertionError, ValueError), match="the hub was asked"):
+            load(source)
+        assert capsys.readouterr().err == f"fetching {source} from the hub\n"
+    assert bert.is_hub_id(source)
+    assert data.is_hub_id(source)
+
+
+# ---- A hub on this machine ----------------------------------------------------------------------
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The listing of a repository, and its files. `folders`: of each repository by its id."""
+    """The listing of a repository, and its files. `folders`: that of each repository, by its id."""
 
     folders: dict[str, Path] = {}  # noqa: RUF012
     served: list[str] = []  # noqa: RUF012
@@ -74,19 +120,13 @@ def hub():
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
     kept |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-    line = [sys.executable, *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=kept)
+    return helpers.python(*arguments, env=kept)
 
 
-def publish(folder: Path) -> Path:
-    config = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
-    BertPretrainModel(config, PADDING).save_pretrained(folder, small_tokenizer())
-    return folder
-
-
+@pytest.mark.slow
 def test_a_hub_id_is_downloaded_once_and_then_needs_no_network(hub, tmp_path):
     """Of weights in two formats only the safe one is fetched; a folder gives the same answer."""
-    Hub.folders["someone/tiny-bert"] = folder = publish(tmp_path / "published")
+    Hub.folders["someone/tiny-bert"] = folder = publish(tmp_path / "published", TINY)
     torch.save({}, folder / "pytorch_model.bin")
     (folder / "tf_model.h5").write_bytes(b"large, and of no use here")
     text, home = "a [MASK] b", str(tmp_path / "home")
@@ -100,9 +140,10 @@ def test_a_hub_id_is_downloaded_once_and_then_needs_no_network(hub, tmp_path):
     assert len(Hub.served) == 5
 
 
-def test_an_old_repository_with_a_pickle_and_a_word_list_will_do(hub, tmp_path):
-    """As Google's own small models are published."""
-    Hub.folders["someone/old-bert"] = folder = publish(tmp_path / "published")
+@pytest.mark.slow
+def test_an_old_repository_with_a_pickle_and_a_word_list_is_read(hub, tmp_path):
+    """Google's own small models are published in this form."""
+    Hub.folders["someone/old-bert"] = folder = publish(tmp_path / "published", TINY)
     expected = python("bert.py", str(folder), "a [MASK] b").stdout
     model = BertPretrainModel.from_pretrained(folder)
     tensors = {published_name(name): tensor for name, tensor in model.state_dict().items()}
@@ -114,8 +155,9 @@ def test_an_old_repository_with_a_pickle_and_a_word_list_will_do(hub, tmp_path):
     assert ended.stdout == expected
 
 
+@pytest.mark.slow
 def test_a_tokenizer_comes_from_the_hub_without_the_weights(hub, tmp_path):
-    Hub.folders["someone/tiny-bert"] = publish(tmp_path / "published")
+    Hub.folders["someone/tiny-bert"] = publish(tmp_path / "published", TINY)
     code = "from data import load_tokenizer as t; print(t('someone/tiny-bert').encode('abc').ids)"
     ended = python("-c", code, HF_ENDPOINT=hub, HF_HOME=str(tmp_path / "home"))
     assert ended.stdout.strip() == str(small_tokenizer().encode("abc").ids), ended.stderr
@@ -123,9 +165,11 @@ def test_a_tokenizer_comes_from_the_hub_without_the_weights(hub, tmp_path):
     assert ended.stderr.startswith("fetching someone/tiny-bert from the hub\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [True, False])
-def test_what_the_hub_does_not_give_is_said_with_what_to_name_instead(network, hub, tmp_path):
-    """No such repository, or no network: one message after the name asked for, and status 2."""
+def test_an_id_that_the_hub_lacks_is_rejected_with_what_to_name_instead(network, hub, tmp_path):
+    """If there is no such repository, or no network, one message follows the name asked for, and
+    the status is 2."""
     environment = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": hub}
     if not network:
         environment["HF_HUB_OFFLINE"] = "1"

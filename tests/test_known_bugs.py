@@ -9,39 +9,51 @@ import textwrap
 import warnings
 
 import pytest
-import test_bert
-import test_data
-import test_devices
+import strategies
+import test_corpus
+import test_finetuning
+import test_heads
 import test_masks
+import test_model
+import test_order
 import test_pairs
+import test_processes
 import test_reference
+import test_reviews
 import test_run_folder
-import test_sst2
 import test_streaming
+import test_tokens
 import test_training
 import test_weights
-import torch
+from helpers import make_options
 from hypothesis import Phase, settings
+from strategies import CPU, publish, write_corpus
 
 import bert
 import data
-import train_pretrain
-import train_sst2
 import support.checkpoints
 import support.folder
 import support.processes
+import train_pretrain
+import train_sst2
 from extras import streaming
 
-
+# Modules that may have imported a planted function by its name.
 USERS = (
-    test_bert,
-    test_data,
-    test_devices,
+    strategies,
+    test_corpus,
+    test_finetuning,
+    test_heads,
     test_masks,
+    test_model,
+    test_order,
     test_pairs,
+    test_processes,
     test_reference,
+    test_reviews,
     test_run_folder,
-    test_sst2,
+    test_streaming,
+    test_tokens,
     test_training,
     test_weights,
     train_pretrain,
@@ -84,7 +96,6 @@ def run(test, arguments: dict) -> None:
             raise CaughtError(f"{type(error).__name__}: {error}") from None
 
 
-CPU = torch.device("cpu")
 LAYER = (bert.EncoderLayer, "forward")
 PRETRAIN = (bert.BertPretrainModel, "forward")
 ATTENTION = (bert.MultiHeadAttention, "forward")
@@ -96,26 +107,26 @@ BUGS = {
     "1 LayerNorm before the residual": (
         *LAYER, FEED_FORWARD,
         "x + self.feed_forward_norm(self.dropout(computed))",
-        test_bert.test_every_layer_hands_on_vectors_of_mean_0_and_variance_1, {},
+        test_model.test_every_layer_hands_on_vectors_of_mean_0_and_variance_1, {},
     ),
     "2 pre-LayerNorm": (
         *LAYER, FEED_FORWARD, "x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))",
-        test_reference.test_hidden_states_and_pooled_output_equal_the_oracles, {},
+        test_reference.test_hidden_states_and_pooled_output_equal_those_of_transformers, {},
     ),
     "2 sinusoidal positions": (
         bert.Embeddings, "forward", "self.position.weight[:length]",
         "torch.sin(torch.arange(length))[:, None]",
-        test_reference.test_hidden_states_and_pooled_output_equal_the_oracles, {},
+        test_reference.test_hidden_states_and_pooled_output_equal_those_of_transformers, {},
     ),
     "3 the pooler feeds the masked language model": (
         *PRETRAIN, "nsp_logits = self.nsp(self.bert.pool(hidden_states))",
         "nsp_logits = self.nsp(self.bert.pool(hidden_states))\n"
         "    hidden_states = torch.tanh(self.bert.pooler(hidden_states))",
-        test_bert.test_the_pooler_feeds_next_sentence_prediction_alone, {},
+        test_heads.test_the_pooler_feeds_next_sentence_prediction_alone, {},
     ),
     "4 embeddings of N(0, 1)": (
         bert.PretrainedModel, "init_weights", "std=self.config.initializer_range", "std=1.0",
-        test_bert.test_the_first_loss_is_ln_v_plus_ln_2, {"size": "tiny", "device": CPU},
+        test_heads.test_the_first_loss_is_ln_v_plus_ln_2, {"size": "tiny", "device": CPU},
     ),
     "5 an ignore_index of 0 for next sentence labels": (
         train_pretrain, "sum_losses", 'batch["nsp_labels"], reduction',
@@ -124,11 +135,11 @@ BUGS = {
     ),
     "6 the same masks every epoch": (
         data, "generator", "[0, index, epoch, purpose]", "[0, index, 0, purpose]",
-        test_data.test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise, {},
+        test_order.test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise, {},
     ),
     "7 a blank line ends a document": (
         data, "tokenize_documents", ENCODE, ENCODE.replace("(text)", "(text.split('\\n\\n')[0])"),
-        test_data.test_blank_lines_do_not_end_a_document, {},
+        test_corpus.test_blank_lines_do_not_end_a_document, {},
     ),
     "8 a random segment of the same document": (
         data, "draw_outside", "return position + (end - start)", "return position",
@@ -160,16 +171,16 @@ BUGS = {
     ),
     "14 the last [SEP] is cut off": (
         *EXAMPLE, "\"input_ids\": corrupted", "\"input_ids\": corrupted[:-1]",
-        test_pairs.test_a_row_is_cls_a_sep_b_sep_and_then_padding, {},
+        test_pairs.test_an_example_is_cls_segment_a_sep_segment_b_sep_and_padding, {},
     ),
     "15 no attention mask": (
         *ATTENTION, "(q, k, v, mask, dropout)\n    else", "(q, k, v, None, dropout)\n    else",
-        test_bert.test_padding_never_changes_the_outputs_of_real_tokens, {},
+        test_model.test_padding_never_changes_the_outputs_of_real_tokens, {},
     ),
     "15 the attention mask hides queries": (
         *ATTENTION, "(q, k, v, mask, dropout)\n    else",
         "(q, k, v, mask.transpose(-1, -2), dropout)\n    else",
-        test_bert.test_padding_never_changes_the_outputs_of_real_tokens, {},
+        test_model.test_padding_never_changes_the_outputs_of_real_tokens, {},
     ),
     "16 dropout in evaluation": (
         train_pretrain, "evaluate", "model.eval()", "model.train()",
@@ -195,21 +206,21 @@ BUGS = {
         bert, "write_pretrained",
         'save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})',
         'torch.save(model, directory / "model.safetensors")',
-        test_bert.test_what_is_saved_is_what_is_loaded, {"cls": bert.Bert},
+        test_weights.test_what_is_saved_is_what_is_loaded, {"cls": bert.Bert},
     ),
     "20 another prefix, and nothing is loaded": (
         bert, "load_pretrained",
         'published_name(name).removeprefix("bert.")', "published_name(name)",
-        test_bert.test_the_encoder_survives_from_pretraining_to_fine_tuning, {},
+        test_weights.test_the_encoder_survives_from_pretraining_to_fine_tuning, {},
     ),
     "21 another tokenizer for fine-tuning": (
         train_pretrain, "matching_tokenizer",
-        "if not is_tokenizer_of(data.load_tokenizer(source), saved_hash):", "if False:",
-        test_sst2.test_another_tokenizer_than_that_of_the_weights_is_refused, {},
+        "if not is_tokenizer_of(candidate, saved_hash):", "if False:",
+        test_finetuning.test_another_tokenizer_than_that_of_the_weights_is_rejected, {},
     ),
     "22 a bad row is swallowed": (
         data, "tokenize_documents", 'raise ValueError(f"row', 'text = str(f"row',
-        test_data.test_a_poisoned_row_surfaces_with_its_number, {},
+        test_corpus.test_a_poisoned_row_surfaces_with_its_index, {},
     ),
     "23 perplexity of both losses": (
         train_pretrain, "evaluate", "math.exp(mlm_loss)",
@@ -223,24 +234,25 @@ BUGS = {
     ),
     "25 a restart repeats the data": (
         data.EpochSampler, "__init__", "start * world_size + rank", "rank",
-        test_data.test_each_epoch_visits_every_example_once_for_any_ranks_and_start, {},
+        test_order.test_each_epoch_visits_every_example_once_for_any_ranks_and_start, {},
     ),
     "26 the lowest accuracy is the best": (
         train_sst2, "best_epoch", "argmax", "argmin",
-        test_sst2.test_the_epoch_with_the_highest_accuracy_is_kept, {},
+        test_finetuning.test_the_epoch_with_the_highest_accuracy_is_kept, {},
     ),
     "27 the same order every epoch": (
         data.SST2Batches, "__iter__", "self.epoch)", "0)",
-        test_data.test_bucket_orders_differ_by_epoch_and_seed_and_batches_are_of_similar_length, {},
+        test_reviews.test_bucket_orders_differ_by_epoch_and_seed_and_batches_are_of_similar_length,
+        {},
     ),
     "28 workers without a shard yield nothing": (
         streaming, "get_stream_dataloader", "worker_count > rows.num_shards", "False",
-        test_streaming.test_more_readers_than_shards_are_refused, {},
+        test_streaming.test_more_readers_than_shards_are_rejected, {},
     ),
     "29 what was buffered is lost in a restart": (
         streaming.StreamedBatches, "__iter__", '{**bookmark, "batch": batches_made}',
         '{**behind, "block": bookmark["block"] + 1, "batch": 0}',
-        test_streaming.test_a_stream_goes_on_where_it_was_left, {"workers": 0, "block": 10**9},
+        test_streaming.test_a_stream_resumes_where_it_was_left, {"workers": 0, "block": 10**9},
     ),
     "31 a random pair is cut to fit both documents, a true one its own": (
         data, "place_pair",
@@ -272,7 +284,7 @@ BUGS = {
     ),
     "34 the group of ranks has the accelerator's backend alone": (
         support.processes, "process_group_backend", "cpu:gloo,cuda:nccl", "nccl",
-        test_devices.test_numbers_on_the_cpu_have_a_backend_on_every_machine,
+        test_processes.test_cpu_tensors_have_a_backend_on_every_machine,
         {"device": None, "has_cuda": True, "backend": "cpu:gloo,cuda:nccl"},
     ),
     "35 the model's padding id is not that of the batches": (
@@ -281,7 +293,7 @@ BUGS = {
     ),
     "36 a cased checkpoint without tokenizer.json is lowercased": (
         data, "read_normalizer", "if not path.exists():", "if True:",
-        test_weights.test_a_vocabulary_is_cased_if_its_config_says_so,
+        test_tokens.test_a_vocabulary_is_cased_if_its_config_says_so,
         {"tokenizer_config": {"do_lower_case": False}, "ids": ["A", "é"]},
     ),
     "37 layers that the config has no place for are dropped": (
@@ -299,7 +311,7 @@ BUGS = {
     ),
     "40 another corpus of the same lengths is taken for the same": (
         data.TokenizedCorpus, "checksum", "value = zlib.crc32(np.", "zlib.crc32(np.",
-        test_data.test_the_checksum_of_a_corpus_changes_with_every_token_and_start, {},
+        test_corpus.test_the_checksum_of_a_corpus_changes_with_every_token_and_start, {},
     ),
 }  # fmt: skip
 
@@ -314,13 +326,13 @@ def test_planted_bug_is_caught(bug, monkeypatch, tmp_path):
     def run_in(folder: str) -> None:
         (tmp_path / folder).mkdir()
         shards = test_streaming.write_shards(tmp_path / "shards")
-        corpus = test_run_folder.write_corpus(tmp_path / folder / "corpus")
+        corpus = write_corpus(tmp_path / folder / "corpus")
         fixtures = {
             "tmp_path": tmp_path / folder,
             "folder": shards,
             "monkeypatch": monkeypatch,
-            "published": test_weights.publish(tmp_path / folder / "published"),
-            "options": test_run_folder.make_options(corpus, tmp_path / folder / "run"),
+            "published": publish(tmp_path / folder / "published"),
+            "options": make_options(corpus, tmp_path / folder / "run"),
         }
         given = {name: fixture for name, fixture in fixtures.items() if name in needed}
         run(test, {**arguments, **given})

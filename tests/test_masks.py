@@ -1,4 +1,6 @@
-"""Which tokens are masked, and what becomes of them."""
+"""From two segments to a masked example: which positions are masked, and what becomes of their
+tokens.
+"""
 
 import itertools
 import math
@@ -9,23 +11,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    MASK,
     VOCABULARY,
     candidates_of,
     corpus_of,
     documents,
     is_within,
+    lengths,
     numbered,
     original,
-    place_tokenizer,
+    position_tokenizer,
     seeds,
     small_tokenizer,
 )
 
 import data
 from data import IGNORED_LABEL, PretrainDataset
-
-MASK = 4
-lengths = st.integers(5, 40)
 
 
 def is_masked(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -39,10 +40,10 @@ def is_masked(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_labels_are_the_original_ids_at_masked_positions_and_nothing_else_changes(
     docs, length, seed, whole_words
 ):
-    """Ids that count through the corpus follow each other in a segment, if the labels are put back
-    where there are labels, and the input is read everywhere else."""
+    """Ids that count through the corpus follow each other within a segment, if they are read from
+    the labels at masked positions and from the input elsewhere."""
     corpus = corpus_of(numbered(docs))
-    dataset = PretrainDataset(corpus, place_tokenizer(), length, seed, whole_words)
+    dataset = PretrainDataset(corpus, position_tokenizer(), length, seed, whole_words)
     batch = dataset.batch(range(8))
     for row, is_candidate in zip(original(batch), candidates_of(batch), strict=True):
         ids = row[is_candidate].tolist()
@@ -69,7 +70,7 @@ def test_special_tokens_are_never_masked_and_never_drawn(docs, length, seed, who
 
 
 def make_large_batch() -> dict[str, torch.Tensor]:
-    """2,000 examples of 120 tokens, of which 36,000 are masked, from 6,000 different ids."""
+    """Returns 2,000 examples of 120 tokens of 6,000 different ids; 36,000 positions are masked."""
     rng = np.random.default_rng(0)
     docs = [[rng.integers(5, 6005, 15).tolist() for _ in range(40)] for _ in range(50)]
     names = [*data.SPECIAL_TOKENS, *(f"t{i}" for i in range(5, 6005))]
@@ -99,7 +100,7 @@ def test_of_the_masked_80_percent_become_mask_10_a_random_token_and_10_stay(larg
 
 
 def test_every_column_is_equally_likely_to_be_masked(large_batch):
-    """Columns 1 .. 50 are candidates in nearly all rows; each is masked with probability 0.15."""
+    """Columns 1 to 50 are candidates in nearly all examples, and masked with probability 0.15."""
     is_candidate = candidates_of(large_batch)[:, 1:51]
     masked = is_masked(large_batch)[:, 1:51]
     for column in range(50):
@@ -124,7 +125,7 @@ class Scripted:
 
 
 def test_the_example_of_mask_tokens():
-    """Draws below 0.8 put [MASK], below 0.9 a random token; above, the token stays."""
+    """Draws below 0.8 put [MASK], draws below 0.9 a random token; above, the token stays."""
     input_ids = np.array([2, 10, 11, 12, 13, 3])
     rng = Scripted([0.31, 0.85, 0.97])
     corrupted, labels = data.mask_tokens(input_ids, np.array([1, 2, 4]), rng, 4, np.arange(20, 30))
@@ -138,8 +139,8 @@ def test_the_example_of_mask_tokens():
 
 @given(documents(), lengths, seeds)
 def test_all_pieces_of_a_word_are_masked_or_none_and_at_least_one_word_is(docs, length, seed):
-    """Words that an end of the arc divides, two at most, are all that can exceed the limit or fall
-    short of it."""
+    """Only the words that an end of the arc divides, two at most, can make the number of masked
+    positions differ from 15%."""
     dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed, True)
     batch = dataset.batch(range(16))
     for row, masked, is_candidate in zip(
@@ -176,8 +177,9 @@ def continues_word_of(word_lengths: list[int]) -> np.ndarray:
 
 
 def test_every_word_is_masked_with_the_same_probability_whatever_its_length():
-    """Exactly, by enumeration: words of 1 to 5 tokens in a random order, all places of the arc, and
-    60 equal steps of the draw, which all lengths divide. Each word is taken in 15% of the cases."""
+    """The cases are enumerated: words of 1 to 5 tokens in a random order, all starts of the arc,
+    and 60 equal steps of the draw, which all lengths divide. Each word is masked in exactly 15% of
+    the cases."""
     word_lengths = [1, 2, 3, 4, 5, 1, 1, 2, 1, 5, 4, 3] * 3
     n = sum(word_lengths)
     count = round(0.15 * n)
@@ -193,7 +195,8 @@ def test_every_word_is_masked_with_the_same_probability_whatever_its_length():
 
 @pytest.mark.parametrize(("draw", "expected"), [(0.3, [1, 2, 3, 4]), (0.4, [4])])
 def test_the_example_of_choose_words(draw, expected):
-    """Words of 1, 3, 1, 2 tokens, an arc of 2 tokens that starts at the third of the circle."""
+    """Words of 1, 3, 1 and 2 tokens lie on a circle, and an arc of 2 tokens starts at its third
+    one."""
     candidates = np.arange(14)  # masked_count is 2
     continues_word = continues_word_of([1, 3, 1, 2, 1, 1, 1, 1, 1, 1, 1])
     order = [1, 2, 3, 0, 4, 5, 6, 7, 8, 9, 10]
@@ -201,22 +204,23 @@ def test_the_example_of_choose_words(draw, expected):
     assert data.choose_words(candidates, continues_word, rng).tolist() == expected
 
 
-def test_a_row_of_one_long_word_is_masked_whole():
+def test_an_example_of_one_long_word_is_masked_whole():
     """The arc has one token, and the draw would leave the word out."""
     rng = Scripted([0.99], 3, [0])
     assert data.choose_words(np.arange(5), continues_word_of([5]), rng).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_the_arc_goes_on_at_the_start_of_the_circle():
-    """Ten words of one token: an arc of 2 from the last one takes the last and the first."""
+def test_the_arc_continues_at_the_start_of_the_circle():
+    """Of ten words of one token, an arc of 2 from the last one masks the last and the first."""
     rng = Scripted([0.5], 9)
-    chosen = data.choose_words(np.arange(10), continues_word_of([1] * 10), rng)
-    assert chosen.tolist() == [0, 9]
+    masked = data.choose_words(np.arange(10), continues_word_of([1] * 10), rng)
+    assert masked.tolist() == [0, 9]
 
 
-def test_one_piece_and_many_piece_words_are_masked_in_15_percent_of_rows():
-    """2,000 rows of the dataset: 36,000 words of one piece and 6,000 of four, within five standard
-    deviations; when the word that the limit divides was left out, it was 18.9% and 11.7%."""
+def test_words_of_one_piece_and_of_four_are_masked_in_15_percent_of_cases():
+    """2,000 examples have 36,000 words of one piece and 6,000 of four, and both shares are within
+    five standard deviations. When the word that the limit divides was left out, they were 18.9% and
+    11.7%."""
     rng = np.random.default_rng(0)
     one_piece = list(range(5, 31))
     four_pieces = [5, 31, 32, 33]  # a ##a ##b ##c

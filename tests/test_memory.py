@@ -1,7 +1,6 @@
-"""A run of days must not grow: what the data pipeline holds is bounded."""
+"""A run of days must not grow: what the data pipeline holds in memory is bounded."""
 
 import gc
-import json
 import os
 import re
 from functools import partial
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from strategies import LETTERS, corpus_of, small_tokenizer
+from strategies import LETTERS, corpus_of, small_tokenizer, write_texts
 from torch.utils.data import DataLoader
 
 import data
@@ -38,13 +37,13 @@ def proportional_set_size(loader: DataLoader, iterator) -> float:
 
 
 def slope(loader: DataLoader) -> float:
-    """KiB by which a hundred batches make all processes grow: the median over pairs of
+    """Returns the KiB by which a hundred batches make all processes grow: the median over pairs of
     measurements (Theil-Sen), which a single jump does not move."""
     gc.freeze()  # as the training script does, before the workers are forked
     iterator, sizes = iter(loader), []
-    for number in range(BATCHES + 1):
+    for index in range(BATCHES + 1):
         next(iterator)
-        if number >= WARM_UP and number % EVERY == 0:
+        if index >= WARM_UP and index % EVERY == 0:
             sizes.append(proportional_set_size(loader, iterator))
     gc.unfreeze()
     pairs = [(sizes[j] - sizes[i]) / (j - i) for j in range(len(sizes)) for i in range(j)]
@@ -58,7 +57,7 @@ def map_style(leak: int = 0) -> DataLoader:
 
 
 def leaking(dataset, size: int):
-    """Keeps `size` bytes of each example: what the test must notice."""
+    """Returns a dataset that keeps `size` bytes of each example, which the test must notice."""
     kept = []
 
     class Leaking(type(dataset)):
@@ -75,10 +74,9 @@ def leaking(dataset, size: int):
 def shards(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     for shard in range(2):
-        texts = (" ".join(LETTERS[i % 20 :][:5]) + "ab. " for i in range(400))
-        rows = [json.dumps({"text": text * 40}) for text in texts]
-        (folder / f"train-{shard}.jsonl").write_text("\n".join(rows) + "\n")
-    (folder / "validation.jsonl").write_text("\n".join(rows[:2]) + "\n")
+        texts = [" ".join(LETTERS[i % 20 :][:5]) + "ab. " for i in range(400)]
+        write_texts(folder / f"train-{shard}.jsonl", [text * 40 for text in texts])
+    write_texts(folder / "validation.jsonl", [text * 40 for text in texts[:2]])
     return folder
 
 
@@ -90,7 +88,7 @@ def streamed(folder: Path) -> DataLoader:
 
 
 def test_the_loader_does_not_grow():
-    """A leak of 2,000 bytes a batch of 8, as a control, is seen."""
+    """A leak of 2,000 bytes in each batch of 8, as a control, is noticed."""
     clean, leaks = slope(map_style()), slope(map_style(leak=250))
     print(f"KiB in 100 batches: {clean:.1f}, with a leak {leaks:.1f}")
     assert clean < LIMIT
@@ -98,7 +96,7 @@ def test_the_loader_does_not_grow():
 
 
 def test_the_streaming_loader_does_not_grow(shards, monkeypatch):
-    """Over many blocks and epochs."""
+    """It reads many blocks and epochs."""
     monkeypatch.setattr(streaming, "BLOCK", 100_000)
     grown = slope(streamed(shards))
     print(f"KiB in 100 batches: streaming {grown:.1f}")

@@ -1,4 +1,6 @@
-"""How segment A and segment B of an example are drawn, and what the draw tells about the label."""
+"""From a corpus to two segments: how segment A and segment B of an example are drawn. Neither
+segment, nor any length, tells whether segment B follows segment A.
+"""
 
 import itertools
 import math
@@ -8,13 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
+    CLS,
+    PAD,
+    SEP,
     corpora_of_all_kinds,
     corpus_of,
     documents,
     is_within,
+    lengths,
     numbered,
     original,
-    place_tokenizer,
+    position_tokenizer,
     seeds,
     sentences_of_lengths,
     small_tokenizer,
@@ -23,7 +29,6 @@ from strategies import (
 import data
 from data import Pair, PretrainDataset, Seam, TokenizedCorpus, find_seam, place_pair
 
-PAD, UNK, CLS, SEP, MASK = range(5)
 ROOM = 61  # tokens of both segments
 KINDS = corpora_of_all_kinds(ROOM)
 rooms = st.integers(2, 37)
@@ -72,10 +77,10 @@ def test_a_true_segment_b_follows_and_a_random_one_is_from_another_document(docs
             assert pair.b_start == pair.a_end
 
 
-@given(documents(), st.integers(5, 40), seeds)
-def test_a_row_is_cls_a_sep_b_sep_and_then_padding(docs, length, seed):
-    """Segment ids are 0 up to the first [SEP], 1 up to the second, 0 on padding; the batch is as
-    wide as its longest row, and no row exceeds the limit."""
+@given(documents(), lengths, seeds)
+def test_an_example_is_cls_segment_a_sep_segment_b_sep_and_padding(docs, length, seed):
+    """Segment ids are 0 up to the first [SEP], 1 up to the second, and 0 on padding. The batch is
+    as wide as its longest example, and no example exceeds the limit."""
     dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed)
     batch = dataset.batch(range(16))
     widths = []
@@ -93,11 +98,11 @@ def test_a_row_is_cls_a_sep_b_sep_and_then_padding(docs, length, seed):
     assert {str(values.dtype) for values in batch.values()} == {"torch.int64"}
 
 
-@given(documents(), st.integers(5, 40), seeds)
-def test_a_row_holds_the_tokens_of_its_pair(docs, length, seed):
+@given(documents(), lengths, seeds)
+def test_an_example_holds_the_tokens_of_its_pair(docs, length, seed):
     """Ids that count through the corpus show where each segment is from."""
     corpus = corpus_of(numbered(docs))
-    dataset = PretrainDataset(corpus, place_tokenizer(), length, seed)
+    dataset = PretrainDataset(corpus, position_tokenizer(), length, seed)
     batch = dataset.batch(range(8))
     pairs = draw_pairs(corpus, 8, length - 3, seed)
     for row, label, pair in zip(original(batch).tolist(), batch["nsp_labels"], pairs, strict=True):
@@ -129,8 +134,8 @@ def seams(draw: st.DrawFn) -> Seam:
 
 @given(seams(), seams(), st.integers(2, 60), st.floats(0, 1, exclude_max=True))
 def test_each_coin_says_where_one_segment_is_and_their_xor_is_the_label(seam, other, target, share):
-    """Segment A depends on the first coin alone, segment B on the second, the lengths on neither:
-    so nothing about one segment, or about the lengths, tells the label if the coins are fair."""
+    """Segment A depends on the first coin alone, segment B on the second, the lengths on neither.
+    So nothing about one segment, or about the lengths, tells the label if the coins are fair."""
     pairs = {
         coins: place_pair(seam, other, target, share, *coins)
         for coins in itertools.product((0, 1), repeat=2)
@@ -154,11 +159,11 @@ def test_a_pair_is_as_long_as_the_target_if_both_seams_have_room(seam, other, ta
     before = min(s.position - s.document_start for s in (seam, other))
     after = min(s.document_end - s.position for s in (seam, other))
     assert length_a + length_b == min(target, before + after)
-    wanted = 1 + math.floor(share * (length_a + length_b - 1))
+    intended = 1 + math.floor(share * (length_a + length_b - 1))
     fitting = [
         n for n in range(1, length_a + length_b) if n <= before and length_a + length_b - n <= after
     ]
-    assert length_a == min(fitting, key=lambda n: abs(n - wanted))
+    assert length_a == min(fitting, key=lambda n: abs(n - intended))
 
 
 def test_the_coins_are_fair_and_independent():
@@ -203,8 +208,8 @@ def test_a_seam_is_inside_its_document_and_knows_its_kind(docs, reach, draw):
 
 @given(documents(), rooms, seeds)
 def test_both_seams_start_a_sentence_or_neither_does(docs, room, seed):
-    """In corpora where at least a third of each document's tokens are inside a sentence: forty
-    draws miss these with probability 1e-7."""
+    """At least a third of each document's tokens are inside a sentence here; forty draws miss these
+    with probability 1e-7."""
     corpus = corpus_of([[[*sentence, 5, 5] for sentence in document] for document in docs])
     for index in range(8):
         rng = np.random.default_rng(seed + index)
@@ -215,8 +220,8 @@ def test_both_seams_start_a_sentence_or_neither_does(docs, room, seed):
 
 
 def test_a_rare_kind_of_seam_is_found_too():
-    """A seam within a long sentence, where all sentences of the other document are short: there a
-    seam is then cut at the drawn position, which is within a sentence three times in four."""
+    """One seam is within a long sentence, where all sentences of the other document are short.
+    There the seam is cut at the drawn position, which is within a sentence three times in four."""
     corpus = corpus_of(sentences_of_lengths([[4] * 500, [4] * 200 + [100] + [4] * 300]))
     seam = find_seam(corpus, 2850, 20)
     assert not seam.starts_sentence
@@ -256,7 +261,7 @@ def drawn(request) -> tuple[TokenizedCorpus, list[Pair], np.ndarray]:
 
 
 def assert_tells_nothing(facts: list[dict[str, float]], is_random: np.ndarray) -> None:
-    """Each fact has the same mean for true and for random pairs."""
+    """Fails unless each fact has the same mean for true and for random pairs."""
     for name in facts[0]:
         values = np.array([fact[name] for fact in facts], dtype=float)
         true, random = values[~is_random], values[is_random]
@@ -306,7 +311,8 @@ def test_both_lengths_tell_nothing_about_the_label(drawn):
 
 
 def test_where_sentences_break_tells_nothing_about_the_label(drawn):
-    """Segment A ends a sentence or not, segment B starts one or not: all four combinations."""
+    """Segment A ends a sentence or not, and segment B starts one or not: all four combinations are
+    as frequent in true as in random pairs."""
     corpus, pairs, is_random = drawn
     starts = set(corpus.sentence_starts.tolist())
     cells = []
@@ -339,7 +345,7 @@ def reachable(corpus: TokenizedCorpus, room: int) -> set[int]:
 
 @given(documents(most=3, longest=6), st.integers(2, 8))
 def test_every_token_of_a_small_corpus_can_be_drawn(docs, room):
-    """By enumeration, not by sampling."""
+    """All draws are enumerated, not sampled."""
     corpus = corpus_of(docs)
     assert reachable(corpus, room) == set(range(len(corpus)))
 
@@ -387,8 +393,8 @@ def test_the_examples_of_an_epoch_share_the_corpus_and_leave_nothing_out(docs, r
 
 @pytest.mark.slow
 def test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_4_times_the_mean():
-    """40 documents of 300 to 600 tokens, T = 128, 30,000 pairs. So many
-    draws count each of these tokens, over the documents, 3,000 times: to 5% at three sigmas."""
+    """40 documents have 300 to 600 tokens, and 30,000 pairs at most 128. So many draws count each
+    of these tokens, over the documents, 3,000 times: to 5% at three standard deviations."""
     rng = np.random.default_rng(0)
     lengths = [[int(n) for n in rng.integers(5, 31, rng.integers(18, 34))] for _ in range(50)]
     lengths = [document for document in lengths if sum(document) >= 300][:40]
@@ -407,7 +413,7 @@ def test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_4_times_the_mean(
         assert by_distance.min() >= 0.4
 
 
-def test_rows_are_filled_where_documents_are_long():
+def test_examples_are_full_where_documents_are_long():
     """On text like novels, 93% of a batch's columns hold a token at T = 64."""
     corpus = corpus_of(sentences_of_lengths(KINDS["novels"]))
     batch = PretrainDataset(corpus, small_tokenizer(), ROOM + 3).batch(range(512))

@@ -1,4 +1,4 @@
-"""The README says what is there, and no more: its commands, files, tests and numbers."""
+"""The documents say what is there, and no more: their commands, links, tests and numbers."""
 
 import configparser
 import re
@@ -17,11 +17,13 @@ from train_sst2 import SST2Options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "results/README.md", ROOT / "benchmarks/README.md"]
+LINKING = ["README.md", "CONTRIBUTING.md", "tests/README.md", "tests/MUTANTS.md"]
+LINKING += ["results/README.md", "benchmarks/README.md"]
+NAMING = ["README.md", "tests/README.md", "tests/REGRESSIONS.md"]  # pages that name tests
 
 
 def commands() -> list[list[str]]:
-    """The indented lines that start a program, words apart, continued lines joined."""
+    """Returns the indented lines that start a program, words apart, continued lines joined."""
     text = README.replace("\\\n", " ")
     lines = re.findall(r"^    ((?:python|torchrun|make|[A-Z_]+=\w+ make|\.venv)\b.*)$", text, re.M)
     return [shlex.split(line, comments=True) for line in lines]
@@ -49,20 +51,25 @@ def test_every_other_command_of_the_readme_is_there():
                 assert (ROOT / following).exists()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", LINKING)
 def test_every_link_leads_somewhere(page):
-    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert links
     for link in links:
-        assert (page.parent / link).exists(), link
+        assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
-def test_every_test_that_the_readme_names_exists():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    names = re.findall(r"`(test_\w+)`", README)
+def all_tests() -> set[str]:
+    """Returns the names of all tests."""
+    sources = (path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    return {name for source in sources for name in re.findall(r"^def (test_\w+)\(", source, re.M)}
+
+
+@pytest.mark.parametrize("page", NAMING)
+def test_every_test_that_a_page_names_exists(page):
+    names = re.findall(r"`(test_\w+)(?:\[\w+\])?`", (ROOT / page).read_text(encoding="utf-8"))
     assert len(names) >= 8
-    for name in names:
-        assert f"def {name}(" in tests, name
+    assert set(names) <= all_tests()
 
 
 def test_every_difference_is_marked_where_it_is_coded():
@@ -72,7 +79,7 @@ def test_every_difference_is_marked_where_it_is_coded():
 
 
 def test_the_table_of_make_run_is_that_of_the_raw_lines():
-    """As results/sample has them, from a run of `make run`."""
+    """results/sample has the raw lines of a run of `make run`."""
     for line in story.table(ROOT / "results/sample").splitlines():
         assert f"    {line}\n" in README
 
@@ -89,7 +96,7 @@ def test_the_results_are_those_of_the_raw_lines():
 
 @pytest.mark.parametrize("length", [128, 512])
 def test_the_hours_are_those_of_the_formula(length):
-    """A million steps of 256 sequences of base, at 400 TFLOP/s."""
+    """A million steps of 256 sequences of base are computed at 400 TFLOP/s."""
     masked = round(0.15 * (length - 3))
     operations = useful_flops(BertConfig.named("base"), [length], masked) / length
     hours = 1e6 * 256 * length * operations / 400e12 / 3600

@@ -1,4 +1,6 @@
-"""The folder of a run: what a second run, a second process or a strange file there can do."""
+"""The folder of a run: what a second run, a second process or a foreign file there can do, and
+which models a run exports.
+"""
 
 import io
 import json
@@ -14,50 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import LETTERS, small_tokenizer
-from test_sst2 import reviews
+from helpers import ROOT, run, weights_of
+from strategies import LETTERS, small_tokenizer, write_reviews
 
+import data
+import support.run
 import train_pretrain
 import train_sst2
 from support.checkpoints import checkpoint_paths
 from support.folder import run_folder, write_line
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options
-
-ROOT = Path(__file__).parents[1]
-
-
-def write_corpus(folder: Path) -> Path:
-    """Writes a small corpus and its tokenizer; returns the folder."""
-    folder.mkdir(exist_ok=True)
-    texts = ["\n\n".join(f"{a} {b} {a} {a} {b}" for b in LETTERS[:9]) for a in LETTERS]
-    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    (folder / "corpus.jsonl").write_text(rows)
-    small_tokenizer().save(str(folder / "tokenizer.json"))
-    return folder
-
-
-def make_options(corpus: Path, out: Path) -> PretrainOptions:
-    return PretrainOptions(
-        out=str(out), dataset=f"{corpus}/corpus.jsonl", tokenizer=str(corpus),
-        max_seq_length=16, batch_size=2, steps=4, eval_every=4, eval_batches=1, log_every=1,
-        save_every=2, workers=0, device="cpu",
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture
-def options(corpus, tmp_path) -> PretrainOptions:
-    return make_options(corpus, tmp_path / "run")
-
-
-def run(options: PretrainOptions) -> None:
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        pretrain(options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -70,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing(options):
-    """It would start at step 0, and overwrite the metrics and the model that are there."""
+    """A run that started at step 0 would overwrite the metrics and the model that are there."""
     run(options)
     out = Path(options.out)
     for path in checkpoint_paths(out):
@@ -82,9 +51,7 @@ def test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing(options):
 
 
 def test_resuming_in_the_folder_of_a_run_of_fine_tuning_is_rejected(options, tmp_path):
-    folder = tmp_path / "reviews"
-    folder.mkdir()
-    dataset = reviews(folder, train=40, validation=10)
+    dataset = write_reviews(tmp_path / "reviews", train=40, validation=10)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         train_sst2.main(
             SST2Options(out=options.out, dataset=dataset, vocab_size=60, epochs=1, device="cpu")
@@ -102,7 +69,7 @@ def test_resuming_a_folder_that_does_not_exist_is_rejected(options):
 
 
 def test_a_checkpoint_of_step_0_comes_before_the_first_step(options, monkeypatch):
-    """A run that dies in its first step is resumed, with the initial weights it had."""
+    """A run that dies in its first step resumes with the initial weights that it had."""
 
     def dies(*arguments):
         raise RuntimeError("in the first step")
@@ -138,7 +105,7 @@ def test_a_new_run_is_rejected_where_another_one_has_left_anything(left, options
 
 
 def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(options):
-    """It has left its options, an empty metrics.jsonl and half a checkpoint: nothing to lose."""
+    """Its options, an empty metrics.jsonl and half a checkpoint are nothing to lose."""
     out = Path(options.out)
     (out / "checkpoints").mkdir(parents=True)
     (out / "config.json").write_text("{}")
@@ -148,7 +115,14 @@ def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(option
     assert json.loads((out / "config.json").read_text())["steps"] == 4
 
 
+def test_a_run_cannot_be_written_below_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--out .*file/run cannot be written: "):
+        pretrain(PretrainOptions(out=str(tmp_path / "file/run")))
+
+
 # ---- Strange files among the checkpoints --------------------------------------------------------
+
 
 FOREIGN = ["step-best.pt", "step-5.pt", "step-0000000099.pt", "step-000000099.pt.bak", "notes.txt"]
 
@@ -180,6 +154,7 @@ def test_a_torch_file_without_our_keys_is_damaged(lost, options):
 
 
 # ---- Two processes in one folder ----------------------------------------------------------------
+
 
 HOLDER = """
 import os, sys, time
@@ -252,7 +227,7 @@ def test_only_the_first_rank_locks(options):
 
 
 def test_metrics_are_json_whatever_the_numbers(tmp_path):
-    """JSON has neither infinity nor NaN; other readers reject what Python writes for them."""
+    """JSON has neither infinity nor NaN, and other readers reject what Python writes for them."""
     write_line(tmp_path, split="validation", perplexity=math.inf, loss=math.nan, step=3, mean=0.5)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
 
@@ -269,25 +244,6 @@ def test_metrics_are_json_whatever_the_numbers(tmp_path):
     }
 
 
-def test_fine_tuning_stops_at_a_gradient_that_is_not_finite(options, tmp_path, monkeypatch):
-    """At the end of the epoch at the latest, and no model is written."""
-    folder = tmp_path / "reviews"
-    folder.mkdir()
-    dataset = reviews(folder, train=40, validation=10)
-    update = train_sst2.update
-
-    def poisoned(model, optimizer, rate):
-        next(model.parameters()).grad.fill_(math.nan)
-        return update(model, optimizer, rate)
-
-    monkeypatch.setattr(train_sst2, "update", poisoned)
-    with pytest.raises(ValueError, match="step 0: the gradient was not finite"):
-        train_sst2.main(
-            SST2Options(out=options.out, dataset=dataset, vocab_size=60, epochs=1, device="cpu")
-        )
-    assert not (Path(options.out) / "model").exists()
-
-
 # ---- Signals before the first step --------------------------------------------------------------
 
 
@@ -298,17 +254,17 @@ def children_of(pid: int) -> set[int]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_corpus_is_tokenized_ends_all_processes_quietly(
-    number, tmp_path, corpus
+    signal_number, tmp_path, small_corpus
 ):
-    """SIGTERM comes to the main process alone, Ctrl-C to its whole group; two processes tokenize,
-    and without a handler they would go on, in the worst case for hours."""
+    """SIGTERM reaches the main process alone, Ctrl-C its whole group. Two processes tokenize;
+    without a handler they would continue, in the worst case for hours."""
     text = "\n\n".join(f"{a} {b} {c}" for a in LETTERS for b in LETTERS for c in LETTERS)
     rows = (json.dumps({"text": text + f"\n\n{a} {b}"}) for a in LETTERS for b in LETTERS)
     (tmp_path / "large.jsonl").write_text("\n".join(rows))
     line = [sys.executable, str(ROOT / "train_pretrain.py"), "--dataset", "large.jsonl"]
-    line += ["--tokenizer", str(corpus), "--out", "run", "--workers", "2", "--device", "cpu"]
+    line += ["--tokenizer", str(small_corpus), "--out", "run", "--workers", "2", "--device", "cpu"]
     process = subprocess.Popen(
         line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
@@ -320,11 +276,59 @@ def test_a_signal_while_the_corpus_is_tokenized_ends_all_processes_quietly(
         time.sleep(0.02)
     time.sleep(0.5)
     tokenizing = children_of(process.pid)
-    os.kill(process.pid, number) if number == signal.SIGTERM else os.killpg(process.pid, number)
+    kill = os.kill if signal_number == signal.SIGTERM else os.killpg
+    kill(process.pid, signal_number)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + number, output
+    assert process.returncode == 128 + signal_number, output
     assert "Traceback" not in output
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}/stat").exists() for pid in tokenizing):
-        assert time.monotonic() < deadline, "a process that tokenizes goes on"
+        assert time.monotonic() < deadline, "a process still tokenizes"
         time.sleep(0.05)
+
+
+# ---- Exports ------------------------------------------------------------------------------------
+
+
+def test_exports_are_the_models_of_their_steps(options):
+    """They equal the checkpoints, the last one equals model/, and each has its tokenizer."""
+    pretrain(replace(options, export_steps=(0, 2, 4)))
+    out = Path(options.out)
+    assert {path.name for path in (out / "models").iterdir()} == {"step-0", "step-2", "step-4"}
+    for step, checkpoint in ((2, "step-000000002.pt"), (4, "step-000000004.pt")):
+        expected = torch.load(out / "checkpoints" / checkpoint, weights_only=True)["model"]
+        found = weights_of(out / f"models/step-{step}")
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    last = weights_of(out / "model")
+    assert all(torch.equal(last[k], v) for k, v in weights_of(out / "models/step-4").items())
+    assert not torch.equal(last["mlm_bias"], weights_of(out / "models/step-0")["mlm_bias"])
+    tokenizer = data.load_tokenizer(out / "models/step-2")
+    assert tokenizer.get_vocab() == small_tokenizer().get_vocab()
+
+
+def test_a_run_that_is_stopped_exports_its_model(options, monkeypatch):
+    asked = iter([False, False, False, True])
+    monkeypatch.setattr(support.run.Run, "asked_to_stop", lambda run: next(asked))
+    with pytest.raises(SystemExit):
+        pretrain(options)
+    (exported,) = Path(options.out, "models").iterdir()
+    assert exported.name == "step-3"
+    newest = Path(options.out, "checkpoints/step-000000003.pt")
+    expected = torch.load(newest, weights_only=True)["model"]
+    assert torch.equal(weights_of(exported)["nsp.weight"], expected["nsp.weight"])
+
+
+def test_exports_change_nothing_of_a_run_and_may_change_when_it_is_resumed(options, tmp_path):
+    pretrain(options)
+    other = replace(options, out=str(tmp_path / "other"))
+    pretrain(replace(other, export_steps=(1, 3)))
+    for name, tensor in weights_of(Path(options.out, "model")).items():
+        assert torch.equal(tensor, weights_of(Path(other.out, "model"))[name])
+    pretrain(replace(other, export_steps=(4,), resume=True))
+    assert Path(other.out, "models/step-4").exists()
+
+
+def test_an_export_after_the_last_step_is_rejected(options):
+    with pytest.raises(ValueError, match="--export-steps 5 comes after the last of --steps 4"):
+        pretrain(replace(options, export_steps=(2, 5)))
+    assert not Path(options.out).exists()

@@ -32,7 +32,8 @@ def test_the_files_are_those_that_the_generator_writes(tmp_path, monkeypatch):
 
 
 def test_a_review_has_one_tone_one_world_and_one_voice():
-    """No word of the other tone; no thing or job of another world, but for words of both."""
+    """It has no word of the other tone, and no thing or job of another world but for words that
+    both have."""
     assert not set(lexicon.GOOD) & set(lexicon.BAD)
     own = {
         genre: words_of(f"{world['job']} {world['thing']} {world['place']} {world['event']}")
@@ -50,7 +51,7 @@ def test_a_review_has_one_tone_one_world_and_one_voice():
 
 
 def test_most_opinion_words_of_the_test_split_never_had_a_label():
-    """And no adverb tells the tone of a labelled sentence."""
+    """Nor does an adverb tell the tone of a labelled sentence."""
     opinions = set(lexicon.GOOD + lexicon.BAD)
     adverbs = set(lexicon.GOOD_ADVERBS + lexicon.BAD_ADVERBS)
     train, test = (
@@ -66,7 +67,7 @@ def test_most_opinion_words_of_the_test_split_never_had_a_label():
 
 
 def test_the_recorded_run_shows_what_make_run_promises():
-    """By the raw lines of one run of it, which the README's table and figure are made of."""
+    """The raw lines of that run are what the README's table and figure are made of."""
     folder = RESULTS / "sample"
     pretrain = read_lines(folder / "pretrain", "validation")
     assert max(pretrain["most_frequent_prediction"]) > 0.9  # the same token everywhere,
@@ -79,7 +80,7 @@ def test_the_recorded_run_shows_what_make_run_promises():
 
 
 def test_a_precision_changes_the_recorded_curve_less_than_a_seed_does():
-    """Means over 30 steps: those of the same seed differ by less than those of three seeds do."""
+    """Means over 30 steps differ less between precisions of one seed than between three seeds."""
     lines = map(json.loads, (RESULTS / "precision.jsonl").read_text().splitlines())
     curves = {
         (line["precision"], line["seed"]): np.reshape(line["mlm_loss"], (10, 30)).mean(axis=1)

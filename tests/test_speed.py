@@ -1,16 +1,16 @@
-"""What keeps a step fast, tested without a clock. Times are in benchmarks/."""
+"""What keeps a step fast, tested without a clock: benchmarks/ has the times."""
 
 import functools
 import platform
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from strategies import PADDING, small_tokenizer
-from test_training import SMALL, some_batches
+import torch._dynamo
+from helpers import ROOT
+from strategies import CPU, PADDING, SMALL, STILL, gradients, small_tokenizer, some_batches
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,26 +26,12 @@ from train_pretrain import (
     update,
 )
 
-CPU = torch.device("cpu")
-STILL = replace(SMALL, dropout=0.0, attention_dropout=0.0)
-
-
-def gradients(model: BertPretrainModel, batches: list[dict], losses_of=None) -> list[torch.Tensor]:
-    """Both losses, and the gradient of every parameter."""
-    model.zero_grad()
-    ready = [to_device(batch, CPU) for batch in batches]
-    if losses_of is None:
-        losses_of = PretrainLosses(model)
-    losses = add_gradients(losses_of, ready)
-    return [losses, *(parameter.grad.clone() for parameter in model.parameters())]
-
-
 # ---- One graph ----------------------------------------------------------------------------------
 
 
 def test_forward_and_losses_compile_as_one_graph():
-    """No break in it (fullgraph), the same losses and gradients, and no graph for every number of
-    masked tokens: after the second, that number is free."""
+    """It has no break (fullgraph), and the same losses and gradients. After the second number of
+    masked positions no number needs another graph."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = BertPretrainModel(STILL, PADDING).train()
@@ -96,7 +82,7 @@ def test_compile_is_a_flag_of_the_training_script(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_encoder_can_be_exported(fused):
-    """With torch.export, for batches of any size and length."""
+    """torch.export exports it for batches of any size and length."""
     model = Bert(replace(STILL, fused_attention=fused), PADDING).eval()
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=SMALL.max_seq_length)}
     exported = torch.export.export(
@@ -124,8 +110,8 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_no
 
 
 def test_nothing_in_a_step_waits_for_a_gpu():
-    """No number is read from the device, and no shape depends on values: both would stop the CPU
-    until the GPU has come so far. What does depend on them, `to_device` finds out before."""
+    """No value is read from the device, and no shape depends on values: both would stop the CPU
+    until the GPU has caught up. What does depend on them, `to_device` finds out before."""
     model = BertPretrainModel(SMALL, PADDING).train()
     optimizer, (batch, *_) = make_optimizer(model), some_batches(1)
     with Recorder() as before:
@@ -145,7 +131,7 @@ def test_nothing_in_a_step_waits_for_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
-    """With batches large enough for the kernels of real ones."""
+    """The batches are large enough for the kernels of real ones."""
     sizes = {"vocab_size": small_tokenizer().get_vocab_size(), "max_seq_length": 128}
     model = BertPretrainModel(BertConfig.named("tiny", **sizes), PADDING).to(device).train()
     optimizer, batches = make_optimizer(model), some_batches(3, 64)
@@ -160,35 +146,12 @@ def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
-)
-def test_bfloat16_learns_as_float32_does(device):
-    """The losses of each of 40 steps, within 5%."""
-
-    def losses(precision: str) -> torch.Tensor:
-        torch.manual_seed(0)
-        model = BertPretrainModel(STILL, PADDING).to(device).train()
-        optimizer, batches = make_optimizer(model), some_batches(2, 8)
-        found = []
-        for _ in range(40):
-            ready = [to_device(batches[0], device)]
-            found.append(add_gradients(PretrainLosses(model, precision), ready).sum())
-            update(model, optimizer, 2e-3)
-        return torch.stack(found).cpu()
-
-    rounded, exact = losses("bfloat16"), losses("float32")
-    assert exact[-1] < 0.7 * exact[0]
-    assert not torch.equal(rounded, exact)
-    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.0)
-
-
 # ---- Memory -------------------------------------------------------------------------------------
 
 
 def test_checkpointed_activations_change_memory_and_nothing_else(tmp_path):
-    """The gradients are equal bit for bit, dropout included; far fewer bytes wait for the backward
-    pass."""
+    """The gradients have the same bits, dropout included; less than half of the bytes wait for the
+    backward pass."""
     options = PretrainOptions(str(tmp_path), size="mini")
     tokenizer = train_pretrain.load_tokenizer(replace(options, vocab_size=150))
     found, waiting = [], []
@@ -207,7 +170,7 @@ def test_checkpointed_activations_change_memory_and_nothing_else(tmp_path):
             torch.manual_seed(1)
             sum(train_pretrain.sum_losses(model, batch)).backward()
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        waiting.append(sum(size for place, size in kept.items() if place not in parameters))
+        waiting.append(sum(size for pointer, size in kept.items() if pointer not in parameters))
         found.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
     assert waiting[1] < 0.5 * waiting[0]
@@ -229,9 +192,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_used_again_without_page_faults():
-    run = functools.partial(
-        subprocess.run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
-    )
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=ROOT)
     kept, given_back = (
         int(run([sys.executable, "-c", FAULTS, how]).stdout) for how in ("kept", "given back")
     )

@@ -1,4 +1,4 @@
-"""A corpus that is read as it comes: nothing is lost, nothing is seen twice, and it can go on."""
+"""A streamed corpus: no document is lost or read twice, and a run resumes where it stopped."""
 
 import copy
 import io
@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import LETTERS, small_tokenizer
-from test_distributed import lines, torchrun
-from test_resume import OPTIONS, assert_same, in_process, run, state
+from helpers import OPTIONS, ROOT, assert_same, in_process, metrics_of, run, state, torchrun
+from strategies import LETTERS, TEXTS, small_tokenizer, write_rows, write_texts
 from torch.utils.data import DataLoader
 
 import data
@@ -23,23 +22,18 @@ SHARDS = 5
 
 
 def write_shards(folder: Path, documents: int = 41) -> Path:
-    """Five files of unequal length. Each document tells its number in every sentence."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes five files of unequal length; each document tells its index in every sentence."""
     for shard in range(SHARDS):
-        rows = [{"text": f"{word(i)} {word(i)}. " * (3 + i % 4)} for i in range(documents)
-                if i * i % 7 % SHARDS == shard or i == shard]  # fmt: skip
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"train-{shard}.jsonl").write_text(text)
-    (folder / "validation.jsonl").write_text(
-        json.dumps({"text": "aa bb. cc dd. ee ff."}) + "\n" * 1
-    )
-    with (folder / "validation.jsonl").open("a") as file:
-        file.write(json.dumps({"text": "ga ha. ia ja. ka la."}) + "\n")
+        indices = [i for i in range(documents) if i * i % 7 % SHARDS == shard or i == shard]
+        texts = [f"{word(i)} {word(i)}. " * (3 + i % 4) for i in indices]
+        write_texts(folder / f"train-{shard}.jsonl", texts)
+    held_out = ["aa bb. cc dd. ee ff.", "ga ha. ia ja. ka la."]
+    write_texts(folder / "validation.jsonl", held_out)
     return folder
 
 
-def word(number: int) -> str:
-    return LETTERS[number // 9] + LETTERS[number % 9]  # a letter and a ## piece
+def word(index: int) -> str:
+    return LETTERS[index // 9] + LETTERS[index % 9]  # a letter and a ## piece
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +47,7 @@ def all_documents(folder: Path) -> Counter:
 
 
 class Reading(streaming.StreamedBatches):
-    """The documents of one epoch instead of batches."""
+    """Yields the documents of one epoch instead of batches."""
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
@@ -78,7 +72,7 @@ def loader(folder: Path, state: dict, rank: int = 0, world_size: int = 1, seed: 
     ("world_size", "workers"), [(1, 0), (1, 1), (1, 2), (1, 3), (1, 5), (2, 1), (2, 2), (5, 1)]
 )
 def test_every_document_is_read_once_in_an_epoch(world_size, workers, folder):
-    """By any number of workers and processes up to that of the shards; every worker has some."""
+    """Any number of readers up to that of the shards may read, and every worker has some."""
     seen: Counter = Counter()
     for rank in range(world_size):
         batches = loader(folder, streaming.new_progress(workers), rank, world_size).dataset
@@ -90,30 +84,20 @@ def test_every_document_is_read_once_in_an_epoch(world_size, workers, folder):
     assert seen.total() > 41
 
 
-def test_more_readers_than_shards_are_refused(folder):
+def test_more_readers_than_shards_are_rejected(folder):
     for world_size, workers in ((1, 6), (2, 3), (6, 0)):
         with pytest.raises(ValueError, match=r"read 6 shards at a time, and the corpus has 5: use"):
             loader(folder, streaming.new_progress(workers), 0, world_size)
 
 
-def test_a_block_goes_on_until_two_documents_have_a_next_sentence(folder):
+def test_a_block_continues_until_two_documents_have_a_next_sentence(folder):
     """A title alone at the end of an epoch, or a long text and a title, are no reason to stop."""
     batches = loader(folder, streaming.new_progress(0)).dataset
     long, title, pair = "aa bb. " * 999, "aa", "aa bb. cc dd."
 
     def documents(*texts):
-        ends = (
-            (({}, text))
-            for text in (
-                *texts,
-                streaming.END_OF_EPOCH,
-                *texts,
-                streaming.END_OF_EPOCH,
-                *texts,
-                streaming.END_OF_EPOCH,
-            )
-        )
-        return iter(list(ends))
+        epoch = [({}, text) for text in (*texts, streaming.END_OF_EPOCH)]
+        return iter(epoch * 3)
 
     assert streaming.read_block(documents(long, title, pair))[0] == [long, title, pair]
     assert streaming.read_block(documents(title, pair))[0] == [title, pair] * 2
@@ -122,7 +106,7 @@ def test_a_block_goes_on_until_two_documents_have_a_next_sentence(folder):
     assert next(batches.batches([long, title, pair], 0, 0))
 
 
-def test_a_worker_without_a_document_is_an_error_not_silence(tmp_path):
+def test_a_worker_without_a_document_is_rejected(tmp_path):
     (write_shards(tmp_path) / "train-2.jsonl").write_text("")
     batches = loader(tmp_path, streaming.new_progress(5))
     with pytest.raises(ValueError, match="a data worker has no document to read"):
@@ -130,14 +114,16 @@ def test_a_worker_without_a_document_is_an_error_not_silence(tmp_path):
 
 
 def counts(state: dict) -> list:
-    """By worker, of documents, blocks and batches; the library's own counters may differ."""
+    """Returns the batches that were taken, and the bookmark of each worker without the library's
+    own counters."""
     return [state["taken"], *({**bookmark, "rows": None} for bookmark in state["bookmarks"])]
 
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("block", [60, 10**9])
-def test_a_stream_goes_on_where_it_was_left(workers, block, folder, monkeypatch):
-    """From any batch, over ends of blocks and epochs, after a state went through a file."""
+def test_a_stream_resumes_where_it_was_left(workers, block, folder, monkeypatch):
+    """It resumes from any batch, over ends of blocks and epochs, after its state went through a
+    file."""
     monkeypatch.setattr(streaming, "BLOCK", block)
     fresh = streaming.new_progress(workers)
     expected, states = [], []
@@ -151,21 +137,21 @@ def test_a_stream_goes_on_where_it_was_left(workers, block, folder, monkeypatch)
         file.seek(0)
         left = torch.load(file, weights_only=True)
         batches = streaming.take(loader(folder, left), left)
-        for number, batch in enumerate(islice(batches, 15), taken):
-            assert_same(batch, expected[number])
+        for index, batch in enumerate(islice(batches, 15), taken):
+            assert_same(batch, expected[index])
         assert counts(left) == counts(states[taken + 14])
 
 
 def test_every_example_of_a_block_comes_once_and_never_with_the_same_masks(folder):
-    """One worker, so that an epoch is one block; the batch that ends it is filled up."""
+    """With one worker an epoch is one block; the batch that ends it is filled up."""
     fresh = streaming.new_progress(0)
     batches = streaming.take(loader(folder, fresh), fresh)
     blocks: dict[int, list] = {}
     for batch in batches:
-        number = fresh["bookmarks"][0]["block"]
-        if number > 1:
+        block_index = fresh["bookmarks"][0]["block"]
+        if block_index > 1:
             break
-        blocks.setdefault(number, []).append(batch)
+        blocks.setdefault(block_index, []).append(batch)
     rows = list(all_documents(folder).elements())
     examples = len(
         data.PretrainDataset(
@@ -180,9 +166,9 @@ def test_every_example_of_a_block_comes_once_and_never_with_the_same_masks(folde
 
 
 def test_documents_are_held_out_where_there_is_no_validation_split(tmp_path):
-    """The same ones every time, about one in a hundred, and none of them is trained on."""
+    """The same ones are held out every time, about one in a hundred, and none is trained on."""
     texts = [f"{word(i % 200)} {i}. {i}." for i in range(2000)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    write_texts(tmp_path / "train.jsonl", texts)
     rows, held_out = streaming.open_stream(str(tmp_path), None, "text")
     trained = [row["text"] for row in rows]
     assert sorted(trained + held_out) == sorted(texts)
@@ -192,8 +178,7 @@ def test_documents_are_held_out_where_there_is_no_validation_split(tmp_path):
 def test_rows_are_joined_to_documents(tmp_path):
     texts = ["aa ba. ca da.", "ea fa. ga ha.", "ia ja."] * 200
     for split in ("train", "validation"):
-        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (tmp_path / f"{split}.jsonl").write_text(rows)
+        write_texts(tmp_path / f"{split}.jsonl", texts)
     rows, _ = streaming.open_stream(str(tmp_path), None, "text", rows_per_document=3)
     assert next(iter(rows))["text"] == texts[:3]
     corpus = streaming.tokenize_block([texts[:3]] * 2, 0, small_tokenizer())
@@ -215,7 +200,7 @@ def options(folder, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_killed_run_on_a_stream_ends_as_if_it_never_was(options, tmp_path):
+def test_a_killed_run_on_a_stream_ends_as_one_that_was_never_killed(options, tmp_path):
     whole, out = replace(options, out=str(tmp_path / "whole")), str(tmp_path / "killed")
     assert in_process(whole) == 0
     killed = replace(options, out=out)
@@ -239,16 +224,41 @@ def test_a_stream_needs_a_tokenizer(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_read_a_stream_and_go_on(options, tmp_path):
-    """Killed by its own last step: a run of 6 steps, resumed from step 4, repeats 5 and 6."""
+def test_two_ranks_read_a_stream_and_resume(options, tmp_path):
+    """A run of 6 steps loses its last checkpoint, resumes from step 4, and repeats the steps 5 and
+    6."""
     line = ["train_pretrain.py", "--streaming", "--dataset", options.dataset, "--tokenizer"]
     line += [options.tokenizer, *"--max-seq-length 16 --batch-size 2 --accumulate 2".split()]
     line += [*"--steps 6 --save-every 2 --log-every 1 --workers 1 --out".split(), str(tmp_path)]
     found = []
     for more in ([], ["--resume"]):
-        process = torchrun(2, *line, *more, cwd=Path(__file__).parents[1])
+        process = torchrun(2, *line, *more, cwd=ROOT)
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-        found.append(lines(tmp_path))
+        found.append(metrics_of(tmp_path))
         (tmp_path / "checkpoints/step-000000006.pt").unlink()
     assert found[0] == found[1]
+
+
+# ---- What is rejected ---------------------------------------------------------------------------
+
+
+def test_a_list_with_a_number_is_named_in_a_stream_too():
+    documents = iter([({}, ["a b", 7]), ({}, streaming.END_OF_EPOCH)] * 3)
+    texts, _ = streaming.read_block(documents)
+    with pytest.raises(ValueError, match="row 0: text is int, not text"):
+        streaming.tokenize_block(texts, 0, small_tokenizer())
+
+
+def test_a_stream_of_few_documents_says_what_it_needs(tmp_path):
+    rows = [{"text": text} for text in TEXTS]
+    write_rows(tmp_path / "few/train.jsonl", rows)
+    with pytest.raises(
+        ValueError, match=r"--streaming: .* has 0 documents to evaluate on, and 2 are"
+    ):
+        streaming.open_stream(str(tmp_path / "few"), None, "text")
+    write_rows(tmp_path / "both/train.jsonl", rows)
+    write_rows(tmp_path / "both/validation.jsonl", rows[:2])
+    train, held_out = streaming.open_stream(str(tmp_path / "both"), None, "text")
+    assert [row["text"] for row in train] == TEXTS
+    assert held_out == TEXTS[:2]

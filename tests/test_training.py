@@ -1,22 +1,37 @@
-"""How a model is trained: schedule, optimizer, loss, evaluation, and what must be learnable."""
+"""Pretraining: learning rate, optimizer, loss, evaluation, and what a model has to learn."""
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from strategies import FIXED, LETTERS, PADDING, corpus_of, small_tokenizer
+from helpers import weights_of
+from strategies import (
+    FIXED,
+    LETTERS,
+    PADDING,
+    SMALL,
+    dropouts_of,
+    gradients,
+    small_tokenizer,
+    some_batches,
+    write_texts,
+)
 
 import data
 import train_pretrain
-from support.curves import read_lines
 from bert import BertConfig, BertPretrainModel
+from support.command_line import parse_options
+from support.curves import read_lines
 from support.run import FiniteGuard
 from train_pretrain import (
-    PretrainOptions,
     PretrainLosses,
+    PretrainOptions,
     add_gradients,
     evaluate,
     learning_rate,
@@ -27,23 +42,11 @@ from train_pretrain import (
     update,
 )
 
-SMALL = dataclasses.replace(FIXED, vocab_size=len(small_tokenizer().get_vocab()), max_seq_length=40)
-
-
-def some_batches(number: int, size: int = 3, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Batches of a small corpus; rows differ in length, and so in their number of masked tokens."""
-    docs = [
-        [[5 + (i * j + i) % 26 for i in range(3 + j)] for j in range(2, 6 + d)] for d in range(5)
-    ]
-    dataset = data.PretrainDataset(corpus_of(docs), small_tokenizer(), 40, seed)
-    return [dataset.batch(range(i * size, (i + 1) * size)) for i in range(number)]
-
-
 # ---- Learning rate and optimizer ----------------------------------------------------------------
 
 
 def test_the_learning_rate_rises_to_the_peak_and_falls_towards_zero():
-    """By value: no first step of 0, the peak at the end of warmup, a last step above 0."""
+    """The first step is above 0, the peak is at the end of warmup, and the last step is above 0."""
     rates = [learning_rate(step, peak=1.0, warmup=4, steps=12) for step in range(12)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[4:] == [(12 - step) / 8 for step in range(4, 12)]
@@ -65,7 +68,7 @@ def test_weight_decay_spares_biases_and_norms_and_nothing_else():
 
 
 def test_a_step_without_gradient_shrinks_exactly_what_decays():
-    """Decoupled decay: the weights lose lr x 0.01 of themselves, whatever Adam's state."""
+    """Decay is decoupled: weights lose lr x 0.01 of themselves, whatever Adam's state is."""
     model = BertPretrainModel(FIXED, PADDING)
     before = copy.deepcopy(model.state_dict())
     for parameter in model.parameters():
@@ -89,7 +92,7 @@ def test_an_update_clips_the_gradient_to_norm_one_and_clears_it():
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 def test_a_step_whose_gradient_is_not_finite_is_skipped(bad):
-    """No weight, moment or count of steps changes, and the next step is as if it had not been."""
+    """No weight, moment or count of steps changes: the next step is as if there had been none."""
     models = [BertPretrainModel(FIXED, PADDING) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for model, is_hit in zip(models, (False, True), strict=True):
@@ -120,7 +123,7 @@ def test_the_guard_remembers_the_first_bad_step():
 
 
 def test_the_guard_finds_a_weight_that_is_not_finite():
-    """A finite gradient and a huge learning rate make one."""
+    """A finite gradient with a huge learning rate can make one."""
     model = BertPretrainModel(FIXED, PADDING)
     with torch.no_grad():
         model.nsp.bias[1] = math.inf
@@ -131,15 +134,8 @@ def test_the_guard_finds_a_weight_that_is_not_finite():
 # ---- The loss -----------------------------------------------------------------------------------
 
 
-def gradients(model, batches):
-    model.zero_grad()
-    ready = [to_device(batch, torch.device("cpu")) for batch in batches]
-    losses = add_gradients(PretrainLosses(model), ready)
-    return [p.grad.clone() for p in model.parameters()], [loss.item() for loss in losses]
-
-
 def test_accumulated_gradients_are_those_of_the_whole_batch():
-    """In float64 to 1e-12; a mean of the micro-batches' means, as a control, is off."""
+    """They agree to 1e-12 in float64; the mean of micro-batches' means, as a control, does not."""
     model = BertPretrainModel(SMALL, PADDING).double()
     batches = some_batches(3)
     width = max(batch["input_ids"].size(1) for batch in batches)
@@ -150,10 +146,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         return torch.nn.functional.pad(tensor, pad, value=fill.get(name, 0))
 
     whole = {name: torch.cat([wide(name, batch[name]) for batch in batches]) for name in batches[0]}
-    accumulated, losses = gradients(model, batches)
-    expected, expected_losses = gradients(model, [whole])
-    assert losses == pytest.approx(expected_losses, rel=1e-12)
-    naive = [sum(g) / 3 for g in zip(*(gradients(model, [b])[0] for b in batches), strict=True)]
+    losses, *accumulated = gradients(model, batches)
+    expected_losses, *expected = gradients(model, [whole])
+    assert losses.tolist() == pytest.approx(expected_losses.tolist(), rel=1e-12)
+    naive = [sum(g) / 3 for g in zip(*(gradients(model, [b])[1:] for b in batches), strict=True)]
     for one, other in zip(accumulated, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     errors = [(a - b).abs().max() for a, b in zip(naive, expected, strict=True)]
@@ -169,7 +165,7 @@ def test_an_all_isnext_batch_has_an_nsp_gradient():
     assert model.nsp.weight.grad.abs().max() > 0
 
 
-def test_positions_are_where_the_labels_are():
+def test_masked_positions_are_where_the_labels_are():
     (batch,) = some_batches(1)
     moved = to_device(batch, torch.device("cpu"))
     labels = batch["mlm_labels"].flatten()
@@ -181,7 +177,7 @@ def test_positions_are_where_the_labels_are():
 
 
 class Parrot(torch.nn.Module):
-    """Predicts one token, with certainty, and IsNext for all but the first pair of a batch."""
+    """Predicts one token with certainty, and IsNext for all but the first pair of a batch."""
 
     def __init__(self, token: int) -> None:
         super().__init__()
@@ -195,7 +191,7 @@ class Parrot(torch.nn.Module):
 
 
 def test_metrics_are_means_over_all_masked_tokens_and_all_pairs():
-    """Not over batches, whose sizes differ."""
+    """A mean over batches would differ, since their sizes do."""
     batches = [to_device(b, torch.device("cpu")) for b in (*some_batches(2), *some_batches(1, 1))]
     targets = torch.cat([b["mlm_targets"] for b in batches])
     token = int(targets.mode().values)
@@ -238,24 +234,120 @@ def test_the_probe_shows_input_targets_and_predictions_of_the_first_pair():
     assert predicted == ["a"] * len(expected)
 
 
+def test_steps_0_evaluates_the_weights_and_writes_nothing(options, tmp_path, capsys):
+    """It prints the same numbers as the last evaluation of the run that made the weights."""
+    pretrain(options)
+    lines = read_lines(Path(options.out), "validation")
+    capsys.readouterr()
+    out = tmp_path / "nothing"
+    pretrain(replace(options, weights=f"{options.out}/model", steps=0, out=str(out)))
+    assert not out.exists()
+    first, *rows = capsys.readouterr().out.splitlines()
+    assert first == f"{options.out}/model, 2 pairs of the validation split, float32"
+    shown = {name: float(value) for name, value in map(str.split, rows)}
+    names = {"mlm_loss", "perplexity", "mlm_accuracy", "nsp_loss", "nsp_accuracy"}
+    assert names <= set(shown)
+    for name, value in shown.items():
+        assert value == pytest.approx(lines[name][-1], abs=5e-5)
+
+
+def test_steps_0_needs_weights(options):
+    with pytest.raises(
+        ValueError, match="--steps 0 evaluates a saved model: name it with --weights"
+    ):
+        pretrain(replace(options, steps=0))
+    assert not Path(options.out).exists()
+
+
+# ---- Dropout and positions of a new and of a loaded model ---------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_is_set_for_new_and_for_loaded_models(dropout, options):
+    options = replace(options, dropout=dropout)
+    new = train_pretrain.make_model(options, small_tokenizer())
+    assert dropouts_of(new) == {dropout}
+    new.save_pretrained(options.out, small_tokenizer())
+    loaded = train_pretrain.make_model(
+        replace(options, weights=options.out, dropout=0.2), small_tokenizer()
+    )
+    assert dropouts_of(loaded) == {0.2}
+
+
+def test_the_position_table_has_as_many_rows_as_asked_for(options):
+    model = train_pretrain.make_model(replace(options, positions=40), small_tokenizer())
+    assert model.config.max_seq_length == 40
+    assert model.bert.embeddings.position.weight.shape == (40, 128)
+    assert train_pretrain.make_model(options, small_tokenizer()).config.max_seq_length == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"positions": 12}, "--max-seq-length 16 exceeds --positions 12"),
+        ({"positions": 20, "weights": "W"}, "--positions 20, but the weights have 16"),
+        (
+            {"max_seq_length": 17, "weights": "W"},
+            "--max-seq-length 17 exceeds the weights' 16 posi",
+        ),
+    ],
+)
+def test_positions_that_do_not_fit_are_rejected(changes, message, options):
+    weights = Path(options.out).with_name("weights")
+    train_pretrain.make_model(options, small_tokenizer()).save_pretrained(
+        weights, small_tokenizer()
+    )
+    if "weights" in changes:
+        changes = {**changes, "weights": str(weights)}
+    with pytest.raises(ValueError, match=message):
+        train_pretrain.make_model(replace(options, **changes), small_tokenizer())
+
+
+def test_the_papers_two_phases_train_one_model_on_short_and_then_on_long_pairs(options, tmp_path):
+    """In miniature, pairs have 16 tokens and then 40. Only the second phase changes the embeddings
+    of later columns by more than weight decay, and it starts where the first one ended."""
+    first = replace(options, positions=40, learning_rate=1e-2)
+    pretrain(first)
+    second = replace(
+        options, out=str(tmp_path / "second"), weights=f"{first.out}/model", max_seq_length=40,
+        learning_rate=1e-2,
+    )  # fmt: skip
+    pretrain(second)
+    torch.manual_seed(options.seed)
+    fresh = train_pretrain.make_model(first, small_tokenizer())
+    tables = [fresh.bert.embeddings.position.weight.detach()]
+    tables += [
+        weights_of(Path(out, "model"))["bert.embeddings.position.weight"]
+        for out in (first.out, second.out)
+    ]
+    learned = [(after - before).abs().mean(dim=1) for before, after in itertools.pairwise(tables)]
+    assert learned[0][:10].min() > 1e-3
+    assert learned[0][16:].max() < 1e-4
+    assert learned[1][:30].min() > 1e-3
+    lines = read_lines(Path(second.out), "validation")
+    assert all(math.isfinite(loss) for loss in lines["mlm_loss"])
+
+
 # ---- What must be learnable ---------------------------------------------------------------------
 
 
 def one_sample(device: torch.device) -> dict[str, torch.Tensor]:
-    """A pair of 64 tokens with 10 masked ones, all different: stuck at ln 10, if stuck."""
+    """Returns a pair of 64 tokens with 10 masked positions, whose targets all differ: a model that
+    is stuck has a loss of ln 10."""
     input_ids = torch.arange(100, 164)[None]
     input_ids[0, 0], input_ids[0, 30], input_ids[0, 63] = 2, 3, 3
     labels = torch.full((1, 64), data.IGNORED_LABEL)
-    places = torch.arange(3, 63, 6)
-    labels[0, places] = torch.arange(1000, 1010)
-    input_ids[0, places] = 4
+    masked = torch.arange(3, 63, 6)
+    labels[0, masked] = torch.arange(1000, 1010)
+    input_ids[0, masked] = 4
     token_type_ids = (torch.arange(64) > 30).long()[None]
     batch = {"input_ids": input_ids, "token_type_ids": token_type_ids, "mlm_labels": labels}
     return to_device({**batch, "nsp_labels": torch.tensor([0])}, device)
 
 
 def overfit(size: str, rate: float, steps: int, device: torch.device) -> tuple[float, torch.Tensor]:
-    """The MLM loss in nats and the predictions after training on one sample, without dropout."""
+    """Returns the MLM loss in nats and the predictions after training on one sample without
+    dropout."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 2000, "max_seq_length": 64}
     config = BertConfig.named(size, **sizes, dropout=0.0, attention_dropout=0.0)
@@ -275,7 +367,7 @@ SIZES = [("mini", 5e-4, "cpu"), pytest.param("base", 1e-4, "cuda", marks=pytest.
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "rate", "device"), SIZES, indirect=["device"])
 def test_one_sample_is_overfitted(size, rate, device):
-    """A model that cannot learn one sample by heart has a bug. Every prediction is the target."""
+    """Every prediction is the target. A model that cannot overfit one sample has a bug."""
     loss, predicted = overfit(size, rate, 200, device)
     assert loss < 0.01
     assert torch.equal(predicted, one_sample(device)["mlm_targets"])
@@ -284,8 +376,8 @@ def test_one_sample_is_overfitted(size, rate, device):
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "rate", "device"), SIZES, indirect=["device"])
 def test_a_large_learning_rate_sticks_at_ln_n_with_the_same_token_everywhere(size, rate, device):
-    """1e-2 learns which 10 tokens are wanted, but never where: the loss stays at ln 10. With 1e-4
-    the same model learns the same sample."""
+    """With 1e-2 the model learns which 10 tokens are targets, but never where: the loss stays at ln
+    10. With 1e-4 it learns the same sample."""
     loss, predicted = overfit(size, 1e-2, 200, device)
     assert loss == pytest.approx(math.log(10), abs=0.15)
     assert predicted.bincount().max() >= 9
@@ -294,12 +386,12 @@ def test_a_large_learning_rate_sticks_at_ln_n_with_the_same_token_everywhere(siz
 
 @pytest.mark.slow
 def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
-    """Where words follow each other as letters do in the alphabet, a masked one can be told from
-    its neighbours. The first loss is ln V; model, tokenizer, options and metrics stay behind."""
+    """Words follow each other as letters do in the alphabet, so a masked one can be told from its
+    neighbours. The first loss is ln V; model, tokenizer, options and metrics are written."""
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "run"
     around = " ".join(LETTERS * 2)
     texts = [". ".join(around[2 * (i + j) % 52 :][:20] for j in range(9)) for i in range(200)]
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_texts(corpus, texts)
     pretrain(
         PretrainOptions(
             out=str(out),
@@ -326,7 +418,7 @@ def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
 
 
 def test_the_same_options_give_the_same_run(tmp_path):
-    """Bit for bit, with another number of workers too."""
+    """The bits are the same, with another number of workers, too."""
     models = []
     for workers in (0, 2):
         out = tmp_path / str(workers)
@@ -345,3 +437,9 @@ def test_the_same_options_give_the_same_run(tmp_path):
     lines = [read_lines(tmp_path / str(w), "validation")["mlm_loss"] for w in (0, 2)]
     assert lines[0] == lines[1]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_the_largest_seed_trains(options):
+    seed = parse_options(PretrainOptions, ["--seed", "9223372036854775807"]).seed
+    pretrain(replace(options, seed=seed, steps=1))
+    assert Path(options.out, "model").exists()

@@ -1,34 +1,33 @@
-"""The command lines: flags, help, one clear line and exit status 2 for each mistake."""
+"""The command lines: flags, help, and one clear message with exit status 2 for each mistake."""
 
 import ast
 import inspect
-import json
+import os
+import pickle
 import re
 import shutil
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+import signal
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 import pytest
-from strategies import LETTERS, VOCABULARY, small_tokenizer
+import torch
+from helpers import ROOT, python
+from strategies import LETTERS, VOCABULARY, small_tokenizer, write_rows
 
+import support.command_line
+import train_sst2
 from bert import SIZES, BertConfig, BertPretrainModel
 from support.command_line import check_limits, parse_options, run_script
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options, main
 
-ROOT = Path(__file__).parents[1]
 MAINS = {"train_pretrain.py": (pretrain, PretrainOptions), "train_sst2.py": (main, SST2Options)}
 
 
-def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
-
-
-# ---- The parser ---------------------------------------------------------------------------------
+# ---- Flags --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [PretrainOptions, SST2Options])
@@ -41,11 +40,11 @@ class Example:
     """What this script does."""
 
     some_number: int = 3
-    """A number."""
+    """An integer."""
     maybe: str | None = None
     """A word."""
     rates: tuple[float, ...] = (0.5,)
-    """Several numbers."""
+    """Several rates."""
     size: Literal["a", "b"] = "a"
     """A choice."""
     flag: bool = False
@@ -57,8 +56,8 @@ class Example:
 
 def test_every_kind_of_option_has_its_flag():
     line = "--some-number 4 --maybe x --rates 1 2.5 --size b --flag".split()
-    chosen = asdict(parse_options(Example, line))
-    assert chosen == {
+    options = asdict(parse_options(Example, line))
+    assert options == {
         "some_number": 4,
         "maybe": "x",
         "rates": (1.0, 2.5),
@@ -68,7 +67,7 @@ def test_every_kind_of_option_has_its_flag():
 
 
 def unboxed(text: str) -> str:
-    """Without the frame that tyro draws around a message, and its line breaks."""
+    """Returns a message without the frame that tyro draws around it, and without line breaks."""
     return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
@@ -99,8 +98,78 @@ def test_a_wrong_flag_is_one_message_with_flag_and_value_and_exit_status_2(line,
     assert "Traceback" not in printed.err
 
 
+@pytest.mark.parametrize(
+    ("options", "line", "message"),
+    [
+        (PretrainOptions, "--seed -1", "--seed must be at least 0, got -1"),
+        (
+            PretrainOptions,
+            "--seed 9223372036854775808",
+            "--seed must be at most 9223372036854775807",
+        ),
+        (SST2Options, "--seed 9223372036854775807", "--seed must be at most 922337203685"),
+        (SST2Options, "--seed -5", "--seed must be at least 0, got -5"),
+        (
+            PretrainOptions,
+            "--max-seq-length 1000000000000",
+            "--max-seq-length must be at most 1000000",
+        ),
+        (PretrainOptions, "--positions 1000000000000", "--positions must be at most 1000000"),
+        (PretrainOptions, "--vocab-size 1000000000000", "--vocab-size must be at most 1000000"),
+        (SST2Options, "--vocab-size 1000000000000", "--vocab-size must be at most 1000000"),
+        (
+            PretrainOptions,
+            "--rows-per-document 1000000000000",
+            "--rows-per-document must be at most",
+        ),
+        (PretrainOptions, "--batch-size 1000000000000", "--batch-size must be at most 1000000"),
+        (SST2Options, "--max-seq-length 1000000000000", "--max-seq-length must be at most 1000000"),
+    ],
+)
+def test_numbers_that_would_overflow_are_rejected(options, line, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(options, line.split())
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        (SST2Options, "--learning-rate"),
+        (SST2Options, "--predict"),
+        (PretrainOptions, "--export-steps"),
+    ],
+)
+def test_a_list_without_a_value_is_rejected(options, flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_options(options, [flag, "--seed", "1"])
+    assert stopped.value.code == 2
+    assert f"{flag} needs a" in capsys.readouterr().err
+
+
+def test_an_empty_list_of_learning_rates_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="--learning-rate needs a value"):
+        train_sst2.main(SST2Options(out=str(tmp_path / "run"), learning_rate=()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dropout_of_one_is_rejected(options):
+    with pytest.raises(ValueError, match="--dropout must be at most 0.99, got 1.0"):
+        pretrain(replace(options, dropout=1.0))
+
+
+def test_a_warmup_longer_than_the_run_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="--warmup-steps 9 is more than --steps 8"):
+        pretrain(PretrainOptions(out=str(tmp_path / "run"), steps=8, warmup_steps=9))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Help ---------------------------------------------------------------------------------------
+
+
 def field_docstrings(cls: type) -> dict[str, str]:
-    """The string under each field of a dataclass, from its source."""
+    """Returns the string under each field of a dataclass, from its source."""
     body = ast.parse(inspect.getsource(cls)).body[0].body
     return {
         field.target.id: " ".join(text.value.value.split())
@@ -127,6 +196,14 @@ def test_the_sizes_to_choose_from_are_the_published_ones(cls):
     assert set(get_args(get_type_hints(cls)["size"])) == SIZES.keys()
 
 
+def test_help_does_not_wait_for_the_libraries_of_the_data():
+    ended = python("-X", "importtime", "bert.py", "--help")
+    assert ended.returncode == 0
+    imported = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
+    assert "torch" in imported
+    assert not imported & {"data", "datasets", "tokenizers", "pyarrow"}
+
+
 # ---- Mistakes, as a person would make them ------------------------------------------------------
 
 
@@ -148,7 +225,7 @@ def folder(tmp_path_factory) -> Path:
         "numbers": [{"text": i} for i in range(1, 9)],
         "nulls": [{"text": None}] * 9,
     }.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{name}.jsonl", rows)
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "latin.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1") * 9)
     (folder / "latin.txt").write_bytes("café aa. bb.".encode("latin-1"))
@@ -306,61 +383,80 @@ def test_a_person_sees_no_traceback(folder, script, line, message):
 
 @pytest.mark.slow
 def test_a_line_of_50_megabytes_empty_rows_and_nulls_are_no_mistake(tmp_path, capsys):
-    """They are read, and what has no next sentence is counted."""
+    """They are read, and documents without a next sentence are counted."""
     rows = [{"text": ("z" * 98 + ". ") * 500_000}, {"text": None}, {"text": ""}, {"text": "ab"}]
     rows += [{"text": f"{c} aa bb. cc dd. ee ff."} for c in LETTERS]
-    file = tmp_path / "corpus.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_rows(tmp_path / "corpus.jsonl", rows)
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    options = {"dataset": str(file), "tokenizer": str(tmp_path / "vocab.txt"), "workers": 0}
+    options = {"dataset": file, "tokenizer": str(tmp_path / "vocab.txt"), "workers": 0}
     pretrain(PretrainOptions(out=str(tmp_path / "run"), steps=1, **options))
     out = capsys.readouterr().out
     assert "train: 25 documents, 1,000,384 tokens" in out
     assert "documents left out: {'no sentence': 2, 'one sentence': 1}" in out
 
 
-# ---- Copying a file, and running one ------------------------------------------------------------
+# ---- Errors of data workers, and our own --------------------------------------------------------
 
 
-def test_bert_alone_in_a_folder_works(tmp_path):
-    shutil.copy(ROOT / "bert.py", tmp_path)
-    code = """
-from bert import *
-print(Bert(BertConfig.named('tiny'), 0)(torch.ones(1, 3).long()).shape)
-"""
-    assert python("-c", code, cwd=tmp_path).stdout == "torch.Size([1, 3, 128])\n"
+class Broken(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        raise (IndexError if index else ValueError)("a mistake\nof two lines")
+
+    def __len__(self):
+        return 2
 
 
-def test_data_alone_in_a_folder_works(tmp_path):
-    shutil.copy(ROOT / "data.py", tmp_path)
-    rows = [{"text": f"{c} aa. bb cc."} for c in LETTERS]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code = """
-import data
-tokenizer = data.train_tokenizer(data.get_dataset("corpus.jsonl")["text"], 70)
-corpus = data.get_corpus("corpus.jsonl", "train", tokenizer)
-dataset = data.PretrainDataset(corpus, tokenizer, 16)
-print(sorted(next(iter(data.get_split_dataloader(dataset, 2, workers=0)))))
-"""
-    names = "['input_ids', 'mlm_labels', 'nsp_labels', 'token_type_ids']\n"
-    assert python("-c", code, cwd=tmp_path).stdout == names
+@pytest.mark.slow
+def test_an_error_in_a_data_worker_is_reported_as_in_the_main_process(capsys):
+    """A user's mistake becomes one line; our own keeps its traceback."""
+    loader = torch.utils.data.DataLoader(Broken(), sampler=[1], num_workers=1)
+    with pytest.raises(IndexError, match="a mistake"):
+        support.command_line.run_script(lambda _: list(loader), PretrainOptions, [])
+    loader = torch.utils.data.DataLoader(Broken(), sampler=[0], num_workers=1)
+    with pytest.raises(SystemExit):
+        support.command_line.run_script(lambda _: list(loader), PretrainOptions, [])
+    assert capsys.readouterr().err == "error: a mistake\nof two lines\n"
 
 
-def test_bert_needs_nothing_but_torch_to_be_imported():
-    others = ("tokenizers", "safetensors", "datasets", "data")
-    code = f"import sys, bert; print(any(m in sys.modules for m in {others}))"
-    assert python("-c", code).stdout == "False\n"
+def read_from_worker(error: Exception) -> None:
+    def _try_get_data():
+        raise error
+
+    _try_get_data()
 
 
-def test_importing_a_script_starts_nothing():
-    code = "import train_pretrain, train_sst2, bert, data"
-    ended = python("-c", code)
-    assert (ended.returncode, ended.stdout) == (0, "")
+@pytest.mark.parametrize(
+    "error",
+    [
+        EOFError(),
+        ConnectionResetError("reset"),
+        pickle.UnpicklingError("pickle data was truncated"),
+        RuntimeError("received 0 items of ancdata"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_dead_worker_breaks_is_reported_as_its_death(error, monkeypatch, capsys):
+    """Torch's signal handler, which raises, may run while the death is being reported."""
+
+    def signalled(signal_number, frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGCHLD, signalled)
+    fail = support.command_line.fail
+    monkeypatch.setattr(
+        support.command_line,
+        "fail",
+        lambda text: (os.kill(os.getpid(), signal.SIGCHLD), fail(text)),
+    )
+    with pytest.raises(SystemExit) as ended:
+        support.command_line.run_script(lambda _: read_from_worker(error), PretrainOptions, [])
+    signal.signal(signal.SIGCHLD, before)
+    assert ended.value.code == 2
+    assert "error: a DataLoader worker died (" in capsys.readouterr().err
 
 
-def test_help_does_not_wait_for_the_libraries_of_the_data():
-    ended = python("-X", "importtime", "bert.py", "--help")
-    assert ended.returncode == 0
-    imported = {line.split("|")[-1].strip() for line in ended.stderr.splitlines()}
-    assert "torch" in imported
-    assert not imported & {"data", "datasets", "tokenizers", "pyarrow"}
+def test_our_own_error_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        support.command_line.run_script(
+            lambda _: torch.ones(2, 3) @ torch.ones(2, 3), PretrainOptions, []
+        )

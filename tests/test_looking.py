@@ -1,14 +1,12 @@
-"""What is shown of a model: its size, its guesses, its attention, its curves."""
+"""Looking into a model: its parameters by part, its guesses for masks, and its attention drawn."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from strategies import FIXED, PADDING, VOCABULARY, small_tokenizer
-from test_bert import build
+from helpers import python
+from strategies import FIXED, PADDING, PUBLISHABLE, build, publish, small_tokenizer
 
 from bert import (
     Bert,
@@ -19,10 +17,7 @@ from bert import (
     look,
     parameter_counts,
 )
-from extras.attention import attention_probs, draw_attention
-
-ROOT = Path(__file__).parents[1]
-SMALL = dataclasses.replace(FIXED, vocab_size=len(VOCABULARY), attention_d_k=12, attention_d_v=12)
+from extras.attention import attention_probs, draw_attention, draw_text
 
 
 @pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
@@ -36,7 +31,7 @@ def test_the_parts_of_a_model_add_up_to_all_its_parameters(cls):
 
 
 def test_base_has_the_parts_that_the_paper_says():
-    """30,522 tokens, 12 layers of 768 units and 3,072 in the feed-forward. [BERT] §3"""
+    """Base has 30,522 tokens, 12 layers of 768 units and 3,072 in the feed-forward. [BERT] §3"""
     with torch.device("meta"):
         counts = parameter_counts(Bert(BertConfig.named("base"), PADDING))
     assert counts["embeddings.token"] == 30522 * 768
@@ -45,22 +40,22 @@ def test_base_has_the_parts_that_the_paper_says():
     assert counts.total() == 109_482_240
 
 
-def test_masks_are_filled_with_the_likeliest_tokens():
-    model = build(BertPretrainModel, SMALL)
+def test_masks_are_filled_with_the_most_likely_tokens():
+    model = build(BertPretrainModel, PUBLISHABLE)
     best = fill_masks(model, small_tokenizer(), "a [MASK] c [MASK]", k=3)
     assert [len(row) for row in best] == [3, 3]
     input_ids = torch.tensor([[2, 5, 4, 7, 4, 3]])  # [CLS] a [MASK] c [MASK] [SEP]
     probs = model(input_ids)[0].softmax(dim=-1)[0]
-    for row, place in zip(best, (2, 4), strict=True):
+    for row, column in zip(best, (2, 4), strict=True):
         tokens = [small_tokenizer().token_to_id(token) for token in row]
-        assert tokens == probs[place].topk(3).indices.tolist()
-        assert list(row.values()) == pytest.approx(probs[place].topk(3).values.tolist())
+        assert tokens == probs[column].topk(3).indices.tolist()
+        assert list(row.values()) == pytest.approx(probs[column].topk(3).values.tolist())
 
 
 def test_attention_is_shown_as_it_is_in_every_layer_and_head():
-    """Rows are distributions, and they are what the output was made of: with a uniform query, they
-    are uniform."""
-    model = build(Bert, dataclasses.replace(SMALL, fused_attention=False))
+    """Rows are distributions, and they are those that make the output: a query of zeros makes them
+    uniform."""
+    model = build(Bert, dataclasses.replace(PUBLISHABLE, fused_attention=False))
     probs = attention_probs(model, torch.tensor([[2, 5, 4, 7, 3]]))
     assert probs.shape == (3, 2, 5, 5)
     torch.testing.assert_close(probs.sum(dim=-1), torch.ones(3, 2, 5, dtype=probs.dtype))
@@ -90,22 +85,11 @@ def test_the_attention_figure_has_a_panel_for_each_head_with_its_tokens():
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    BertPretrainModel(SMALL, PADDING).save_pretrained(folder, small_tokenizer())
-    return folder
-
-
-def bert(*arguments: str) -> subprocess.CompletedProcess:
-    return run_python("bert.py", *arguments)
-
-
-def run_python(*arguments: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, *arguments]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    return publish(tmp_path_factory.mktemp("pretrained"))
 
 
 def test_the_command_prints_counts_that_add_up_and_five_guesses_for_each_mask(pretrained):
-    ended = bert(str(pretrained), "a [MASK] b [MASK]")
+    ended = python("bert.py", str(pretrained), "a [MASK] b [MASK]")
     assert (ended.returncode, ended.stderr) == (0, "")
     *parts, total, first, second = ended.stdout.splitlines()
     counts = [int(line.split()[0].replace(",", "")) for line in parts]
@@ -122,16 +106,22 @@ def test_the_command_prints_counts_that_add_up_and_five_guesses_for_each_mask(pr
 def test_the_command_draws_attention(pretrained, tmp_path):
     pytest.importorskip("matplotlib")
     picture = str(tmp_path / "a.png")
-    ended = run_python("-m", "extras.attention", str(pretrained), "a b c.", "--out", picture)
+    ended = python("-m", "extras.attention", str(pretrained), "a b c.", "--out", picture)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_encoder_without_a_head_fills_no_mask(tmp_path, capsys):
-    """A new, random head would guess nonsense. Its parts are counted all the same."""
-    Bert(SMALL, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    """A new, random head would guess nonsense. The parameters are counted all the same."""
+    publish(tmp_path, cls=Bert)
     look(str(tmp_path), "a b")
-    model = Bert(SMALL, PADDING)
+    model = Bert(PUBLISHABLE, PADDING)
     assert f"{sum(p.numel() for p in model.parameters()):,}  in all" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has no head to fill a .MASK. with"):
         look(str(tmp_path), "a [MASK]")
+
+
+def test_a_picture_into_a_folder_that_is_not_there_is_rejected_before_any_work(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"--out .*a\.png: its folder does not exist"):
+        draw_text(str(publish(tmp_path)), "a b", str(tmp_path / "nowhere/a.png"))
+    assert capsys.readouterr().out == ""

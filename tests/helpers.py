@@ -1,0 +1,190 @@
+"""Starts the runs that several test files need: in this process, in another, in several ranks."""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import support.checkpoints
+import support.run
+import train_pretrain
+from bert import BertPretrainModel, PretrainedModel
+from train_pretrain import PretrainOptions, pretrain
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(
+    *arguments: str, cwd: Path = ROOT, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Runs Python with these arguments, and keeps what it prints."""
+    line = [sys.executable, *arguments]
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def torchrun(ranks: int, *arguments: str, **options) -> subprocess.Popen:
+    """Starts so many ranks of a script, whose output is one pipe."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    line += [f"--nproc_per_node={ranks}", *arguments]
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(line, env=environment, **pipes, **options)
+
+
+# ---- A small run, and what it leaves -----------------------------------------------------------
+
+
+def make_options(corpus: Path, out: Path) -> PretrainOptions:
+    """Returns the options of a run of 4 steps on what `write_corpus` has written."""
+    return PretrainOptions(
+        out=str(out), dataset=f"{corpus}/corpus.jsonl", tokenizer=str(corpus),
+        max_seq_length=16, batch_size=2, steps=4, eval_every=4, eval_batches=1, log_every=1,
+        save_every=2, workers=0, device="cpu",
+    )  # fmt: skip
+
+
+def run(options: PretrainOptions) -> None:
+    """Pretrains in this process and prints nothing."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        pretrain(options)
+
+
+def metrics_of(out: Path) -> list[dict]:
+    """Returns the lines of metrics.jsonl without what a clock said."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the weights of a saved model by their names here."""
+    return BertPretrainModel.from_pretrained(folder).state_dict()
+
+
+def state(out: Path) -> tuple[dict, list[dict]]:
+    """Returns the last checkpoint and all metrics without what a clock said."""
+    newest = sorted((out / "checkpoints").glob("step-*.pt"))[-1]
+    checkpoint = torch.load(newest, weights_only=True)
+    del checkpoint["seconds"]
+    del checkpoint["metrics_bytes"]  # how long the clock's digits are
+    for progress in checkpoint["own"]:
+        for bookmark in progress.get("bookmarks", []):
+            (bookmark or {}).pop("rows", None)  # the library's own counters
+    return checkpoint, metrics_of(out)
+
+
+def assert_same(one, other, path: str = "") -> None:
+    """Fails unless both are equal bit for bit, whatever is nested in what."""
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{path}.{index}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+# ---- A run in a process that may be killed -----------------------------------------------------
+
+# Such a process is forked from one that has imported everything and computed nothing: a fork of
+# this one would inherit the locks of its threads. Both libraries take seconds to import.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["helpers", "torch._dynamo", "matplotlib.figure"])
+
+OPTIONS = PretrainOptions(
+    vocab_size=60, max_seq_length=32, batch_size=2, accumulate=2, steps=30, save_every=1,
+    eval_every=10, eval_batches=2, log_every=1, workers=0, device="cpu",
+)  # fmt: skip
+
+
+def die(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half(text: bytes) -> bytes:
+    return text[: len(text) // 2]
+
+
+def killed_at(point: str, call: int) -> None:
+    """Lets this process die at the `call`-th time that it comes to this point."""
+    calls = iter(range(1, 1000))
+
+    def before(function):
+        return lambda *a, **k: die() if next(calls) == call else function(*a, **k)
+
+    def after(function):
+        return lambda *a, **k: (function(*a, **k), die() if next(calls) == call else None)[0]
+
+    def half_saved(state, file):
+        content = io.BytesIO()
+        torch_save(state, content)
+        dies = next(calls) == call
+        file.write(half(content.getvalue()) if dies else content.getvalue())
+        if dies:
+            file.flush()
+            die()
+
+    def half_a_line(out, **values):
+        if next(calls) == call:
+            with (out / "metrics.jsonl").open("a") as file:
+                file.write('{"split": "tra')
+            die()
+        write_line(out, **values)
+
+    torch_save, write_line = torch.save, support.run.write_line
+    {
+        "before a checkpoint": lambda: setattr(
+            support.run, "save_checkpoint", before(support.checkpoints.save_checkpoint)
+        ),
+        "half a checkpoint written": lambda: setattr(torch, "save", half_saved),
+        "written": lambda: setattr(torch, "save", after(torch.save)),
+        "synced": lambda: setattr(Path, "replace", before(Path.replace)),
+        "renamed": lambda: setattr(Path, "replace", after(Path.replace)),
+        "pruned": lambda: setattr(Path, "unlink", after(Path.unlink)),
+        "after a checkpoint": lambda: setattr(
+            support.run, "save_checkpoint", after(support.checkpoints.save_checkpoint)
+        ),
+        "before an update": lambda: setattr(
+            train_pretrain, "update", before(train_pretrain.update)
+        ),
+        "half a line written": lambda: setattr(support.run, "write_line", half_a_line),
+        "before the model is exported": lambda: setattr(
+            PretrainedModel, "save_pretrained", before(PretrainedModel.save_pretrained)
+        ),
+    }[point]()
+
+
+def child(options: PretrainOptions, point: str | None, call: int, seconds: float | None) -> None:
+    """Pretrains in a process that dies at this point, or after so many seconds, or not at all."""
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of its data workers
+    if point:
+        killed_at(point, call)
+    if seconds:
+        threading.Timer(seconds, die).start()
+    run(options)
+
+
+def in_process(options: PretrainOptions, point=None, call=1, seconds=None) -> int:
+    """Pretrains in a process of its own; returns its exit code, which is -9 if it was killed."""
+    process = processes.Process(target=child, args=(options, point, call, seconds))
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the preloading
+        forkserver.ensure_running()
+    process.start()
+    process.join()
+    return process.exitcode

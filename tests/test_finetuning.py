@@ -1,0 +1,213 @@
+"""Fine-tuning on SST-2: a run and its evaluation, what it takes from pretrained weights, and
+predictions with its model.
+"""
+
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from strategies import TINY, dropouts_of, publish, small_tokenizer, write_reviews
+
+import data
+import train_sst2
+from bert import BertConfig, BertPretrainModel, SST2BertModel
+from support.curves import read_lines
+from train_sst2 import SST2Options, best_epoch, evaluate, main, predict
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small run has two learning rates, two seeds and a test split."""
+    folder = tmp_path_factory.mktemp("sst2")
+    dataset = write_reviews(folder / "reviews", train=300, validation=60, test=60)
+    options = SST2Options(
+        out=str(folder / "run"),
+        dataset=dataset,
+        test_dataset=dataset,
+        epochs=2,
+        vocab_size=60,
+        max_seq_length=16,
+        learning_rate=(1e-3, 1e-5),
+        seeds=2,
+    )
+    main(options)
+    return folder / "run"
+
+
+# ---- A run --------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_evaluates_the_test_split_once(run):
+    """Only the best weights are evaluated on the test split, however many runs there were."""
+    validation, test = read_lines(run, "validation"), read_lines(run, "test")
+    assert len(validation["accuracy"]) == 2 * 2 * 2
+    assert max(validation["accuracy"]) == 1.0
+    assert test["accuracy"] == [1.0]
+
+
+def test_epochs_have_different_orders_and_seeds_different_weights(run):
+    lines = read_lines(run, "validation")
+    runs = list(zip(lines["learning_rate"], lines["seed"], lines["epoch"], strict=True))
+    assert len(set(runs)) == 8
+    assert len(set(lines["loss"])) == 8
+
+
+def test_the_epoch_with_the_highest_accuracy_is_kept():
+    """It is neither the last epoch nor the lowest one."""
+    assert best_epoch([0.5, 0.9, 0.7]) == 1
+    assert best_epoch([0.9, 0.9, 0.1]) == 0
+
+
+def test_evaluation_is_a_mean_over_sentences_not_batches():
+    """Three sentences come in batches of two and one."""
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids):
+            return torch.stack([torch.zeros(len(input_ids)), input_ids[:, 0] - 1.0], dim=1)
+
+    batches = [
+        {"input_ids": torch.tensor([[3], [0]]), "labels": torch.tensor([1, 1])},
+        {"input_ids": torch.tensor([[0]]), "labels": torch.tensor([0])},
+    ]
+    metrics = evaluate(Model(), batches, torch.device("cpu"))
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    losses = [torch.nn.functional.softplus(torch.tensor(x)) for x in (-2.0, 1.0, -1.0)]
+    assert metrics["loss"] == pytest.approx(float(sum(losses)) / 3)
+
+
+def test_a_wrong_test_split_is_noticed_before_the_training(tmp_path):
+    """After it, the weights would be lost."""
+    dataset = write_reviews(tmp_path, train=3, validation=3)
+    options = SST2Options(out=str(tmp_path / "run"), dataset=dataset, test_dataset="no/such/place")
+    with pytest.raises(ValueError, match="no/such/place does not exist"):
+        main(options)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_fine_tuning_stops_at_a_gradient_that_is_not_finite(options, tmp_path, monkeypatch):
+    """It stops at the end of the epoch at the latest, and writes no model."""
+    dataset = write_reviews(tmp_path / "reviews", train=40, validation=10)
+    update = train_sst2.update
+
+    def poisoned(model, optimizer, rate):
+        next(model.parameters()).grad.fill_(math.nan)
+        return update(model, optimizer, rate)
+
+    monkeypatch.setattr(train_sst2, "update", poisoned)
+    with pytest.raises(ValueError, match="step 0: the gradient was not finite"):
+        train_sst2.main(
+            SST2Options(out=options.out, dataset=dataset, vocab_size=60, epochs=1, device="cpu")
+        )
+    assert not (Path(options.out) / "model").exists()
+
+
+# ---- From pretrained weights --------------------------------------------------------------------
+
+
+def test_another_tokenizer_than_that_of_the_weights_is_rejected(tmp_path):
+    """Ids would silently refer to different tokens, and accuracy would drop without an error."""
+    tokenizers = [data.train_tokenizer([text], 40) for text in ("abc abc", "abd abd")]
+    sizes = {"vocab_size": tokenizers[0].get_vocab_size(), "max_seq_length": 16}
+    BertPretrainModel(BertConfig.named("tiny", **sizes), 0).save_pretrained(tmp_path, tokenizers[0])
+    tokenizers[1].save(str(tmp_path / "other.json"))
+    tokenizers[0].save(str(tmp_path / "same.json"))
+    options = {"weights": str(tmp_path), "tokenizer": str(tmp_path / "other.json")}
+    with pytest.raises(ValueError, match="is not the one .* was trained with"):
+        train_sst2.make_tokenizer(SST2Options(**options))
+    options["tokenizer"] = str(tmp_path / "same.json")
+    assert (
+        train_sst2.make_tokenizer(SST2Options(**options)).get_vocab() == tokenizers[0].get_vocab()
+    )
+    tokenizers[1].save(str(tmp_path / "tokenizer.json"))  # exchanged in the folder itself
+    for named in (None, str(tmp_path / "other.json"), str(tmp_path / "same.json")):
+        with pytest.raises(ValueError, match="is not the one .* was trained with"):
+            train_sst2.make_tokenizer(SST2Options(weights=str(tmp_path), tokenizer=named))
+
+
+def test_sentences_longer_than_the_weights_allow_are_rejected(tmp_path):
+    tokenizer = data.train_tokenizer(["abc"], 40)
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": 16}
+    SST2BertModel(BertConfig.named("tiny", **sizes), 0).save_pretrained(tmp_path, tokenizer)
+    options = SST2Options(weights=str(tmp_path), max_seq_length=17)
+    with pytest.raises(ValueError, match="--max-seq-length 17: the weights have 16 positions"):
+        train_sst2.make_model(options, tokenizer)
+
+
+def test_fine_tuning_has_dropout_whatever_the_weights_had(tmp_path):
+    """A model that was pretrained without dropout would silently be fine-tuned without it."""
+    config = BertConfig.named(
+        "tiny", vocab_size=small_tokenizer().get_vocab_size(), dropout=0.0, attention_dropout=0.0
+    )
+    BertPretrainModel(config, 0).save_pretrained(tmp_path, small_tokenizer())
+    fine_tuned = SST2Options(weights=str(tmp_path))
+    assert dropouts_of(train_sst2.make_model(fine_tuned, small_tokenizer())) == {0.1}
+    told = replace(fine_tuned, dropout=0.0)
+    assert dropouts_of(train_sst2.make_model(told, small_tokenizer())) == {0.0}
+    scratch = SST2Options(dropout=0.2)
+    assert dropouts_of(train_sst2.make_model(scratch, small_tokenizer())) == {0.2}
+
+
+# ---- Predictions --------------------------------------------------------------------------------
+
+
+def test_the_saved_model_predicts_with_its_own_tokenizer(run, capsys, monkeypatch):
+    """It prints a line of label, probability and text; `-` reads texts from standard input."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w x y z\n")))
+    main(SST2Options(weights=str(run / "model"), predict=("a b c d", "-")))
+    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    assert [(label, text) for label, _, text in lines] == [
+        ("positive", "a b c d"),
+        ("negative", "w x y z"),
+    ]
+    assert all(0.5 <= float(probability) <= 1 for _, probability, _ in lines)
+
+
+def test_predictions_need_weights():
+    with pytest.raises(ValueError, match="--predict needs --weights"):
+        main(SST2Options(predict=("a",)))
+
+
+def test_predictions_need_a_classifier(tmp_path):
+    """A pretrained model would print a guess with a probability."""
+    tokenizer = data.train_tokenizer(["abc"], 40)
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": 16}
+    BertPretrainModel(BertConfig.named("tiny", **sizes), 0).save_pretrained(tmp_path, tokenizer)
+    with pytest.raises(
+        ValueError, match=r"a run on SST-2; .* has no classifier\.weight, classifier\.bias"
+    ):
+        main(SST2Options(weights=str(tmp_path), predict=("a",)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_predictions_need_a_classifier_even_if_no_warning_is_shown(tmp_path):
+    """With `python -W ignore` a random classifier answered."""
+    options = SST2Options(weights=str(publish(tmp_path, TINY)), predict=("a",))
+    with pytest.raises(
+        ValueError, match=r"a run on SST-2; .* has no classifier\.weight, classifier"
+    ):
+        predict(options)
+
+
+def test_predictions_obey_the_device(tmp_path, monkeypatch):
+    weights = str(publish(tmp_path, TINY, SST2BertModel))
+    options = SST2Options(weights=weights, predict=("a",), device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda, but torch sees no GPU here"):
+        predict(options)
+    monkeypatch.setattr(train_sst2, "choose_device", lambda name: torch.device("meta"))
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # it has gone there
+        predict(options)
+
+
+def test_a_line_of_standard_input_that_is_not_utf_8_is_named(tmp_path, monkeypatch, capsys):
+    lines = io.TextIOWrapper(io.BytesIO("a b\nné\n".encode() + "né\n".encode("latin-1")))
+    monkeypatch.setattr("sys.stdin", lines)
+    weights = str(publish(tmp_path, TINY, SST2BertModel))
+    options = SST2Options(weights=weights, predict=("-",), device="cpu")
+    with pytest.raises(ValueError, match="--predict -: line 3 is not UTF-8"):
+        predict(options)
+    shown = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["a b", "né"]

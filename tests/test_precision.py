@@ -1,0 +1,240 @@
+"""Devices and precision: which ones are chosen. A step mixes no devices, and bfloat16 learns as
+float32 does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+from strategies import CPU, PADDING, STILL, some_batches
+
+import support.devices
+import train_pretrain
+import train_sst2
+from bert import BertConfig, BertPretrainModel, SST2BertModel
+from support.devices import choose_device, choose_precision
+from train_pretrain import (
+    PretrainLosses,
+    add_gradients,
+    make_optimizer,
+    pretrain,
+    to_device,
+    update,
+)
+
+# ---- Devices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["meta", "mps", "cuda:x", "cpu:1", "cuda:", "gpu", ""])
+def test_a_device_is_cpu_or_cuda(name):
+    with pytest.raises(ValueError, match=f"--device {name} is not cpu, cuda or cuda:0"):
+        choose_device(name)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="--device cuda:2, but torch sees 2 GPUs here"):
+        choose_device("cuda:2")
+
+
+# ---- Precision ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "device", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "cpu", "medium"),
+        ({"amx_bf16": False, "avx512_bf16": True}, "cpu", "bfloat16"),
+        ({"amx_bf16": False, "avx512_bf16": False}, "cpu", "float32"),
+        ({}, "cpu", "float32"),
+        ({"amx_bf16": True}, "cuda", "bfloat16"),
+    ],
+)
+def test_auto_is_the_fastest_precision_of_the_device(capabilities, device, expected, monkeypatch):
+    monkeypatch.setattr(support.devices, "cpu_capabilities", lambda: capabilities)
+    assert choose_precision("auto", torch.device(device)) == expected
+
+
+def test_a_torch_that_cannot_tell_its_cpu_trains_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert support.devices.cpu_capabilities() == {}
+    assert choose_precision("auto", CPU) == "float32"
+
+
+@pytest.mark.parametrize(
+    ("precision", "products"),
+    [("float32", "highest"), ("medium", "medium"), ("bfloat16", "highest")],
+)
+def test_a_precision_sets_how_torch_multiplies(precision, products):
+    """It also undoes what another run in this process has set."""
+    torch.set_float32_matmul_precision("high")
+    assert choose_precision(precision, CPU) == precision
+    assert torch.get_float32_matmul_precision() == products
+
+
+def products_of(precision: str) -> set[torch.dtype]:
+    """Returns the types that the linear layers return in a forward pass of pretraining."""
+    config = BertConfig.named("tiny", vocab_size=60, max_seq_length=40)
+    model = BertPretrainModel(config, 0)
+    found: set[torch.dtype] = set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, inputs, output: found.add(output.dtype))
+    (batch,) = some_batches(1)
+    for logits in train_pretrain.forward(model, to_device(batch, CPU), precision):
+        assert logits.dtype == torch.float32
+    return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("float32", torch.float32), ("medium", torch.float32), ("bfloat16", torch.bfloat16)],
+)
+def test_bfloat16_is_the_type_of_all_products_and_of_no_logits(precision, dtype):
+    assert products_of(precision) == {dtype}
+
+
+def test_fine_tuning_obeys_the_precision():
+    config = BertConfig.named("tiny", vocab_size=60, max_seq_length=16)
+    model = SST2BertModel(config, 0).eval()
+    input_ids = torch.arange(5, 15)[None]
+    exact, rounded = (train_sst2.forward(model, input_ids, p) for p in ("float32", "bfloat16"))
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
+
+
+def test_weights_and_gradients_stay_float32(options):
+    pretrain(replace(options, precision="bfloat16"))
+    newest = sorted(Path(options.out, "checkpoints").iterdir())[-1]
+    checkpoint = torch.load(newest, weights_only=True)
+    moments = [state["exp_avg"] for state in checkpoint["optimizer"]["state"].values()]
+    assert {tensor.dtype for tensor in [*checkpoint["model"].values(), *moments]} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_the_precision_is_resolved_printed_and_kept(precision, options, monkeypatch, capsys):
+    """config.json has the resolved precision, and a resumed run must share it: `auto` may mean
+    another one elsewhere."""
+    monkeypatch.setattr(support.devices, "cpu_capabilities", lambda: {"avx512_bf16": True})
+    pretrain(replace(options, precision=precision))
+    assert "precision bfloat16, dropout 0.1\n" in capsys.readouterr().out
+    assert json.loads(Path(options.out, "config.json").read_text())["precision"] == "bfloat16"
+    monkeypatch.setattr(support.devices, "cpu_capabilities", dict)
+    with pytest.raises(ValueError, match="has precision bfloat16, not float32"):
+        pretrain(replace(options, precision="auto", resume=True))
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)
+def test_bfloat16_learns_as_float32_does(device):
+    """The losses of each of 40 steps agree to 5%."""
+
+    def losses(precision: str) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = BertPretrainModel(STILL, PADDING).to(device).train()
+        optimizer, batches = make_optimizer(model), some_batches(2, 8)
+        found = []
+        for _ in range(40):
+            ready = [to_device(batches[0], device)]
+            found.append(add_gradients(PretrainLosses(model, precision), ready).sum())
+            update(model, optimizer, 2e-3)
+        return torch.stack(found).cpu()
+
+    rounded, exact = losses("bfloat16"), losses("float32")
+    assert exact[-1] < 0.7 * exact[0]
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.0)
+
+
+# ---- A step on a device that is not there -------------------------------------------------------
+
+
+PRETENDED_STEP = """
+import sys
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from bert import BertConfig, BertPretrainModel
+from support.run import FiniteGuard
+from train_pretrain import PretrainLosses, add_gradients, make_optimizer, update
+
+def move(module, device):
+    # `module.to(device)` cannot swap fake parameters.
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                part._parameters[name] = torch.nn.Parameter(parameter.detach().to(device))
+
+_setup_privateuseone_for_python_backend("pretended")
+left_behind = sys.argv[1]
+with FakeTensorMode():
+    config = BertConfig.named("tiny", vocab_size=50, max_seq_length=16)
+    model = BertPretrainModel(config, 0).train()
+    move(model, "pretended:0")
+    optimizer = make_optimizer(model)
+    guard = FiniteGuard(torch.device("pretended:0"))
+    batch = {
+        "input_ids": torch.ones(2, 8, dtype=torch.int64),
+        "token_type_ids": torch.zeros(2, 8, dtype=torch.int64),
+        "positions": torch.tensor([1, 9]),
+        "mlm_targets": torch.tensor([5, 6]),
+        "nsp_labels": torch.tensor([0, 1]),
+    }
+    batch = {
+        name: values if name == left_behind else values.to("pretended:0")
+        for name, values in batch.items()
+    }
+    for step in range(2):
+        losses = add_gradients(PretrainLosses(model), [batch, batch])
+        norm = update(model, optimizer, 1e-3)
+        guard.note(step, norm)
+        if left_behind == "a value is read":
+            norm.item()
+    assert losses.device.type == norm.device.type == "pretended"
+    assert guard.first_bad_step.device.type == "pretended"
+print("two steps")
+"""
+
+
+def pretended_step(left_behind: str) -> subprocess.CompletedProcess:
+    """Takes two steps of pretraining in a process of its own, since the registered device stays."""
+    try:
+        from torch.utils.backend_registration import (  # noqa: F401
+            _setup_privateuseone_for_python_backend,
+        )
+    except ImportError:
+        pytest.skip("this torch has no device that is registered from Python")
+    line = [sys.executable, "-c", PRETENDED_STEP, left_behind]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(line, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_step_mixes_no_devices_and_reads_no_value():
+    """Fake tensors have shapes, types and devices, but no values. They go through forward,
+    backward, clipping, the fused optimizer and the guard. They do not notice an index on the CPU
+    into a tensor on the device (`positions`), a CPU tensor without dimensions, or `.to("cpu")`."""
+    ended = pretended_step("nothing")
+    assert (ended.returncode, ended.stdout) == (0, "two steps\n"), ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "left_behind", ["input_ids", "token_type_ids", "mlm_targets", "nsp_labels", "a value is read"]
+)
+def test_a_mixture_of_devices_or_a_value_that_is_read_would_be_noticed(left_behind):
+    ended = pretended_step(left_behind)
+    assert ended.returncode == 1
+    assert "two steps" not in ended.stdout

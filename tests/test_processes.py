@@ -1,0 +1,292 @@
+"""Several ranks compute what one computes, in less time: torchrun on this machine, with gloo."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, metrics_of, torchrun
+from strategies import (
+    PADDING,
+    SMALL,
+    TINY,
+    gradients,
+    publish,
+    small_tokenizer,
+    some_batches,
+    write_many_documents,
+)
+
+import data
+import support.checkpoints
+from bert import BertPretrainModel
+from support.processes import join_processes, process_group_backend
+
+# ---- The group of ranks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "has_cuda", "backend"),
+    [
+        (None, True, "cpu:gloo,cuda:nccl"),
+        ("cuda", True, "cpu:gloo,cuda:nccl"),
+        ("cpu", True, "gloo"),
+        (None, False, "gloo"),
+        ("cpu", False, "gloo"),
+    ],
+)
+def test_cpu_tensors_have_a_backend_on_every_machine(device, has_cuda, backend):
+    """Without a named backend, a machine with a GPU has nccl alone: no sum of CPU tensors."""
+    assert process_group_backend(device, has_cuda) == backend
+
+
+SUMS = """
+import os, torch
+import support.checkpoints
+import support.processes
+support.processes.process_group_backend = lambda device, has_cuda: "cpu:gloo,cuda:gloo"
+rank, world_size = support.processes.join_processes()
+assert support.processes.total(rank, 10) == [sum(range(world_size)), 10 * world_size]
+ones = torch.ones(2)
+torch.distributed.all_reduce(ones)
+assert ones.tolist() == [world_size, world_size]
+torch.distributed.destroy_process_group()
+print(f"rank {rank} of {world_size} is done")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_sum_cpu_tensors_beside_a_backend_for_the_accelerator(ranks, tmp_path):
+    """The group is as on a machine with GPUs; a single rank forms a group, too."""
+    (tmp_path / "sums.py").write_text(SUMS)
+    process = torchrun(ranks, str(tmp_path / "sums.py"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert output.count(f"of {ranks} is done") == ranks
+
+
+@pytest.mark.parametrize(("variable", "other"), [("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")])
+def test_half_of_what_torchrun_sets_is_rejected(variable, other, monkeypatch):
+    monkeypatch.setenv(variable, "0")
+    monkeypatch.delenv(other, raising=False)
+    with pytest.raises(
+        ValueError, match=f"{variable} is set in the environment, but RANK and WORLD"
+    ):
+        join_processes()
+
+
+def test_ranks_never_share_one_gpu(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda:0 would put all 2 ranks on one GPU"):
+        join_processes("cuda:0")
+
+
+@pytest.mark.slow
+def test_fine_tuning_with_several_ranks_is_rejected(tmp_path):
+    """All ranks would compute the same, and write every line twice."""
+    process = torchrun(2, "train_sst2.py", "--out", str(tmp_path / "run"), cwd=ROOT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: fine-tuning runs in one process, not in 2: start it with python" in output
+    assert not (tmp_path / "run").exists()
+
+
+# ---- The same results ---------------------------------------------------------------------------
+
+
+GRADIENTS = """
+import sys, torch
+from test_processes import model_and_batches
+from support.processes import join_processes
+from torch.nn.parallel import DistributedDataParallel
+from train_pretrain import PretrainLosses, add_gradients, to_device
+rank, world_size = join_processes("cpu")
+model, batches = model_and_batches()
+mine = [to_device(batch, torch.device("cpu")) for batch in batches[rank::world_size]]
+losses = add_gradients(DistributedDataParallel(PretrainLosses(model)), mine)
+torch.distributed.all_reduce(losses)
+if rank == 0:
+    torch.save([losses] + [p.grad for p in model.parameters()], sys.argv[1])
+torch.distributed.destroy_process_group()
+"""
+
+
+def model_and_batches() -> tuple[BertPretrainModel, list[dict]]:
+    """Returns a model in float64, and 4 micro-batches with unequal numbers of masked positions."""
+    torch.manual_seed(0)
+    model = BertPretrainModel(SMALL, PADDING).double()
+    sizes = (1, 5, 2, 3)
+    return model, [some_batches(1, size, seed)[0] for seed, size in enumerate(sizes)]
+
+
+@pytest.mark.slow
+def test_the_gradient_of_two_ranks_is_that_of_one(tmp_path):
+    """They agree to 1e-12 in float64. The mean of the two ranks' own gradients, as a control, does
+    not."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    process = torchrun(2, str(tmp_path / "gradients.py"), str(tmp_path / "gradients.pt"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    losses, *found = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    model, batches = model_and_batches()
+    masked = [int((b["mlm_labels"] != data.IGNORED_LABEL).sum()) for b in batches]
+    assert sum(masked[0::2]) != sum(masked[1::2])
+    expected_losses, *expected = gradients(model, batches)
+    assert losses.tolist() == pytest.approx(expected_losses.tolist(), rel=1e-12)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    halves = [gradients(model, batches[rank::2])[1:] for rank in (0, 1)]
+    naive = [(a + b) / 2 for a, b in zip(*halves, strict=True)]
+    assert max((a - b).abs().max() for a, b in zip(naive, expected, strict=True)) > 1e-6
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """The flags of a run with dropout, which is the same for any number of ranks."""
+    folder = tmp_path_factory.mktemp("distributed")
+    write_many_documents(folder / "corpus.jsonl")
+    publish(folder / "model", replace(TINY, max_seq_length=32))
+    line = f"--dataset {folder}/corpus.jsonl --weights {folder}/model --max-seq-length 32"
+    line += " --batch-size 2 --accumulate 4 --steps 12 --eval-every 6 --log-every 1 --save-every 4"
+    return [str(ROOT / "train_pretrain.py"), *line.split(), "--workers", "0", "--device", "cpu"]
+
+
+def assert_close(one: list[dict], other: list[dict]) -> None:
+    """Fails unless steps and tokens are the same, and losses agree up to the order of summing
+    float32."""
+    assert len(one) == len(other)
+    for left, right in zip(one, other, strict=True):
+        assert left.pop("split") == right["split"]
+        assert left == pytest.approx({k: right[k] for k in left}, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory) -> list[dict]:
+    out = tmp_path_factory.mktemp("alone")
+    subprocess.run([sys.executable, *flags, "--out", str(out)], check=True, capture_output=True)
+    return metrics_of(out)
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_curve_of_one_and_only_the_first_writes(flags, alone, tmp_path):
+    process = torchrun(2, *flags, "--out", str(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert_close(metrics_of(tmp_path), alone)
+    names = {"config.json", "metrics.jsonl", "checkpoints", "model", "curves.png", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} <= names
+    assert output.count("documents left out") == 2  # one line for each split, from one rank
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in path.read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
+def test_a_run_resumes_with_another_number_of_ranks(flags, alone, tmp_path):
+    """Two ranks are killed, four resume and are killed, and one ends the run: the global batches
+    are the same."""
+    metrics = tmp_path / "metrics.jsonl"
+    for world_size, until in ((2, 6), (4, 10)):
+        resume = ["--resume"] if metrics.exists() else []
+        process = torchrun(world_size, *flags, "--out", str(tmp_path), *resume)
+        while not metrics.exists() or f'"train", "step": {until - 1}' not in metrics.read_text():
+            time.sleep(0.01)
+            assert process.poll() is None
+        ranks = children(process)
+        assert len(ranks) == world_size
+        for pid in (process.pid, *ranks):  # torchrun first, or it would report the others' deaths
+            os.kill(pid, 9)
+        process.wait()
+        while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text()
+                  for pid in ranks):  # fmt: skip
+            time.sleep(0.01)
+        assert not (tmp_path / "model").exists()
+    line = [sys.executable, *flags, "--out", str(tmp_path), "--resume"]
+    subprocess.run(line, check=True, capture_output=True)
+    assert_close(metrics_of(tmp_path), alone)
+
+
+LEAVES = """
+import os, torch
+from support.processes import join_processes
+from train_pretrain import make_optimizer, update
+join_processes("cpu")
+model = torch.nn.Linear(2, 2)
+model(torch.ones(1, 2)).sum().backward()
+torch.distributed.all_reduce(model.weight.grad)
+update(model, make_optimizer(model), 1e-3)
+torch.distributed.destroy_process_group()
+threads = [open(f"/proc/self/task/{t}/comm").read() for t in os.listdir("/proc/self/task")]
+assert not any("gloo" in name for name in threads), threads
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """A thread that does may abort the interpreter's exit, in one run of a dozen."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    process = torchrun(2, str(tmp_path / "leaves.py"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.slow
+def test_the_death_of_one_rank_ends_all_with_a_message(flags, tmp_path):
+    """No rank waits for ever, and the run can be resumed."""
+    (tmp_path / "dies.py").write_text(
+        "import os, signal, sys, train_pretrain\n"
+        "real, steps = train_pretrain.update, iter(range(100))\n"
+        "def update(*arguments):\n"
+        "    if os.environ['RANK'] == '1' and next(steps) == 6:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*arguments)\n"
+        "train_pretrain.update = update\n"
+        "train_pretrain.run_script(train_pretrain.pretrain, train_pretrain.PretrainOptions)\n"
+    )
+    process = torchrun(2, str(tmp_path / "dies.py"), *flags[1:], "--out", str(tmp_path / "run"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL) received" in output
+    assert (tmp_path / "run/checkpoints/step-000000004.pt").exists()
+    assert not (tmp_path / "run/model").exists()
+
+
+@pytest.mark.slow
+def test_micro_batches_that_the_ranks_cannot_share_are_rejected(flags, tmp_path):
+    process = torchrun(3, *flags, "--out", str(tmp_path))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "error: --accumulate 4 is no multiple of 3 ranks" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- With GPUs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_run_on_gpus_with_nccl_ends_and_is_resumed(gpus, tmp_path):
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"fewer than {gpus} GPUs")
+    small_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    line = ["train_pretrain.py", "--tokenizer", str(tmp_path / "tokenizer.json"), "--steps", "4"]
+    line += ["--accumulate", "2", "--save-every", "2", "--eval-every", "2", "--log-every", "1"]
+    line += ["--max-seq-length", "32", "--batch-size", "4", "--out", str(tmp_path / "run")]
+    for more in ([], ["--resume"]):
+        process = torchrun(gpus, *line, *more, cwd=ROOT)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        newest = support.checkpoints.checkpoint_paths(tmp_path / "run")[-1]
+        assert newest.name == "step-000000004.pt"
+        newest.unlink()

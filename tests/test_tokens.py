@@ -1,0 +1,143 @@
+"""From a sentence to token ids: where a tokenizer comes from, how one is trained, and that no text
+can forge a special token.
+"""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import (
+    CLS,
+    LETTERS,
+    MASK,
+    SEP,
+    UNK,
+    VOCABULARY,
+    any_words,
+    familiar_words,
+    seeds,
+    small_tokenizer,
+    write_cased_vocabulary,
+)
+
+import data
+
+# ---- Tokenizers from files ----------------------------------------------------------------------
+
+
+def test_tokenizers_load_from_each_kind_of_source_with_the_same_ids(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+    small_tokenizer().save(str(tmp_path / "other.json"))
+    expected = small_tokenizer().encode("Abc d.").ids
+    for source in (tmp_path, tmp_path / "vocab.txt", tmp_path / "other.json"):
+        assert data.load_tokenizer(source).encode("Abc d.").ids == expected
+
+
+def test_a_folder_with_both_files_gives_its_tokenizer_json(tmp_path):
+    """tokenizer.json says more than vocab.txt, such as the casing."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]) + "\n")
+    small_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    assert data.load_tokenizer(tmp_path).get_vocab_size() == len(VOCABULARY)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_vocabulary_has_a_token_for_each_line(tmp_path, end):
+    """A token may be a space that ends no line, and the last line may end without a newline."""
+    tokens = [*VOCABULARY, "\u00a0", "é"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + end, encoding="utf-8")
+    expected = {token: i for i, token in enumerate(tokens)}
+    assert data.load_tokenizer(tmp_path / "vocab.txt").get_vocab() == expected
+
+
+def test_a_vocabulary_without_a_special_token_is_rejected(tmp_path):
+    kept = [token for token in VOCABULARY if token not in ("[MASK]", "[PAD]")]
+    (tmp_path / "vocab.txt").write_text("\n".join(kept))
+    with pytest.raises(ValueError, match=r"lacks \[MASK\], \[PAD\]$"):
+        data.load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer at .*nowhere"):
+        data.load_tokenizer(tmp_path / "nowhere.txt")
+
+
+def test_padding_and_truncation_of_a_published_tokenizer_are_switched_off(tmp_path):
+    padded = small_tokenizer()
+    padded.enable_padding(length=9)
+    padded.enable_truncation(3)
+    padded.save(str(tmp_path / "tokenizer.json"))
+    assert len(data.load_tokenizer(tmp_path).encode("a b c d")) == 6
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_config", "ids"),
+    [
+        ({}, ["a", "[UNK]"]),  # é becomes e, and E is no token of this vocabulary, but e is
+        ({"do_lower_case": True}, ["a", "[UNK]"]),
+        ({"do_lower_case": False}, ["A", "é"]),
+        ({"do_lower_case": True, "strip_accents": False}, ["a", "é"]),
+        ({"do_lower_case": False, "strip_accents": True}, ["A", "e"]),
+    ],
+)
+def test_a_vocabulary_is_cased_if_its_config_says_so(tokenizer_config, ids, tmp_path):
+    """A cased checkpoint without tokenizer.json was lowercased without a warning."""
+    published = write_cased_vocabulary(tmp_path, **tokenizer_config)
+    expected = ["a", "e"] if ids == ["a", "[UNK]"] else ids
+    for source in (published, published / "vocab.txt"):
+        assert data.load_tokenizer(source).encode("A é").tokens[1:-1] == expected
+
+
+# ---- Training a tokenizer -----------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.text(alphabet=LETTERS[:5] + "é中. ", min_size=1), min_size=1, max_size=10), seeds
+)
+def test_a_trained_tokenizer_is_deterministic_and_knows_every_character(texts, seed):
+    """Another order of the texts trains the same tokenizer; [PAD] is always 0."""
+    tokenizer = data.train_tokenizer(texts, 60)
+    order = np.random.default_rng(seed).permutation(len(texts))
+    assert data.train_tokenizer([texts[i] for i in order], 60).to_str() == tokenizer.to_str()
+    assert [tokenizer.token_to_id(token) for token in data.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert sorted(tokenizer.get_vocab().values()) == list(range(tokenizer.get_vocab_size()))
+    assert all(UNK not in ids for ids in data.encode_plain(tokenizer, texts))
+    letters = {c for text in texts for c in text.replace("é", "e")} - {" "}
+    fixed = len(data.SPECIAL_TOKENS) + 2 * len(letters)
+    assert {t for t in tokenizer.get_vocab() if len(t) == 1} == letters
+    assert fixed <= tokenizer.get_vocab_size() <= 60
+    assert data.train_tokenizer(texts, fixed).get_vocab_size() == fixed
+
+
+def test_a_trained_tokenizer_has_the_size_asked_for_and_is_trained_in_silence(capfd):
+    """26 x 26 words give 100 tokens, and most of them are used."""
+    texts = [f"{a}{b}{a} {b}{a}{a}" for a in LETTERS for b in LETTERS]
+    tokenizer = data.train_tokenizer(iter(texts), 100)
+    assert tokenizer.get_vocab_size() == 100
+    assert capfd.readouterr() == ("", "")
+    used = {i for ids in data.encode_plain(tokenizer, texts) for i in ids}
+    assert len(used) > 60
+
+
+def test_a_vocabulary_smaller_than_the_alphabet_is_rejected():
+    with pytest.raises(ValueError, match="--vocab-size 6: the text's characters alone are 11"):
+        data.train_tokenizer(["abc"], 6)
+
+
+# ---- Encoding -----------------------------------------------------------------------------------
+
+
+@given(st.lists(any_words | familiar_words | st.sampled_from(["[MASK]", "[PAD]"]), max_size=6))
+def test_a_corpus_never_yields_a_special_token_but_unk(pieces):
+    """Whatever is written in a text, it cannot forge a [MASK]."""
+    (ids,) = data.encode_plain(small_tokenizer(), [" ".join(pieces)])
+    assert set(ids) <= {1, *range(5, len(VOCABULARY))}
+
+
+def test_the_tokenizer_given_to_stage_1_still_knows_its_special_tokens():
+    tokenizer = small_tokenizer()
+    data.encode_plain(tokenizer, ["a [MASK]"])
+    assert tokenizer.encode("[MASK]").ids == [CLS, MASK, SEP]
+
+
+def test_thousands_of_texts_are_encoded_in_order():
+    """Each text is encoded once, although the library gets them in groups."""
+    texts = [" ".join(LETTERS[: 1 + i % 7]) for i in range(2500)]
+    expected = [list(range(5, 6 + i % 7)) for i in range(2500)]
+    assert data.encode_plain(small_tokenizer(), texts) == expected
