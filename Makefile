@@ -21,8 +21,9 @@ run: $(VENV)/ready
 	$(BIN)/python train_sst2.py --weights $(RUN)/pretrained/model --predict "The plot is delicate and the canyon looks tender." "What about the canyon? That is murky, dear listeners."
 	$(BIN)/python -m experiments.story $(RUN)
 
+# Two processes share the tests. With one thread each, they do not wait for one another.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.bench

@@ -54,6 +54,13 @@ def sample_vocabulary(tmp_path) -> str:
 # ---- Three arrays -------------------------------------------------------------------------------
 
 
+def test_a_corpus_describes_itself_in_a_line():
+    corpus = corpus_of([[[5], [6]], [[7, 8, 9]], [[10], [11], [12]]])
+    assert corpus.describe() == (
+        "2 documents, 5 tokens; documents left out: {'no sentence': 0, 'one sentence': 1}"
+    )
+
+
 def test_documents_of_one_sentence_are_left_out_and_counted():
     corpus = corpus_of([[[5], [6]], [], [[7, 8, 9]], [[10], [11], [12]]])
     assert corpus.skipped == {"no sentence": 1, "one sentence": 1}

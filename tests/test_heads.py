@@ -109,3 +109,18 @@ def test_every_parameter_gets_a_gradient_from_the_pretraining_loss():
             assert parameter.grad.abs().max() < 1e-12, name
         else:
             assert parameter.grad.abs().max() > 1e-9, name
+
+
+def test_the_classifier_hands_segments_and_mask_to_the_encoder():
+    """Its logits are those of the pooled encoder, whatever the optional arguments are."""
+    model = build(SST2BertModel, FIXED)
+    input_ids = torch.tensor([[2, 5, 6, 3, 7, 3], [2, 8, 3, 9, 9, 3]])
+    token_type_ids = torch.tensor([[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1]])
+    attention_mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    arguments = (token_type_ids, attention_mask)
+    for given_arguments in ((), arguments[:1], arguments):
+        hidden_states = model.bert(input_ids, *given_arguments)
+        expected = model.classifier(model.bert.pool(hidden_states))
+        torch.testing.assert_close(model(input_ids, *given_arguments), expected, **EXACT)
+    assert not torch.allclose(model(input_ids), model(input_ids, token_type_ids))
+    assert not torch.allclose(model(input_ids, token_type_ids), model(input_ids, *arguments))

@@ -42,6 +42,8 @@ def test_an_unknown_size_is_rejected_with_the_known_ones():
         ({"head_num": 0}, "head_num must be at least 1, got 0"),
         ({"encoder_layers": 0}, "encoder_layers must be at least 1, got 0"),
         ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
+        ({"encoder_layers": 2.5}, "encoder_layers must be an integer, got 2.5"),
+        ({"d_model": True}, "d_model must be an integer, got True"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
         ({"attention_dropout": -0.1}, r"attention_dropout must lie in \[0, 1\), got -0.1"),
     ],

@@ -49,6 +49,12 @@ def test_sentences_are_cls_sentence_sep_cut_to_the_longest_allowed(tmp_path):
     assert MASK not in long
 
 
+def test_the_column_of_sentences_may_be_named_text(tmp_path):
+    path = tmp_path / "train.jsonl"
+    write_rows(path, [{"text": "a b", "label": 1}])
+    assert data.get_reviews(str(path), "train") == (["a b"], [1])
+
+
 def test_sst2_needs_its_columns(tmp_path):
     path = tmp_path / "train.jsonl"
     write_rows(path, [{"review": "a", "label": 1}])

@@ -2,6 +2,8 @@
 can forge a special token.
 """
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -82,6 +84,20 @@ def test_a_vocabulary_is_cased_if_its_config_says_so(tokenizer_config, ids, tmp_
     expected = ["a", "e"] if ids == ["a", "[UNK]"] else ids
     for source in (published, published / "vocab.txt"):
         assert data.load_tokenizer(source).encode("A é").tokens[1:-1] == expected
+
+
+def test_chinese_characters_are_words_unless_the_config_says_otherwise(tmp_path):
+    tokens = {}
+    for handled in (True, False):
+        folder = tmp_path / str(handled)
+        folder.mkdir()
+        (folder / "vocab.txt").write_text(
+            "\n".join([*data.SPECIAL_TOKENS, "中", "文", "中文"]) + "\n"
+        )
+        config = {"tokenize_chinese_chars": handled}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokens[handled] = data.load_tokenizer(folder).encode("中文").tokens[1:-1]
+    assert tokens == {True: ["中", "文"], False: ["中文"]}
 
 
 # ---- Training a tokenizer -----------------------------------------------------------------------

@@ -336,6 +336,12 @@ def test_weights_of_another_shape_than_the_config_are_rejected(tmp_path):
     assert "\n" not in str(rejected.value)
 
 
+def test_an_embedding_that_the_model_has_no_place_for_is_named(published):
+    change_tensors(published, **{"bert.embeddings.language.weight": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"no place for embeddings\.language\.weight"):
+        Bert.from_pretrained(published)
+
+
 def test_a_part_of_the_encoder_that_the_config_has_no_place_for_is_named(published):
     """Of three layers in a file whose config says two, the third was dropped without a warning."""
     change_config(published, num_hidden_layers=2)
