@@ -134,7 +134,7 @@ def their_step(
     changes: dict, rows: int, length: int, device: str = "cpu", same_allocator: bool = False,
     compiled: bool = False, precision: str = "float32",
 ) -> Callable[[], None]:  # fmt: skip
-    """transformers' BertForPreTraining, with our optimizer and batch; in float32, as it comes."""
+    """transformers' BertForPreTraining, with our optimizer and batch; float32, default settings."""
     if same_allocator:
         keep_freed_memory()
     precision = choose_precision(precision, torch.device(device))
@@ -178,7 +178,7 @@ def matrix_products() -> Callable[[], None]:
 def training_steps(size: str, rows: int, length: int, rounds: int) -> dict[str, float]:
     """A step beside transformers', and the float32 peak of the machine in the same rounds.
 
-    Ours as it comes beside transformers as it comes; both in float32 with the same allocator; and,
+    Both with their default settings; both in float32 with the same allocator; and,
     where --precision auto is another one, both in that.
     """
     sizes = {"size": size, "vocab_size": VOCABULARY}

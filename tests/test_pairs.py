@@ -418,15 +418,3 @@ def test_examples_are_full_where_documents_are_long():
     corpus = corpus_of(sentences_of_lengths(KINDS["novels"]))
     batch = PretrainDataset(corpus, small_tokenizer(), ROOM + 3).batch(range(512))
     assert (original(batch) != PAD).double().mean() > 0.93
-
-
-def test_an_epoch_has_an_example_for_each_pair_that_fits_but_one_at_least():
-    corpus = corpus_of([[[5] * 10, [6] * 11]] * 5)
-    examples = {40: 105 // 37, 55: 2, 56: 1, 200: 1}
-    for max_seq_length, count in examples.items():
-        assert len(PretrainDataset(corpus, small_tokenizer(), max_seq_length)) == count
-
-
-def test_a_pair_needs_five_tokens():
-    with pytest.raises(ValueError, match="max_seq_length=4"):
-        PretrainDataset(corpus_of([[[5], [6]]] * 2), small_tokenizer(), 4)
