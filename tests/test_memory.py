@@ -1,8 +1,11 @@
 """A run of days must not grow: what the data pipeline holds in memory is bounded."""
 
 import gc
+import multiprocessing
 import os
 import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -50,6 +53,19 @@ def slope(loader: DataLoader) -> float:
     return float(np.median(pairs))
 
 
+def in_a_new_process(function: Callable[..., float], *arguments) -> float:
+    """Returns what a function of this file returns in a fresh process. This one has run other
+    tests, and its memory moves with what they have left behind.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(with_forked_workers, function, *arguments).result()
+
+
+def with_forked_workers(function: Callable[..., float], *arguments) -> float:
+    multiprocessing.set_start_method("fork", force=True)  # a spawned process would spawn, too
+    return function(*arguments)
+
+
 def map_style(leak: int = 0) -> DataLoader:
     documents = [[[5 + (i * j + k) % 26 for k in range(12)] for j in range(20)] for i in range(200)]
     dataset = data.PretrainDataset(corpus_of(documents), small_tokenizer(), 64)
@@ -87,17 +103,26 @@ def streamed(folder: Path) -> DataLoader:
     return streaming.get_stream_dataloader(rows, "text", streaming.new_progress(2), 0, 1, **how)
 
 
+def slope_of_map_style(leak: int) -> float:
+    return slope(map_style(leak))
+
+
+def slope_of_stream(folder: Path) -> float:
+    streaming.BLOCK = 100_000  # characters, so that many blocks are read
+    return slope(streamed(folder))
+
+
 def test_the_loader_does_not_grow():
     """A leak of 2,000 bytes in each batch of 8, as a control, is noticed."""
-    clean, leaks = slope(map_style()), slope(map_style(leak=250))
+    clean = in_a_new_process(slope_of_map_style, 0)
+    leaks = in_a_new_process(slope_of_map_style, 250)
     print(f"KiB in 100 batches: {clean:.1f}, with a leak {leaks:.1f}")
     assert clean < LIMIT
     assert leaks > 100  # of 195
 
 
-def test_the_streaming_loader_does_not_grow(shards, monkeypatch):
+def test_the_streaming_loader_does_not_grow(shards):
     """It reads many blocks and epochs."""
-    monkeypatch.setattr(streaming, "BLOCK", 100_000)
-    grown = slope(streamed(shards))
+    grown = in_a_new_process(slope_of_stream, shards)
     print(f"KiB in 100 batches: streaming {grown:.1f}")
     assert grown < LIMIT
