@@ -621,3 +621,15 @@ def test_a_run_trains_its_model_and_its_tokenizer_on_its_split(two_splits, optio
     )
     with pytest.raises(ValueError, match=r"has split unsupervised, not train"):
         pretrain(replace(told, split="train", resume=True))
+
+
+def test_texts_are_those_of_the_named_column_and_split(tmp_path):
+    write_rows(tmp_path / "train.jsonl", [{"text": "a", "body": "b", "nothing": None}])
+    write_rows(tmp_path / "test.jsonl", [{"text": "c", "body": "d", "nothing": None}])
+    assert list(data.get_texts(str(tmp_path))) == ["a"]
+    assert list(data.get_texts(str(tmp_path), "test", column="body")) == ["d"]
+    assert list(data.get_texts(str(tmp_path), column="nothing")) == [None]
+    with pytest.raises(
+        ValueError, match=r"no --text-column other in \['text', 'body', 'nothing'\]"
+    ):
+        data.get_texts(str(tmp_path), column="other")

@@ -1,6 +1,7 @@
 """Looking into a model: its parameters by part, its guesses for masks, and its attention drawn."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from helpers import python
 from strategies import FIXED, PADDING, PUBLISHABLE, build, publish, small_tokenizer
 
+import bert
 from bert import (
     Bert,
     BertConfig,
@@ -125,3 +127,45 @@ def test_a_picture_into_a_folder_that_is_not_there_is_rejected_before_any_work(t
     with pytest.raises(ValueError, match=r"--out .*a\.png: its folder does not exist"):
         draw_text(str(publish(tmp_path)), "a b", str(tmp_path / "nowhere/a.png"))
     assert capsys.readouterr().out == ""
+
+
+def in_this_process(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["bert.py", *arguments])
+    bert.main()
+
+
+def test_the_command_prints_the_counts_of_each_part_and_a_line_of_guesses_for_each_mask(
+    tmp_path, monkeypatch, capsys
+):
+    folder = str(publish(tmp_path))
+    in_this_process(monkeypatch, folder, "a [MASK] b")
+    *parts, total, guesses = capsys.readouterr().out.splitlines()
+    model = BertPretrainModel.from_pretrained(folder)
+    counts = parameter_counts(model)
+    assert parts == [f"{count:>13,}  {part}" for part, count in counts.items()]
+    assert total == f"{counts.total():>13,}  in all"
+    (best,) = fill_masks(model, small_tokenizer(), "a [MASK] b")
+    shown = [f"{token} {prob:.3f}" for token, prob in best.items()]
+    assert guesses == "[MASK]  " + "  ".join(shown)
+    assert len(shown) == 5
+
+    in_this_process(monkeypatch, folder)
+    assert capsys.readouterr().out.splitlines() == [*parts, total]  # the text may be left out
+
+
+def test_the_command_explains_itself_and_ends_a_mistake_in_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        in_this_process(monkeypatch, "--help")
+    assert ended.value.code == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert words.startswith("usage: bert.py [-h] source [text]")
+    assert "Counts a model's parameters and fills the masks of a text." in words
+    assert "source directory or hub id of a model" in words
+    assert "text with [MASK] for tokens to be guessed" in words
+
+    with pytest.raises(SystemExit) as ended:
+        in_this_process(monkeypatch, "no/such/place", "a")
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: no/such/place is no directory")
+    assert (printed.err.count("\n"), printed.out) == (1, "")

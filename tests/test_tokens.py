@@ -86,6 +86,28 @@ def test_a_vocabulary_is_cased_if_its_config_says_so(tokenizer_config, ids, tmp_
         assert data.load_tokenizer(source).encode("A é").tokens[1:-1] == expected
 
 
+def test_the_tokenizer_of_a_hub_id_is_announced_and_only_its_files_are_fetched(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "vocab.txt").write_text("\n".join([*data.SPECIAL_TOKENS, "a"]) + "\n")
+    asked = []
+
+    def download(source: str, allow_patterns: list[str]) -> str:
+        asked.append((source, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(data, "snapshot_download", download)
+    tokenizer = data.load_tokenizer("someone/some-bert")
+    assert tokenizer.encode("a").tokens == ["[CLS]", "a", "[SEP]"]
+    files = ["tokenizer.json", "tokenizer_config.json", "vocab.*"]
+    assert asked == [("someone/some-bert", files)]
+    assert capsys.readouterr().err == "fetching someone/some-bert from the hub\n"
+    for path in ("missing.json", "missing.txt"):  # a file is a file, never a hub id
+        with pytest.raises(ValueError, match=f"no tokenizer at {path}"):
+            data.load_tokenizer(path)
+    assert len(asked) == 1
+
+
 def test_chinese_characters_are_words_unless_the_config_says_otherwise(tmp_path):
     tokens = {}
     for handled in (True, False):
