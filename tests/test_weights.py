@@ -533,3 +533,77 @@ def test_two_padding_ids_are_an_error_that_names_both(published):
         train_sst2.make_model(SST2Options(weights=str(published)), small_tokenizer())
     with pytest.raises(ValueError, match=message):
         look(str(published), "a [MASK]")
+
+
+# ---- What is fetched, and what is said ----------------------------------------------------------
+
+
+def test_pickled_weights_are_fetched_from_the_hub_only_without_safetensors(
+    tmp_path, monkeypatch, capsys
+):
+    import huggingface_hub
+
+    asked = []
+
+    def download(source: str, allow_patterns: list[str]) -> str:
+        asked.append((source, allow_patterns[:-1], allow_patterns[-1]))
+        if allow_patterns[-1].startswith("pytorch_model"):
+            (tmp_path / "pytorch_model.bin").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    others = ["config.json", "tokenizer*.json", "vocab.txt"]
+    first = ("someone/some-bert", others, "model*.safetensors*")
+    second = ("someone/some-bert", others, "pytorch_model*.bin*")
+    assert bert.fetch("someone/some-bert") == tmp_path
+    assert asked == [first, second]
+    assert capsys.readouterr().err == "fetching someone/some-bert from the hub\n"
+    (tmp_path / "model.safetensors").touch()
+    assert bert.fetch("someone/some-bert") == tmp_path
+    assert asked[2:] == [first]
+
+
+def test_what_the_hub_does_not_give_is_told_with_what_to_name_instead(monkeypatch):
+    import huggingface_hub
+
+    def download(source: str, allow_patterns: list[str]) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    needed = "name a directory with config.json, model.safetensors and tokenizer.json"
+    with pytest.raises(ValueError, match="^someone/some-bert is no directory, and the hub") as told:
+        bert.fetch("someone/some-bert")
+    assert str(told.value).endswith(f"the hub does not give it: {needed}")
+    with pytest.raises(ValueError, match="^no/such/place is no directory, and no id of") as told:
+        bert.fetch("no/such/place")
+    assert str(told.value).endswith(f"no id of the hub: {needed}")
+
+
+def test_warnings_of_loading_and_saving_point_at_the_line_that_asked(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())  # d_k differs
+        SST2BertModel.from_pretrained(publish(tmp_path / "model"))  # an unused and a missing head
+    messages = [str(warning.message) for warning in caught]
+    assert [message.split(",")[0] for message in messages] == ["d_k", "initialized", "not used"]
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+def test_shards_without_an_index_are_read(published):
+    tensors = load_file(published / "model.safetensors")
+    (published / "model.safetensors").unlink()
+    names = sorted(tensors)
+    for shard, part in enumerate((names[::2], names[1::2]), start=1):
+        file = published / f"model-{shard}-of-2.safetensors"
+        save_file({name: tensors[name] for name in part}, file, metadata={"format": "pt"})
+    model = BertPretrainModel.from_pretrained(published)
+    assert model.missing_parameters == []
+
+
+def test_a_config_without_a_width_is_named(published):
+    path = published / "config.json"
+    config = json.loads(path.read_text())
+    del config["hidden_size"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json has no 'hidden_size'$"):
+        Bert.from_pretrained(published)
