@@ -42,7 +42,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---- Configuration ------------------------------------------------------------------------------
+# ---- Configuration -----------------------------------------------------------
 
 SIZES = {  # name: (encoder layers, d_model). base and large: [BERT] §3; the others: [Code].
     "tiny": (2, 128),
@@ -117,7 +117,7 @@ class BertConfig:
         return cls(**{**fields, **changes})
 
 
-# ---- The encoder --------------------------------------------------------------------------------
+# ---- The encoder -------------------------------------------------------------
 
 
 class Embeddings(nn.Module):
@@ -426,7 +426,7 @@ class SST2BertModel(PretrainedModel):
         return self.classifier(self.dropout(pooled))
 
 
-# ---- The published format -----------------------------------------------------------------------
+# ---- The published format ----------------------------------------------------
 #
 # A published BERT is a directory with config.json, model.safetensors (or the older
 # pytorch_model.bin, or shards of either), tokenizer.json or vocab.txt, and tokenizer_config.json.
@@ -497,7 +497,7 @@ def published_name(name: str) -> str:
     return prefix + published.replace("*", layer)
 
 
-# ---- Loading ------------------------------------------------------------------------------------
+# ---- Loading -----------------------------------------------------------------
 
 
 def load_pretrained(cls: type[PretrainedModel], source: str | Path, changes: dict[str, Any]) -> Any:
@@ -684,7 +684,7 @@ def check_encoder_is_complete(missing: list[str]) -> None:
         raise ValueError(f"a part of the encoder is missing: {', '.join(encoder)}")
 
 
-# ---- Saving -------------------------------------------------------------------------------------
+# ---- Saving ------------------------------------------------------------------
 
 
 def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) -> None:
@@ -727,7 +727,7 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-# ---- Tokenizer and weights belong together ------------------------------------------------------
+# ---- Tokenizer and weights belong together -----------------------------------
 #
 # With another tokenizer, ids silently refer to different tokens, and accuracy drops without an
 # error. So a model is saved with a hash of its tokenizer, which is checked when it is used again.
@@ -776,7 +776,7 @@ def check_padding(model: PretrainedModel, tokenizer: Any) -> None:
         )
 
 
-# ---- Looking into a model -----------------------------------------------------------------------
+# ---- Looking into a model ----------------------------------------------------
 
 
 def parameter_counts(model: nn.Module) -> Counter[str]:

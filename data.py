@@ -6,7 +6,7 @@ and other masks for every epoch would take days. So the work is divided:
     stage 1, once        text -> sentences -> tokens -> one array on disk, memory-mapped
     stage 2, in workers  a pair of segments -> masked positions -> an example -> a batch
 
-The sections below follow this way. After them come SST-2, and at the end the reading of files.
+The sections below are in this order. After them come SST-2, and at the end the reading of files.
 Stage 2 makes one example at a time. Its random numbers depend only on the seed, the epoch and the
 index of the example within the epoch. So the masks differ in every epoch, and neither workers nor
 ranks nor a resume change a token.
@@ -19,8 +19,8 @@ Words used throughout:
     column     offset of a token in an example, where column 0 is [CLS] (in stage 1, and where files
                are read, it is a named column of a table)
     candidates the columns that may be masked: those of both segments, without [CLS] and [SEP]
-    masked positions: the columns whose tokens are to be predicted. So they are no positions in the
-               corpus; `to_device` of train_pretrain.py counts them through all rows of a batch
+    masked positions: the columns whose tokens are to be predicted: columns, in spite of the
+               name. `to_device` of train_pretrain.py makes row * seq + column of them
     start, end of a span: its first token, and the token after its last one. A span is written
                start .. end, without its end; "from 2 to 61" includes both
     example    `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
@@ -48,29 +48,33 @@ import datasets
 import numpy as np
 import torch
 from datasets import Features, List, Value
+from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import snapshot_download
 from numpy.random.bit_generator import ISeedSequence
 from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# Tokenizing runs in several processes. If `tokenizers` also started threads, a process that is
-# forked afterwards could deadlock.
+# Tokenizing runs in several processes. If `tokenizers` also started threads, a process
+# that is forked afterwards could deadlock.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-IGNORED_LABEL = -100  # the label of a token that is not to be predicted; cross_entropy skips it
-SAMPLE = Path(__file__).with_name("sample")  # a small invented corpus that comes with the code
+# The label of a token that is not to be predicted. cross_entropy skips it.
+IGNORED_LABEL = -100
+# A small invented corpus that comes with the code.
+SAMPLE = Path(__file__).with_name("sample")
 
-# ---- Text -> sentences ---------------------------------------------------------------------------
+# ---- Text -> sentences -------------------------------------------------------
 
-# A sentence ends after . ! ? or an ellipsis before white space, but not after an initial or a
-# title. (?<!...) looks back, only over strings of one length, so "mrs" stands apart. Closing
-# quotation marks and brackets belong to it. A sentence also ends after 。！？ and at a blank line.
+# A sentence ends after . ! ? or an ellipsis before white space, but not after an initial
+# or a title. (?<!...) looks back, only over strings of one length, so "mrs" stands apart.
+# Closing quotation marks and brackets belong to the sentence that they close. A sentence
+# also ends after 。！？ and at a blank line.
 SENTENCE_END = re.compile(
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
     r"""|[。！？]|\n\s*\n"""
 )
-# Up to 1,000 characters that end with white space or with the text, or else exactly 1,000.
+# Up to 1,000 characters that end with white space or with the text, or exactly 1,000.
 PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)
 
 
@@ -91,7 +95,7 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if sentence]
 
 
-# ---- Sentences -> tokens -------------------------------------------------------------------------
+# ---- Sentences -> tokens -----------------------------------------------------
 
 
 def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> Tokenizer:
@@ -102,6 +106,7 @@ def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> T
     normalizer: options, with their defaults: `lowercase` (True), `strip_accents` (the same as
     lowercase), `handle_chinese_chars` (True).
     """
+    # A plain Tokenizer can do more than this wrapper of it.
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
 
 
@@ -148,7 +153,7 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-# ---- Stage 1: documents -> a table of tokens -----------------------------------------------------
+# ---- Stage 1: documents -> a table of tokens ---------------------------------
 
 
 STAGE_1 = 1  # part of the cache's key: to be raised when the result of stage 1 changes
@@ -161,7 +166,7 @@ def tokenize_documents(
 
     rows: texts, or lists of texts that are joined, under the key `column`.
     indices: the index of each document in the corpus, for error messages.
-    Raises ValueError, naming the row, if one is not text.
+    Raises ValueError, naming the row, if one is not text. None is an empty text.
 
     Example: a document whose two sentences have the ids [7, 8, 9] and [4, 5] gives the tokens
     [7, 8, 9, 4, 5], the starts [0, 3], and 2 sentences.
@@ -177,7 +182,8 @@ def tokenize_documents(
 
         ids = encode_plain(tokenizer, split_sentences(text))
         sentences = [sentence for sentence in ids if sentence]
-        kept = sentences if len(sentences) > 1 else []  # with one, no sentence follows another
+        # With one sentence, no sentence follows another.
+        kept = sentences if len(sentences) > 1 else []
         lengths = np.array([len(sentence) for sentence in kept], dtype=np.int64)
         tokens = [token for sentence in kept for token in sentence]
         columns["tokens"].append(np.array(tokens, dtype=np.uint32))
@@ -213,7 +219,8 @@ def tokenize_dataset(
     largest_id = max(tokenizer.get_vocab().values())  # a vocabulary may have holes
     tokens = List(Value("uint16" if largest_id < 2**16 else "uint32"))
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
-    documents_per_call = min(max(len(dataset) // 1000, 16), 1000)  # also in a chunk of the file
+    # The documents of a call become one chunk of the stored table.
+    documents_per_call = min(max(len(dataset) // 1000, 16), 1000)
     return dataset.map(
         tokenize_documents,
         fn_kwargs={
@@ -232,7 +239,7 @@ def tokenize_dataset(
     )
 
 
-# ---- The corpus as three arrays ------------------------------------------------------------------
+# ---- The corpus as three arrays ----------------------------------------------
 
 
 class TokenizedCorpus:
@@ -250,26 +257,30 @@ class TokenizedCorpus:
     """
 
     def __init__(self, rows: datasets.Dataset) -> None:
-        if rows._indices is not None:  # shuffled or filtered: the table itself has another order
+        # A table that was shuffled or filtered has another order in its file.
+        if rows._indices is not None:
             rows = rows.flatten_indices()
         self.rows = rows
-        sentences = np.asarray(rows["sentences"][:], dtype=np.int64)  # (rows,), how many each has
-        with_none, with_one, with_more = np.bincount(np.minimum(sentences, 2), minlength=3).tolist()
+
+        # How many sentences each document has: none, one, or more.
+        sentences = np.asarray(rows["sentences"][:], dtype=np.int64)  # (rows,)
+        none_one_or_more = np.minimum(sentences, 2)
+        with_none, with_one, with_more = np.bincount(none_one_or_more, minlength=3).tolist()
         self.skipped = {"no sentence": with_none, "one sentence": with_one}
         if with_more < 2:
             raise ValueError(
                 f"{with_more} documents have a next sentence, 2 are needed; {self.skipped}"
             )
 
-        # `datasets` stores a column in chunks. The tokens of a chunk are one array, a view of the
-        # file, and a document never lies across two chunks.
+        # `datasets` stores a column in chunks. The tokens of a chunk are one array, a view
+        # of the file, and a document never lies across two chunks.
         token_chunks = rows.data.column("tokens").chunks
         start_chunks = rows.data.column("starts").chunks
         self.chunks = [chunk.flatten().to_numpy() for chunk in token_chunks]
         self.chunk_starts = np.cumsum([0, *map(len, self.chunks)])
 
-        lengths = np.concatenate([chunk.value_lengths() for chunk in token_chunks])  # (rows,)
-        lengths = lengths.astype(np.int64)
+        lengths_by_chunk = [chunk.value_lengths() for chunk in token_chunks]
+        lengths = np.concatenate(lengths_by_chunk).astype(np.int64)  # (rows,)
         self.size = int(lengths.sum())
         ends = np.cumsum(lengths)
         starts = ends - lengths  # (rows,), positions; skipped documents have length 0
@@ -291,19 +302,16 @@ class TokenizedCorpus:
     def describe(self) -> str:
         """Returns a line for people: how much there is, and what was left out."""
         documents = len(self.document_starts) - 1
-        return f"{documents} documents, {len(self):,} tokens; documents left out: {self.skipped}"
+        there = f"{documents} documents, {len(self):,} tokens"
+        return f"{there}; documents left out: {self.skipped}"
 
     def document_around(self, position: int) -> tuple[int, int]:
         """Returns start and end of the document that holds `position`."""
-        next_document = self.document_starts.searchsorted(position, side="right")
-        start, end = self.document_starts[next_document - 1 : next_document + 1]
-        return int(start), int(end)
+        return span_around(self.document_starts, position)
 
     def sentence_around(self, position: int) -> tuple[int, int]:
         """Returns start and end of the sentence that holds `position`."""
-        next_sentence = self.sentence_starts.searchsorted(position, side="right")
-        start, end = self.sentence_starts[next_sentence - 1 : next_sentence + 1]
-        return int(start), int(end)
+        return span_around(self.sentence_starts, position)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Returns the tokens at positions start .. end, a span that must lie in one document."""
@@ -329,7 +337,14 @@ class TokenizedCorpus:
         return float(-(shares * np.log(shares)).sum())
 
 
-# ---- Random numbers ------------------------------------------------------------------------------
+def span_around(starts: np.ndarray, position: int) -> tuple[int, int]:
+    """Returns the last of the sorted `starts` up to `position`, and the one after it."""
+    after = starts.searchsorted(position, side="right")
+    start, end = starts[after - 1 : after + 1]
+    return int(start), int(end)
+
+
+# ---- Random numbers ----------------------------------------------------------
 
 PURPOSE_EXAMPLE, PURPOSE_ORDER, PURPOSE_SST2 = 0, 1, 2
 
@@ -359,7 +374,7 @@ def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.
     return np.random.Generator(philox)
 
 
-# ---- A pair of segments --------------------------------------------------------------------------
+# ---- A pair of segments ------------------------------------------------------
 
 MAX_REDRAWS = 20
 
@@ -458,8 +473,8 @@ def find_seam(corpus: TokenizedCorpus, position: int, reach: float) -> Seam:
         return Seam(document_start, candidate, document_end, starts_sentence=True)
 
     position = max(position, document_start + 1)  # segment A needs a token
-    # If the first sentence of a document has one token, the line above may have moved `position`
-    # to sentence_end, where the second sentence starts.
+    # If the first sentence of a document has one token, the line above may have moved
+    # `position` to sentence_end, where the second sentence starts.
     starts_sentence = position in (sentence_start, sentence_end)
     return Seam(document_start, position, document_end, starts_sentence)
 
@@ -504,7 +519,8 @@ def place_pair(
 ) -> Pair:
     """Returns the pair, of at most `target` tokens, that two seams and two coins make.
 
-    1. The room before and the room after: in each case the smaller one of the two seams.
+    1. The room before: how many tokens their documents have before both seams, at least. The room
+       after: how many they have after both seams, at least.
     2. The lengths. The pair has `target` tokens, or fewer if both rooms together have less. Segment
        A gets one token plus the fraction `share_of_a`, from 0 to 1, of the remaining ones, but at
        most the room before. Segment B gets the rest, at most the room after; what exceeds it goes
@@ -520,12 +536,11 @@ def place_pair(
     middle. (If the length of A were drawn from shortest_a to longest_a instead of clamped to them,
     it would be a tenth as many in long documents.)
 
-    Why a leak remains: to cover a whole document, a true pair needs a seam that has both smaller
-    rooms. But in a document of given length, more room before a seam is less room after it, so the
-    two seams usually have one smaller room each. Then a random pair can reach the start of one
-    document and the end of the other. For example, let the rooms before the seams be 10 and 30, and
-    those after 40 and 20: segment A gets at most 10 tokens, the first document's start, and segment
-    B at most 20, the second document's end.
+    Why a leak remains: let one seam have 10 tokens before it and 40 after it, the other one 30
+    and 20. Segment A gets at most 10 tokens: at the first seam it starts the document. Segment B
+    gets at most 20: at the other seam it ends the document. So of the four results of the coins
+    only a random pair does both. A true pair could only if one seam had the fewer tokens on both
+    sides, which is rare among documents of similar length.
     """
     room_before = min(seam.position - seam.document_start, other.position - other.document_start)
     room_after = min(seam.document_end - seam.position, other.document_end - other.position)
@@ -542,7 +557,7 @@ def place_pair(
     return Pair(a_end - length_a, a_end, b_start, b_start + length_b, coin_a != coin_b)
 
 
-# ---- Masked positions ----------------------------------------------------------------------------
+# ---- Masked positions --------------------------------------------------------
 
 MASKED_SHARE = 0.15
 
@@ -598,8 +613,10 @@ def choose_words(
     arc_start = int(rng.integers(n))
     arc_end = arc_start + count
     inside = np.minimum(ends, arc_end) - np.maximum(starts, arc_start)
-    inside_after_wrap = np.minimum(ends, arc_end - n) - starts  # the part at 0 .. arc_end - n
-    tokens_inside = np.maximum(inside, 0) + np.maximum(inside_after_wrap, 0)  # (words,), by `order`
+    # An arc that goes beyond token n continues at 0 .. arc_end - n.
+    inside_after_wrap = np.minimum(ends, arc_end - n) - starts
+    # (words,), in the order on the circle
+    tokens_inside = np.maximum(inside, 0) + np.maximum(inside_after_wrap, 0)
 
     # True with probability tokens_inside / length
     is_taken = rng.random(len(lengths)) * lengths[order] < tokens_inside
@@ -635,7 +652,8 @@ def mask_tokens(
     labels[masked_positions] = original_ids
 
     draw = rng.random(len(masked_positions))
-    random_index = (rng.random(len(masked_positions)) * len(ordinary_ids)).astype(np.int64)
+    random_share = rng.random(len(masked_positions))
+    random_index = (random_share * len(ordinary_ids)).astype(np.int64)
     random_ids = ordinary_ids[random_index]
     random_or_kept = np.where(draw < 0.9, random_ids, original_ids)
     corrupted = input_ids.astype(np.int64)
@@ -643,7 +661,7 @@ def mask_tokens(
     return corrupted, labels
 
 
-# ---- An example, a batch -------------------------------------------------------------------------
+# ---- An example, a batch -----------------------------------------------------
 
 
 class PretrainDataset(Dataset):
@@ -671,11 +689,15 @@ class PretrainDataset(Dataset):
         self.seed = seed
         self.whole_word_masking = whole_word_masking
         self.padding_idx = vocabulary[PAD]
-        self.cls_id, self.sep_id, self.mask_id = (vocabulary[name] for name in (CLS, SEP, MASK))
+        self.cls_id = vocabulary[CLS]
+        self.sep_id = vocabulary[SEP]
+        self.mask_id = vocabulary[MASK]
         special_ids = {vocabulary[name] for name in SPECIAL_TOKENS}
         self.ordinary_ids = np.array(sorted(set(vocabulary.values()) - special_ids))
-        self.is_piece = np.zeros(max(vocabulary.values()) + 1, dtype=bool)  # (vocab,): ## tokens
-        self.is_piece[[id for token, id in vocabulary.items() if token.startswith("##")]] = True
+        # (vocab,), True for tokens that continue a word
+        piece_ids = [id for token, id in vocabulary.items() if token.startswith("##")]
+        self.is_piece = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
+        self.is_piece[piece_ids] = True
 
     def __len__(self) -> int:
         return max(1, len(self.corpus) // (self.max_seq_length - 3))
@@ -708,8 +730,8 @@ class PretrainDataset(Dataset):
         columns = np.arange(last_sep)
         candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])
         if self.whole_word_masking:
-            # The difference is 1 within a segment, and 2 at its first token: a ## piece there
-            # continues no word.
+            # The difference is 1 within a segment, and 2 at its first token: a ## piece
+            # there continues no word.
             follows_candidate = np.diff(candidates, prepend=-1) == 1
             continues_word = follows_candidate & self.is_piece[input_ids[candidates]]
             masked_positions = choose_words(candidates, continues_word, rng)
@@ -746,7 +768,7 @@ def collate(examples: list[dict[str, np.ndarray]], padding_idx: int) -> dict[str
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-# ---- The order of examples -----------------------------------------------------------------------
+# ---- The order of examples ---------------------------------------------------
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
@@ -782,12 +804,12 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in count(self.first_batch, self.stride):
             indices = []
-            turn = batch * self.batch_size  # counts all examples of all epochs, in their order
-            for _ in range(self.batch_size):
+            # Counts all examples of all epochs, in their order.
+            first_turn = batch * self.batch_size
+            for turn in range(first_turn, first_turn + self.batch_size):
                 epoch, turn_in_epoch = divmod(turn, self.size)
                 order = permutation(self.seed, epoch, self.size)
                 indices.append(epoch * self.size + int(order[turn_in_epoch]))
-                turn += 1
             yield indices
 
 
@@ -817,7 +839,7 @@ def get_split_dataloader(
     )
 
 
-# ---- SST-2 ---------------------------------------------------------------------------------------
+# ---- SST-2 -------------------------------------------------------------------
 
 
 def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[str], list[int]]:
@@ -825,8 +847,10 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
 
     Raises ValueError, with the row, if a sentence is no text or a label is not 0 or 1.
     """
-    rows = get_dataset(str(SAMPLE / "reviews") if path == "sample" else path, name, split)
-    column = next((name for name in ("sentence", "text") if name in rows.column_names), None)
+    source = str(SAMPLE / "reviews") if path == "sample" else path
+    rows = get_dataset(source, name, split)
+    names = [name for name in ("sentence", "text") if name in rows.column_names]
+    column = names[0] if names else None
     if column is None or "label" not in rows.column_names:
         raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
     texts, labels = list(rows[column]), list(rows["label"])
@@ -835,7 +859,8 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
             raise ValueError(
                 f"{path}, {split}: row {row} has the {column} {text!r}, which is no text"
             )
-        if type(label) is not int or label not in (0, 1):  # True, 1.0 and "1" are no labels
+        # True, 1.0 and "1" are no labels.
+        if type(label) is not int or label not in (0, 1):
             raise ValueError(
                 f"{path}, {split}: row {row} has the label {label!r}, not 0 or 1 (SetFit/sst2 has a"
                 " test split with labels)"
@@ -847,13 +872,14 @@ def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> li
     """Returns the ids of `[CLS] sentence [SEP]` for each text, cut to `longest` tokens."""
     vocabulary = tokenizer.get_vocab()
     cls_id, sep_id = vocabulary[CLS], vocabulary[SEP]
-    return [[cls_id, *ids[: longest - 2], sep_id] for ids in encode_plain(tokenizer, texts)]
+    sentences = encode_plain(tokenizer, texts)
+    return [[cls_id, *ids[: longest - 2], sep_id] for ids in sentences]
 
 
 class SST2Batches:
     """Batches of all sentences, each once, with sentences of similar lengths together.
 
-    1. Shuffle the sentences, by (seed, `epoch`).
+    1. Shuffle the sentences, by (seed, `epoch`). Whoever trains sets `epoch`.
     2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
        is padding (67%, if every sentence were padded to the longest of all), and every epoch still
        groups other sentences.
@@ -901,7 +927,7 @@ class SST2Batches:
             yield {"input_ids": input_ids, "labels": labels}
 
 
-# ---- Reading corpora -----------------------------------------------------------------------------
+# ---- Reading corpora ---------------------------------------------------------
 
 
 def get_corpus(
@@ -923,19 +949,22 @@ def get_corpus(
     has_validation = "validation" in splits and "validation" not in train_split
     if split == "validation" and has_validation:
         return TokenizedCorpus(tokenize_dataset(splits["validation"], tokenizer, **stage_1))
-    rows = tokenize_dataset(get_train_rows(path, train_split, name), tokenizer, **stage_1)
+    train_rows = get_train_rows(splits, path, train_split, name)
+    rows = tokenize_dataset(train_rows, tokenizer, **stage_1)
     if has_validation:
         return TokenizedCorpus(rows)
     usable = np.flatnonzero(np.asarray(rows["sentences"][:]) > 1)
     if len(usable) < 4:
         raise ValueError(f"{path}: {len(usable)} of 4 documents needed; see --rows-per-document")
     cut = usable[-max(2, len(usable) // 100)]
-    return TokenizedCorpus(rows.select(range(cut) if split == "train" else range(cut, len(rows))))
+    part = range(cut) if split == "train" else range(cut, len(rows))
+    return TokenizedCorpus(rows.select(part))
 
 
-def get_train_rows(path: str, train_split: str, name: str | None = None) -> datasets.Dataset:
-    """Returns the rows to train on. train_split: a split, or several: see `get_corpus`."""
-    splits = get_dataset(path, name, split=None)
+def get_train_rows(
+    splits: dict[str, datasets.Dataset], path: str, train_split: str, name: str | None = None
+) -> datasets.Dataset:
+    """Returns the rows to train on. splits: all of `path`. train_split: see `get_corpus`."""
     if train_split in splits:
         return splits[train_split]
     if train_split.isidentifier():  # one name, not train+unsupervised or train[:10%]
@@ -949,7 +978,8 @@ def get_texts(
     path: str, train_split: str = "train", name: str | None = None, column: str = "text"
 ) -> Iterable[str]:
     """Returns the texts to train on. Raises ValueError if the column is missing or not text."""
-    rows = get_train_rows(path, train_split, name)
+    splits = get_dataset(path, name, split=None)
+    rows = get_train_rows(splits, path, train_split, name)
     if column not in rows.column_names:
         raise ValueError(f"no --text-column {column} in {rows.column_names}")
     kind = rows.features[column]
@@ -978,8 +1008,9 @@ def get_dataset(
         raise ValueError(f"{path} does not exist")
     try:
         return datasets.load_dataset(source, name, split=split, streaming=streaming, **options)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as e:
-        raise ValueError(f"cannot read {path}: {e.__cause__ or str(e) or 'it is empty'}") from e
+    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+        cause = error.__cause__ or str(error) or "it is empty"
+        raise ValueError(f"cannot read {path}: {cause}") from error
 
 
 KINDS = {".txt", ".json", ".jsonl", ".parquet"}
@@ -1032,7 +1063,7 @@ def is_hub_id(source: str) -> bool:
     return "/" not in source or not Path(Path(source).parts[0]).exists()
 
 
-# ---- Reading tokenizers --------------------------------------------------------------------------
+# ---- Reading tokenizers ------------------------------------------------------
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -1046,7 +1077,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             files = ["tokenizer.json", "tokenizer_config.json", "vocab.*"]
             path = Path(snapshot_download(str(path), allow_patterns=files))
         if path.is_dir():
-            path = path / ("tokenizer.json" if (path / "tokenizer.json").exists() else "vocab.txt")
+            has_json = (path / "tokenizer.json").exists()
+            path = path / ("tokenizer.json" if has_json else "vocab.txt")
         if path.suffix == ".txt":
             tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -1057,7 +1089,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"no tokenizer at {path}: {error}") from error
-    if missing := set(SPECIAL_TOKENS) - set(tokenizer.get_vocab()):
+    missing = set(SPECIAL_TOKENS) - set(tokenizer.get_vocab())
+    if missing:
         raise ValueError(f"the tokenizer at {path} lacks {', '.join(sorted(missing))}")
     tokenizer.no_padding()
     tokenizer.no_truncation()

@@ -23,7 +23,6 @@ Dimensions: batch, seq, vocab, and masked (all masked positions of a batch).
 import contextlib
 import gc
 import itertools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,6 +46,7 @@ from bert import (
     check_padding,
     fetch,
     is_tokenizer_of,
+    read_json,
     tokenizer_hash,
 )
 from support.command_line import LARGEST_SEED, LARGEST_SIZE, check_limits, run_script
@@ -64,7 +64,7 @@ from support.run import FiniteGuard, Run, set_seed
 
 Batch = dict[str, Tensor]
 
-# ---- Options ------------------------------------------------------------------------------------
+# ---- Options -----------------------------------------------------------------
 
 
 @dataclass
@@ -109,7 +109,7 @@ class PretrainOptions:
     accumulate: int = 1
     """Micro-batches in a step, divided among the ranks."""
     workers: int = 2
-    """Processes that prepare batches."""
+    """Processes of each rank that prepare batches. As many tokenize."""
 
     # The model
     weights: str | None = None
@@ -209,7 +209,7 @@ MAY_CHANGE = {
 }
 
 
-# ---- The loss -----------------------------------------------------------------------------------
+# ---- The loss ----------------------------------------------------------------
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -275,11 +275,11 @@ class PretrainLosses(nn.Module):
         return sum_losses(self.model, batch, self.precision)
 
 
-# ---- One training step --------------------------------------------------------------------------
+# ---- One training step -------------------------------------------------------
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Returns the learning rate of a step, from 0 to steps - 1. [BERT] A.2.
+    """Returns the learning rate of a step; steps count from 0 to steps - 1. [BERT] A.2.
 
     It rises linearly to `peak` in `warmup` steps, then falls linearly towards 0. Warmup is needed
     because Adam's first estimates of the moments are poor, and because the gradients of a post-LN
@@ -384,7 +384,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> T
     return norm
 
 
-# ---- The loop -----------------------------------------------------------------------------------
+# ---- The loop ----------------------------------------------------------------
 
 
 def train(
@@ -421,7 +421,9 @@ def train(
         if save_is_due and step > run.saved_step:
             guard.check(model)
             run.save(step, progress, model=model, optimizer=optimizer)
-        if run.rank == 0 and (must_stop or options.exports_at(step)):  # if stopped, too
+        if run.rank == 0 and (
+            must_stop or options.exports_at(step)
+        ):  # a stopped run leaves its model, too
             guard.check(model)
             export(step)
         if must_stop:
@@ -466,7 +468,7 @@ def count_tokens(micro_batches: list[Batch], padding_idx: int) -> int:
     return everywhere
 
 
-# ---- Evaluation ---------------------------------------------------------------------------------
+# ---- Evaluation --------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -526,7 +528,7 @@ def probe(
     }
     lines = []
     for name, ids in shown.items():
-        tokens = [str(tokenizer.id_to_token(id)) for id in ids]
+        tokens = [str(tokenizer.id_to_token(id)) for id in ids.tolist()]
         lines.append(f"{name} Tokens: {'|'.join(tokens)}")
     return "\n".join(lines)
 
@@ -544,7 +546,7 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
         print(f"{name:<26}{value:.4f}")
 
 
-# ---- What a run needs ---------------------------------------------------------------------------
+# ---- What a run needs --------------------------------------------------------
 
 
 def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
@@ -558,19 +560,19 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
     directory = fetch(weights)
     saved = data.load_tokenizer(directory)
     path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config = read_json(path) if path.exists() else {}
     if saved.get_vocab_size() > config.get("vocab_size", math.inf):
         raise ValueError(f"{weights}: more tokens than the {config['vocab_size']} of the weights")
 
     # Only models that this project saved have the hash. Without it, --tokenizer is compared with
     # the tokenizer beside the weights.
     saved_hash = config.get("tokenizer_hash", tokenizer_hash(saved))
-    named = data.load_tokenizer(tokenizer) if tokenizer else saved
-    for candidate, source in ((named, tokenizer), (saved, directory)):
+    candidates = {str(directory): saved}
+    if tokenizer:
+        candidates = {tokenizer: data.load_tokenizer(tokenizer), **candidates}
+    for source, candidate in candidates.items():
         if not is_tokenizer_of(candidate, saved_hash):
-            raise ValueError(
-                f"the tokenizer {source or directory} is not the one {weights} was trained with"
-            )
+            raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
     return saved
 
 
@@ -624,9 +626,9 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
     """Returns the model of --weights, or a new one with initial weights from torch's seed.
 
     Position embeddings are learned, so an example cannot have more tokens than the position table
-    has rows. A table may have more rows than --max-seq-length: they learn nothing in this run, but
-    a later one can use longer examples. [BERT] A.2 trains 900,000 steps with 128 tokens, then
-    100,000 with 512.
+    has rows. A table may have more rows than --max-seq-length: the rows beyond learn nothing in
+    this run, but a later one can use longer examples. [BERT] A.2 trains 900,000 steps with 128
+    tokens, then 100,000 with 512.
     """
     dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
     if options.weights:
@@ -676,7 +678,7 @@ def make_validation(
     tokenizer: Tokenizer,
     device: torch.device,
 ) -> list[Batch]:
-    """Returns the batches of every evaluation. They are always the same ones."""
+    """Returns the batches of an evaluation: the same ones in all evaluations of a run."""
     dataset = make_dataset(options, corpus, tokenizer)
     batches_per_epoch = math.ceil(len(dataset) / options.batch_size)
     count = min(options.eval_batches, batches_per_epoch)
@@ -747,12 +749,11 @@ def what_identifies(
     """Returns everything that must be the same when the run is resumed."""
     identity = {name: v for name, v in asdict(options).items() if name not in MAY_CHANGE}
     identity["tokenizer_hash"] = tokenizer_hash(tokenizer)
-    if options.streaming:  # only this much of a stream is known before it has been read
-        identity["validation_checksum"] = corpora["validation"].checksum()
+    identity["validation_checksum"] = corpora["validation"].checksum()
+    if options.streaming:  # no more is known of a stream before it has been read
         identity["shards"] = corpora["train"].num_shards
     else:
         identity["corpus_checksum"] = corpora["train"].checksum()
-        identity["validation_checksum"] = corpora["validation"].checksum()
     return identity | baselines
 
 

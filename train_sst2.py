@@ -49,7 +49,7 @@ from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, up
 
 LABELS = ("negative", "positive")
 
-# ---- Options ------------------------------------------------------------------------------------
+# ---- Options -----------------------------------------------------------------
 
 
 @dataclass
@@ -133,7 +133,7 @@ LIMITS = {  # the smallest and the largest value
 }
 
 
-# ---- Forward and evaluation ---------------------------------------------------------------------
+# ---- Forward and evaluation --------------------------------------------------
 
 
 def forward(model: SST2BertModel, input_ids: Tensor, precision: str = "float32") -> Tensor:
@@ -170,7 +170,7 @@ def best_epoch(accuracies: list[float]) -> int:
     return int(np.argmax(accuracies))
 
 
-# ---- Fine-tuning of one model -------------------------------------------------------------------
+# ---- Fine-tuning of one model ------------------------------------------------
 
 
 def fine_tune(
@@ -243,7 +243,7 @@ def fine_tune(
     return best_model, max(accuracies)
 
 
-# ---- A run: every learning rate, every seed -----------------------------------------------------
+# ---- A run: every learning rate, every seed ----------------------------------
 
 
 def make_tokenizer(options: SST2Options) -> Tokenizer:
@@ -353,7 +353,7 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     print(f"{out}/model holds the best weights and their tokenizer")
 
 
-# ---- Prediction ---------------------------------------------------------------------------------
+# ---- Prediction --------------------------------------------------------------
 
 
 def texts_to_predict(texts: Sequence[str]) -> Iterator[str]:
