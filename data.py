@@ -1024,7 +1024,7 @@ def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
     caches a file under its path and time. Here the size counts too, by a cache directory of its
     own: a file that was overwritten within a second must not be read from the cache.
     """
-    folder = where.resolve().parent if where.is_file() else where
+    folder = where.parent.resolve() if where.is_file() else where
     if set("[]*?") & set(str(folder)):
         raise ValueError(f"{folder}: the library takes [ ] * ? in a folder's name for a pattern")
     files = [where] if where.is_file() else sorted(where.glob("**/*"))

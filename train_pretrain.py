@@ -536,7 +536,7 @@ def probe(
 def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
     """Prints the metrics of --weights on the validation split, and writes nothing."""
     tokenizer = load_tokenizer(options)
-    (corpus,) = load_corpora(options, tokenizer, ["validation"]).values()
+    corpus = load_corpora(options, tokenizer, ["validation"])["validation"]
     model = make_model(options, tokenizer).to(device)
     validation = make_validation(options, corpus, tokenizer, device)
     metrics = evaluate(model, validation, options.precision)
@@ -595,7 +595,9 @@ def load_corpora(
     tokenizer: Tokenizer,
     splits: Sequence[str] = ("train", "validation"),
 ) -> dict[str, Any]:
-    """Returns the corpus of each split. With --streaming, "train" is a stream of rows instead."""
+    """Returns the corpus of each split. With --streaming, these are always both, and "train" is a
+    stream of rows.
+    """
     if options.streaming:
         from extras import streaming
 
@@ -765,7 +767,8 @@ def pretrain(options: PretrainOptions) -> None:
     device = choose_device(options.device)
     options = replace(options, precision=choose_precision(options.precision, device))
     if options.steps == 0:
-        evaluate_weights(options, device)
+        if rank == 0:
+            evaluate_weights(options, device)
         return
     keep_freed_memory()
     with run_folder(options, rank) as out:

@@ -532,6 +532,14 @@ def test_the_sample_has_both_splits():
     assert {"train", "validation"} <= set(data.get_dataset("sample", split=None))
 
 
+def test_a_link_to_a_file_of_another_name_is_read(tmp_path):
+    (tmp_path / "stored").mkdir()
+    path = write_rows(tmp_path / "stored/3f2a.jsonl", [{"text": "a"}, {"text": "b"}])
+    link = tmp_path / "corpus.jsonl"
+    link.symlink_to(path)
+    assert list(data.get_dataset(str(link))["text"]) == ["a", "b"]
+
+
 @pytest.mark.parametrize("read", [data.get_corpus, data.get_reviews])
 def test_a_data_set_without_a_split_to_train_on_is_named_with_those_it_has(read, tmp_path):
     write_rows(tmp_path / "validation.jsonl", [{"text": "a b", "label": 1}] * 9)

@@ -12,11 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import OPTIONS, ROOT, assert_same, in_process, metrics_of, run, state, torchrun
-from strategies import LETTERS, TEXTS, small_tokenizer, write_rows, write_texts
+from strategies import (
+    LETTERS,
+    SMALL,
+    TEXTS,
+    publish,
+    small_tokenizer,
+    write_rows,
+    write_texts,
+)
 from torch.utils.data import DataLoader
 
 import data
 from extras import streaming
+from train_pretrain import pretrain
 
 SHARDS = 5
 
@@ -216,6 +225,20 @@ def test_a_stream_is_not_resumed_by_another_number_of_workers(options, tmp_path)
     message = "1 ranks with --workers 2 have read the corpus.*not 1 with --workers 1"
     with pytest.raises(ValueError, match=message):
         run(replace(options, out=str(tmp_path), steps=4, workers=1, resume=True))
+
+
+def test_a_saved_model_is_evaluated_on_the_documents_of_a_stream(options, tmp_path, capsys):
+    """With --steps 0, it gives the same numbers as without a stream: both read the validation
+    split."""
+    weights = str(publish(tmp_path / "model", SMALL))
+    printed = []
+    for streaming_or_not in (True, False):
+        pretrain(
+            replace(options, weights=weights, tokenizer=None, steps=0, streaming=streaming_or_not)
+        )
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "mlm_loss" in printed[0]
 
 
 def test_a_stream_needs_a_tokenizer(options, tmp_path):
