@@ -645,7 +645,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             else:
                 tensors |= torch.load(file, map_location="cpu", weights_only=True)
         except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
-            raise ValueError(f"{file.name}: {error or type(error).__name__}") from error
+            raise ValueError(f"{file.name}: {str(error) or type(error).__name__}") from error
 
     def current_name(name: str) -> str:
         name = name.removeprefix("bert.")

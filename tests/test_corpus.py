@@ -374,6 +374,7 @@ def test_every_kind_of_file_gives_one_document_per_row(tmp_path):
     [".meta.json", ".ipynb_checkpoints/x.json", "__pycache__/x.json", "notes.json", "x.csv"],
 )
 def test_a_folder_of_texts_is_a_document_a_file_whatever_stray_file_is_there(stray, tmp_path):
+    """It may be as many files of one kind as there are texts, if `datasets` does not read these."""
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt").write_text(text)
     (tmp_path / stray).parent.mkdir(exist_ok=True)
@@ -381,10 +382,24 @@ def test_a_folder_of_texts_is_a_document_a_file_whatever_stray_file_is_there(str
     assert list(data.get_dataset(str(tmp_path))["text"]) == TEXTS
 
 
+@pytest.mark.parametrize("name", [".{}.json", "__pycache__/{}.json", "{}.csv"])
+def test_files_that_are_not_read_do_not_decide_the_kind_of_a_folder(name, tmp_path):
+    (tmp_path / "a.txt").write_text("First line.\nSecond line.")
+    for i in range(3):
+        stray = tmp_path / name.format(i)
+        stray.parent.mkdir(exist_ok=True)
+        stray.write_text('{"text": "stray"}')
+    where, options = data.describe_files(tmp_path)
+    assert (where, options["sample_by"]) == (str(tmp_path), "document")
+
+
 def test_as_many_files_of_two_kinds_are_rejected(tmp_path):
     (tmp_path / "a.txt").write_text(TEXTS[0])
     write_rows(tmp_path / "b.jsonl", [{"text": "b"}])
-    with pytest.raises(ValueError, match=r"has as many \.\w+ as \.\w+ files: name a file, or"):
+    with pytest.raises(
+        ValueError,
+        match=r"has as many \.txt as \.json files: name a file, or a folder of files of one kind$",
+    ):
         data.get_dataset(str(tmp_path))
 
 
@@ -426,9 +441,12 @@ def test_the_cause_of_a_file_that_cannot_be_read_is_reported(tmp_path):
     path.write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match=r"cannot read .*train\.jsonl: .*Unknown split"):
         data.get_dataset(str(path), split="validation")
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"cannot read .*train\.jsonl: it is empty$"):
+        data.get_dataset(str(path))
 
 
-def test_the_hub_is_asked_for_what_is_not_a_path(monkeypatch):
+def test_the_hub_is_asked_for_what_is_not_a_path(monkeypatch, capsys):
     """With its configuration, split and streaming as given; `owner/name` and `name` are ids."""
     asked = []
     monkeypatch.setattr(
@@ -440,26 +458,33 @@ def test_the_hub_is_asked_for_what_is_not_a_path(monkeypatch):
         (("owner/some-name.v2", "plain"), {"split": "test", "streaming": True}),
         (("name", None), {"split": "train", "streaming": False}),
     ]
+    said = capsys.readouterr()
+    assert said.err == "fetching owner/some-name.v2 from the hub\nfetching name from the hub\n"
+    assert said.out == ""
     for path in ("/name", "owner/name/more", "owner/", "some name"):
         with pytest.raises(ValueError, match="does not exist"):
             data.get_dataset(path)
 
 
 def test_a_corpus_is_asked_for_with_its_configuration(monkeypatch):
-    names = []
+    asked = []
 
-    def asked(path, name=None, split="train"):
-        names.append(name)
+    def get_dataset(path, name=None, split="train"):
+        asked.append((name, split))
+        if split is None:
+            return dict.fromkeys(("train", "validation", "more"), rows_of(["a. b."]))
         raise ValueError("enough")
 
-    monkeypatch.setattr(data, "get_dataset", asked)
+    monkeypatch.setattr(data, "get_dataset", get_dataset)
     for call in (
-        lambda: data.get_corpus("owner/name", "train", small_tokenizer(), "plain"),
+        lambda: data.get_corpus("owner/name", "train", small_tokenizer(), "plain", "train+more"),
+        lambda: data.get_texts("owner/name", "train+more", "plain"),
         lambda: data.get_reviews("owner/name", "train", "plain"),
     ):
         with pytest.raises(ValueError, match="enough"):
             call()
-    assert names == ["plain", "plain"]
+    several = [("plain", None), ("plain", "train+more")]
+    assert asked == [*several, *several, ("plain", "train")]
 
 
 # ---- Splits -------------------------------------------------------------------------------------

@@ -210,6 +210,13 @@ def test_an_example_of_one_long_word_is_masked_whole():
     assert data.choose_words(np.arange(5), continues_word_of([5]), rng).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_where_no_word_is_taken_the_one_with_most_tokens_inside_is():
+    """Of two words of 5 tokens, the arc lies in the second, and the draw would leave it out."""
+    rng = Scripted([0.99], 5, [0, 1])
+    masked = data.choose_words(np.arange(10), continues_word_of([5, 5]), rng)
+    assert masked.tolist() == [5, 6, 7, 8, 9]
+
+
 def test_the_arc_continues_at_the_start_of_the_circle():
     """Of ten words of one token, an arc of 2 from the last one masks the last and the first."""
     rng = Scripted([0.5], 9)

@@ -177,7 +177,8 @@ def test_a_shape_that_the_format_has_no_word_for_is_announced(changes, tmp_path)
     with warnings.catch_warnings(record=True) as announced:
         warnings.simplefilter("always")
         Bert(config, PADDING).save_pretrained(tmp_path, small_tokenizer())
-    assert ["only bert.py opens this" in str(w.message) for w in announced] == [True] * len(changes)
+    expected = ["d_k, d_v and d_model differ: only bert.py opens this"] * len(changes)
+    assert [str(warning.message) for warning in announced] == expected
     assert Bert.from_pretrained(tmp_path).config == config
 
 
@@ -264,6 +265,9 @@ def test_of_shards_those_that_the_index_names_are_read(published):
     (published / "two.safetensors").unlink()
     with pytest.raises(ValueError, match=r"index\.json names, two\.safetensors is missing"):
         BertPretrainModel.from_pretrained(published)
+    (published / "one.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"names, one\.safetensors, two\.safetensors is missing"):
+        BertPretrainModel.from_pretrained(published)
 
 
 def test_a_directory_without_a_model_is_rejected(tmp_path):
@@ -286,6 +290,17 @@ def test_damaged_files_are_rejected_in_one_line(name, damage, tmp_path):
     with pytest.raises(ValueError, match="no BERT can be read from ") as rejected:
         Bert.from_pretrained(tmp_path)
     assert "\n" not in str(rejected.value)
+
+
+def test_an_error_without_a_text_is_named_by_its_type(tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise EOFError
+
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: EOFError$"):
+        Bert.from_pretrained(tmp_path)
 
 
 def test_a_malicious_pickle_is_rejected_and_never_run(tmp_path):
@@ -338,8 +353,11 @@ def test_weights_of_another_shape_than_the_config_are_rejected(tmp_path):
 
 
 def test_an_embedding_that_the_model_has_no_place_for_is_named(published):
-    change_tensors(published, **{"bert.embeddings.language.weight": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match=r"no place for embeddings\.language\.weight"):
+    new = ("bert.embeddings.zone.weight", "bert.embeddings.language.weight")
+    change_tensors(published, **{name: torch.zeros(2, 3) for name in new})
+    with pytest.raises(
+        ValueError, match=r"no place for embeddings\.language\.weight, embeddings\.zone\.weight$"
+    ):
         Bert.from_pretrained(published)
 
 
@@ -379,6 +397,7 @@ def test_a_model_knows_which_parameters_its_files_lacked(published):
         model = SST2BertModel.from_pretrained(published)
     assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
     assert BertPretrainModel.from_pretrained(published).missing_parameters == []
+    assert Bert(FIXED, PADDING).missing_parameters == []
 
 
 @pytest.mark.parametrize(
@@ -471,6 +490,13 @@ def test_the_hash_of_a_tokenizer_changes_with_any_token_or_id():
     assert hashes[0] == tokenizer_hash(small_tokenizer())
     assert len(set(hashes)) == 3
     assert all(re.fullmatch("v2-[0-9a-f]{16}", found) for found in hashes)
+
+
+def test_hashes_that_are_saved_with_models_stay_the_same():
+    """If this fails, no model that was saved before opens. Make another version of the hash then,
+    as "v2-" is one."""
+    assert bert.vocabulary_hash(small_tokenizer()) == "b34c96a445252528"
+    assert tokenizer_hash(small_tokenizer()) == "v2-6d75df82a054b9c8"
 
 
 def test_the_hash_covers_what_the_normalizer_does():
