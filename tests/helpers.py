@@ -5,10 +5,13 @@ import io
 import json
 import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -40,6 +43,83 @@ def torchrun(ranks: int, *arguments: str, **options) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(line, env=environment, **pipes, **options)
+
+
+# ---- Processes that need not import -------------------------------------------------------------
+
+# To import the libraries takes a new Python several seconds. These processes are forked from one
+# that has imported everything and computed nothing: a fork of this one would inherit the locks of
+# its threads.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["helpers", "strategies", "torch._dynamo", "matplotlib.figure"])
+
+
+def start(
+    function: Callable,
+    *arguments,
+    output: Path | str = os.devnull,
+    cwd: Path = ROOT,
+    **environment: str,
+) -> multiprocessing.Process:
+    """Starts a function of a test file in a process of its own; what it prints is added to a file.
+
+    It may start processes, as data workers. Its exit status is that of a script.
+    """
+    process = processes.Process(
+        target=redirected, args=(function, arguments, os.path.abspath(output), cwd, environment)
+    )
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the preloading
+        forkserver.ensure_running()
+    process.start()
+    return process
+
+
+def redirected(
+    function: Callable, arguments: tuple, output: str, cwd: Path, environment: dict
+) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.environ.update(environment)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of its data workers
+    function(*arguments)
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """Runs a file as `python name` does, or a module as `python -m name`, in this process."""
+    sys.argv = [name, *arguments]
+    run = runpy.run_path if name.endswith(".py") else runpy.run_module
+    run(name, run_name="__main__")
+
+
+def run_in_process(output: Path, *line: str, **how) -> tuple[int, str]:
+    """Runs a script in a process of its own; returns its exit status and all that it printed."""
+    (status,) = wait(start(run_script, *line, output=output, **how))
+    return status, output.read_text()
+
+
+def start_ranks(count: int, function: Callable, *arguments, **how) -> list:
+    """Starts so many ranks of a function, with the environment that torchrun gives to them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(function, *arguments, **how, **shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(count)
+    ]
+
+
+def wait(*started: multiprocessing.Process, seconds: float = 120) -> list[int]:
+    """Waits until these processes have ended, and returns their exit statuses."""
+    for process in started:
+        process.join(seconds)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"a process has not ended within {seconds} s")
+    return [process.exitcode for process in started]
 
 
 # ---- A small run, and what it leaves -----------------------------------------------------------
@@ -100,11 +180,6 @@ def assert_same(one, other, path: str = "") -> None:
 
 
 # ---- A run in a process that may be killed -----------------------------------------------------
-
-# Such a process is forked from one that has imported everything and computed nothing: a fork of
-# this one would inherit the locks of its threads. Both libraries take seconds to import.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["helpers", "torch._dynamo", "matplotlib.figure"])
 
 OPTIONS = PretrainOptions(
     vocab_size=60, max_seq_length=32, batch_size=2, accumulate=2, steps=30, save_every=1,
@@ -171,8 +246,6 @@ def killed_at(point: str, call: int) -> None:
 
 def child(options: PretrainOptions, point: str | None, call: int, seconds: float | None) -> None:
     """Pretrains in a process that dies at this point, or after so many seconds, or not at all."""
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of its data workers
     if point:
         killed_at(point, call)
     if seconds:
@@ -181,10 +254,6 @@ def child(options: PretrainOptions, point: str | None, call: int, seconds: float
 
 
 def in_process(options: PretrainOptions, point=None, call=1, seconds=None) -> int:
-    """Pretrains in a process of its own; returns its exit code, which is -9 if it was killed."""
-    process = processes.Process(target=child, args=(options, point, call, seconds))
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the preloading
-        forkserver.ensure_running()
-    process.start()
-    process.join()
-    return process.exitcode
+    """Pretrains in a process of its own; returns its exit status, which is -9 if it was killed."""
+    (status,) = wait(start(child, options, point, call, seconds), seconds=600)
+    return status

@@ -14,7 +14,7 @@ from typing import Literal, get_args, get_type_hints
 
 import pytest
 import torch
-from helpers import ROOT, python
+from helpers import ROOT, python, run_in_process
 from strategies import LETTERS, VOCABULARY, small_tokenizer, write_rows
 
 import support.command_line
@@ -374,11 +374,12 @@ def test_a_mistake_ends_in_one_clear_line_and_status_2(
         ("bert.py", "corpus.jsonl text", "corpus.jsonl is no directory, and no id of the hub"),
     ],
 )
-def test_a_person_sees_no_traceback(folder, script, line, message):
-    ended = python(str(ROOT / script), *line.split(), cwd=folder)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(f"error: {message}")
-    assert ended.stderr.count("\n") == 1
+def test_a_person_sees_no_traceback(folder, script, line, message, tmp_path):
+    line = (str(ROOT / script), *line.split())
+    status, printed = run_in_process(tmp_path / "output", *line, cwd=folder)
+    assert status == 2
+    assert printed.startswith(f"error: {message}")
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import python
+from helpers import run_in_process
 from strategies import FIXED, PADDING, PUBLISHABLE, build, publish, small_tokenizer
 
 import bert
@@ -90,10 +90,11 @@ def pretrained(tmp_path_factory) -> Path:
     return publish(tmp_path_factory.mktemp("pretrained"))
 
 
-def test_the_command_prints_counts_that_add_up_and_five_guesses_for_each_mask(pretrained):
-    ended = python("bert.py", str(pretrained), "a [MASK] b [MASK]")
-    assert (ended.returncode, ended.stderr) == (0, "")
-    *parts, total, first, second = ended.stdout.splitlines()
+def test_the_command_prints_counts_that_add_up_and_five_guesses_for_each_mask(pretrained, tmp_path):
+    line = ("bert.py", str(pretrained), "a [MASK] b [MASK]")
+    status, printed = run_in_process(tmp_path / "output", *line)
+    assert status == 0, printed
+    *parts, total, first, second = printed.splitlines()
     counts = [int(line.split()[0].replace(",", "")) for line in parts]
     model = BertPretrainModel.from_pretrained(pretrained)
     assert total.split() == [f"{sum(counts):,}", "in", "all"]
@@ -108,8 +109,8 @@ def test_the_command_prints_counts_that_add_up_and_five_guesses_for_each_mask(pr
 def test_the_command_draws_attention(pretrained, tmp_path):
     pytest.importorskip("matplotlib")
     picture = str(tmp_path / "a.png")
-    ended = python("-m", "extras.attention", str(pretrained), "a b c.", "--out", picture)
-    assert (ended.returncode, ended.stderr) == (0, "")
+    line = ("extras.attention", str(pretrained), "a b c.", "--out", picture)
+    assert run_in_process(tmp_path / "output", *line) == (0, "")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

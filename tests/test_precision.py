@@ -3,22 +3,21 @@ float32 does.
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import start, wait
 from strategies import CPU, PADDING, STILL, some_batches
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import support.devices
 import train_pretrain
 import train_sst2
 from bert import BertConfig, BertPretrainModel, SST2BertModel
 from support.devices import choose_device, choose_precision
+from support.run import FiniteGuard
 from train_pretrain import (
     PretrainLosses,
     add_gradients,
@@ -160,81 +159,74 @@ def test_bfloat16_learns_as_float32_does(device):
 # ---- A step on a device that is not there -------------------------------------------------------
 
 
-PRETENDED_STEP = """
-import sys
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-from bert import BertConfig, BertPretrainModel
-from support.run import FiniteGuard
-from train_pretrain import PretrainLosses, add_gradients, make_optimizer, update
-
-def move(module, device):
-    # `module.to(device)` cannot swap fake parameters.
+def move(module: torch.nn.Module, device: str) -> None:
+    """`module.to(device)` cannot swap fake parameters."""
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
                 part._parameters[name] = torch.nn.Parameter(parameter.detach().to(device))
 
-_setup_privateuseone_for_python_backend("pretended")
-left_behind = sys.argv[1]
-with FakeTensorMode():
-    config = BertConfig.named("tiny", vocab_size=50, max_seq_length=16)
-    model = BertPretrainModel(config, 0).train()
-    move(model, "pretended:0")
-    optimizer = make_optimizer(model)
-    guard = FiniteGuard(torch.device("pretended:0"))
-    batch = {
-        "input_ids": torch.ones(2, 8, dtype=torch.int64),
-        "token_type_ids": torch.zeros(2, 8, dtype=torch.int64),
-        "positions": torch.tensor([1, 9]),
-        "mlm_targets": torch.tensor([5, 6]),
-        "nsp_labels": torch.tensor([0, 1]),
-    }
-    batch = {
-        name: values if name == left_behind else values.to("pretended:0")
-        for name, values in batch.items()
-    }
-    for step in range(2):
-        losses = add_gradients(PretrainLosses(model), [batch, batch])
-        norm = update(model, optimizer, 1e-3)
-        guard.note(step, norm)
-        if left_behind == "a value is read":
-            norm.item()
-    assert losses.device.type == norm.device.type == "pretended"
-    assert guard.first_bad_step.device.type == "pretended"
-print("two steps")
-"""
+
+def two_pretended_steps(left_behind: str) -> None:
+    """Takes two steps of pretraining on a registered device, which stays registered."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend("pretended")
+    with FakeTensorMode():
+        config = BertConfig.named("tiny", vocab_size=50, max_seq_length=16)
+        model = BertPretrainModel(config, 0).train()
+        move(model, "pretended:0")
+        optimizer = make_optimizer(model)
+        guard = FiniteGuard(torch.device("pretended:0"))
+        batch = {
+            "input_ids": torch.ones(2, 8, dtype=torch.int64),
+            "token_type_ids": torch.zeros(2, 8, dtype=torch.int64),
+            "positions": torch.tensor([1, 9]),
+            "mlm_targets": torch.tensor([5, 6]),
+            "nsp_labels": torch.tensor([0, 1]),
+        }
+        batch = {
+            name: values if name == left_behind else values.to("pretended:0")
+            for name, values in batch.items()
+        }
+        for step in range(2):
+            losses = add_gradients(PretrainLosses(model), [batch, batch])
+            norm = update(model, optimizer, 1e-3)
+            guard.note(step, norm)
+            if left_behind == "a value is read":
+                norm.item()
+        assert losses.device.type == norm.device.type == "pretended"
+        assert guard.first_bad_step.device.type == "pretended"
+    print("two steps")
 
 
-def pretended_step(left_behind: str) -> subprocess.CompletedProcess:
-    """Takes two steps of pretraining in a process of its own, since the registered device stays."""
-    try:
-        from torch.utils.backend_registration import (  # noqa: F401
-            _setup_privateuseone_for_python_backend,
-        )
-    except ImportError:
+@pytest.fixture
+def steps(tmp_path):
+    """Runs `two_pretended_steps` in a process of its own; returns its exit status and output."""
+    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch has no device that is registered from Python")
-    line = [sys.executable, "-c", PRETENDED_STEP, left_behind]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(line, env=environment, capture_output=True, text=True)
+
+    def run(left_behind: str) -> tuple[int, str]:
+        output = tmp_path / "output"
+        (status,) = wait(start(two_pretended_steps, left_behind, output=output))
+        return status, output.read_text()
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_step_mixes_no_devices_and_reads_no_value():
+def test_a_step_mixes_no_devices_and_reads_no_value(steps):
     """Fake tensors have shapes, types and devices, but no values. They go through forward,
     backward, clipping, the fused optimizer and the guard. They do not notice an index on the CPU
     into a tensor on the device (`positions`), a CPU tensor without dimensions, or `.to("cpu")`."""
-    ended = pretended_step("nothing")
-    assert (ended.returncode, ended.stdout) == (0, "two steps\n"), ended.stderr
+    assert steps("nothing") == (0, "two steps\n")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "left_behind", ["input_ids", "token_type_ids", "mlm_targets", "nsp_labels", "a value is read"]
 )
-def test_a_mixture_of_devices_or_a_value_that_is_read_would_be_noticed(left_behind):
-    ended = pretended_step(left_behind)
-    assert ended.returncode == 1
-    assert "two steps" not in ended.stdout
+def test_a_mixture_of_devices_or_a_value_that_is_read_would_be_noticed(left_behind, steps):
+    status, output = steps(left_behind)
+    assert status == 1
+    assert "two steps" not in output

@@ -1,15 +1,15 @@
-"""Several ranks compute what one computes, in less time: torchrun on this machine, with gloo."""
+"""Several ranks compute what one computes, in less time: on this machine, with gloo.
 
-import os
-import subprocess
-import sys
+Most ranks here are forked with the environment that torchrun gives to its ranks, which is quicker.
+"""
+
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, metrics_of, torchrun
+from helpers import ROOT, metrics_of, run_script, start, start_ranks, torchrun, wait
 from strategies import (
     PADDING,
     SMALL,
@@ -20,11 +20,14 @@ from strategies import (
     some_batches,
     write_many_documents,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import support.checkpoints
+import support.processes
 from bert import BertPretrainModel
 from support.processes import join_processes, process_group_backend
+from train_pretrain import PretrainLosses, add_gradients, to_device
 
 # ---- The group of ranks -------------------------------------------------------------------------
 
@@ -44,29 +47,24 @@ def test_cpu_tensors_have_a_backend_on_every_machine(device, has_cuda, backend):
     assert process_group_backend(device, has_cuda) == backend
 
 
-SUMS = """
-import os, torch
-import support.checkpoints
-import support.processes
-support.processes.process_group_backend = lambda device, has_cuda: "cpu:gloo,cuda:gloo"
-rank, world_size = support.processes.join_processes()
-assert support.processes.total(rank, 10) == [sum(range(world_size)), 10 * world_size]
-ones = torch.ones(2)
-torch.distributed.all_reduce(ones)
-assert ones.tolist() == [world_size, world_size]
-torch.distributed.destroy_process_group()
-print(f"rank {rank} of {world_size} is done")
-"""
+def sum_over_ranks() -> None:
+    support.processes.process_group_backend = lambda device, has_cuda: "cpu:gloo,cuda:gloo"
+    rank, world_size = join_processes()
+    assert support.processes.total(rank, 10) == [sum(range(world_size)), 10 * world_size]
+    ones = torch.ones(2)
+    torch.distributed.all_reduce(ones)
+    assert ones.tolist() == [world_size, world_size]
+    torch.distributed.destroy_process_group()
+    print(f"rank {rank} of {world_size} is done")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_sum_cpu_tensors_beside_a_backend_for_the_accelerator(ranks, tmp_path):
     """The group is as on a machine with GPUs; a single rank forms a group, too."""
-    (tmp_path / "sums.py").write_text(SUMS)
-    process = torchrun(ranks, str(tmp_path / "sums.py"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    statuses = wait(*start_ranks(ranks, sum_over_ranks, output=tmp_path / "output"))
+    output = (tmp_path / "output").read_text()
+    assert statuses == [0] * ranks, output
     assert output.count(f"of {ranks} is done") == ranks
 
 
@@ -90,31 +88,27 @@ def test_ranks_never_share_one_gpu(monkeypatch):
 @pytest.mark.slow
 def test_fine_tuning_with_several_ranks_is_rejected(tmp_path):
     """All ranks would compute the same, and write every line twice."""
-    process = torchrun(2, "train_sst2.py", "--out", str(tmp_path / "run"), cwd=ROOT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "error: fine-tuning runs in one process, not in 2: start it with python" in output
+    line = ("train_sst2.py", "--out", str(tmp_path / "run"))
+    assert wait(*start_ranks(2, run_script, *line, output=tmp_path / "output")) == [2, 2]
+    output = (tmp_path / "output").read_text()
+    message = "error: fine-tuning runs in one process, not in 2: start it with python"
+    assert output.count(message) == 2
     assert not (tmp_path / "run").exists()
 
 
 # ---- The same results ---------------------------------------------------------------------------
 
 
-GRADIENTS = """
-import sys, torch
-from test_processes import model_and_batches
-from support.processes import join_processes
-from torch.nn.parallel import DistributedDataParallel
-from train_pretrain import PretrainLosses, add_gradients, to_device
-rank, world_size = join_processes("cpu")
-model, batches = model_and_batches()
-mine = [to_device(batch, torch.device("cpu")) for batch in batches[rank::world_size]]
-losses = add_gradients(DistributedDataParallel(PretrainLosses(model)), mine)
-torch.distributed.all_reduce(losses)
-if rank == 0:
-    torch.save([losses] + [p.grad for p in model.parameters()], sys.argv[1])
-torch.distributed.destroy_process_group()
-"""
+def save_gradients(file: Path) -> None:
+    """Saves the losses and gradients of all ranks, which share the batches."""
+    rank, world_size = join_processes("cpu")
+    model, batches = model_and_batches()
+    mine = [to_device(batch, torch.device("cpu")) for batch in batches[rank::world_size]]
+    losses = add_gradients(DistributedDataParallel(PretrainLosses(model)), mine)
+    torch.distributed.all_reduce(losses)
+    if rank == 0:
+        torch.save([losses] + [p.grad for p in model.parameters()], file)
+    torch.distributed.destroy_process_group()
 
 
 def model_and_batches() -> tuple[BertPretrainModel, list[dict]]:
@@ -129,10 +123,8 @@ def model_and_batches() -> tuple[BertPretrainModel, list[dict]]:
 def test_the_gradient_of_two_ranks_is_that_of_one(tmp_path):
     """They agree to 1e-12 in float64. The mean of the two ranks' own gradients, as a control, does
     not."""
-    (tmp_path / "gradients.py").write_text(GRADIENTS)
-    process = torchrun(2, str(tmp_path / "gradients.py"), str(tmp_path / "gradients.pt"))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    ranks = start_ranks(2, save_gradients, tmp_path / "gradients.pt", output=tmp_path / "output")
+    assert wait(*ranks) == [0, 0], (tmp_path / "output").read_text()
     losses, *found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     model, batches = model_and_batches()
     masked = [int((b["mlm_labels"] != data.IGNORED_LABEL).sum()) for b in batches]
@@ -169,49 +161,38 @@ def assert_close(one: list[dict], other: list[dict]) -> None:
 @pytest.fixture(scope="module")
 def alone(flags, tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, *flags, "--out", str(out)], check=True, capture_output=True)
+    assert wait(start(run_script, *flags, "--out", str(out))) == [0]
     return metrics_of(out)
 
 
 @pytest.mark.slow
 def test_two_ranks_have_the_curve_of_one_and_only_the_first_writes(flags, alone, tmp_path):
-    process = torchrun(2, *flags, "--out", str(tmp_path))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert_close(metrics_of(tmp_path), alone)
+    out, output = tmp_path / "run", tmp_path / "output"
+    ranks = start_ranks(2, run_script, *flags, "--out", str(out), output=output)
+    assert wait(*ranks) == [0, 0], output.read_text()
+    assert_close(metrics_of(out), alone)
     names = {"config.json", "metrics.jsonl", "checkpoints", "model", "curves.png", ".lock"}
-    assert {path.name for path in tmp_path.iterdir()} <= names
-    assert output.count("documents left out") == 2  # one line for each split, from one rank
-
-
-def children(process: subprocess.Popen) -> list[int]:
-    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in path.read_text().split()]
+    assert {path.name for path in out.iterdir()} <= names
+    # One line for each split, from one rank.
+    assert output.read_text().count("documents left out") == 2
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no /proc")
 def test_a_run_resumes_with_another_number_of_ranks(flags, alone, tmp_path):
     """Two ranks are killed, four resume and are killed, and one ends the run: the global batches
     are the same."""
     metrics = tmp_path / "metrics.jsonl"
     for world_size, until in ((2, 6), (4, 10)):
         resume = ["--resume"] if metrics.exists() else []
-        process = torchrun(world_size, *flags, "--out", str(tmp_path), *resume)
+        ranks = start_ranks(world_size, run_script, *flags, "--out", str(tmp_path), *resume)
         while not metrics.exists() or f'"train", "step": {until - 1}' not in metrics.read_text():
             time.sleep(0.01)
-            assert process.poll() is None
-        ranks = children(process)
-        assert len(ranks) == world_size
-        for pid in (process.pid, *ranks):  # torchrun first, or it would report the others' deaths
-            os.kill(pid, 9)
-        process.wait()
-        while any(Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text()
-                  for pid in ranks):  # fmt: skip
-            time.sleep(0.01)
+            assert all(rank.is_alive() for rank in ranks)
+        for rank in ranks:
+            rank.kill()
+        assert wait(*ranks) == [-9] * world_size
         assert not (tmp_path / "model").exists()
-    line = [sys.executable, *flags, "--out", str(tmp_path), "--resume"]
-    subprocess.run(line, check=True, capture_output=True)
+    assert wait(start(run_script, *flags, "--out", str(tmp_path), "--resume")) == [0]
     assert_close(metrics_of(tmp_path), alone)
 
 
@@ -263,11 +244,10 @@ def test_the_death_of_one_rank_ends_all_with_a_message(flags, tmp_path):
 
 @pytest.mark.slow
 def test_micro_batches_that_the_ranks_cannot_share_are_rejected(flags, tmp_path):
-    process = torchrun(3, *flags, "--out", str(tmp_path))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "error: --accumulate 4 is no multiple of 3 ranks" in output
-    assert list(tmp_path.iterdir()) == []
+    line, output = [*flags, "--out", str(tmp_path / "run")], tmp_path / "output"
+    assert wait(*start_ranks(3, run_script, *line, output=output)) == [2, 2, 2]
+    assert "error: --accumulate 4 is no multiple of 3 ranks" in output.read_text()
+    assert not (tmp_path / "run").exists()
 
 
 # ---- With GPUs ----------------------------------------------------------------------------------

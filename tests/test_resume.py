@@ -6,14 +6,13 @@ import os
 import random
 import resource
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import OPTIONS, assert_same, child, half, in_process, processes, run, state
+from helpers import OPTIONS, assert_same, child, half, in_process, run, start, state, wait
 from strategies import Malicious, write_many_documents
 
 import support.checkpoints
@@ -94,14 +93,12 @@ def test_a_polite_signal_saves_and_ends_and_nothing_is_done_twice(
     to the group of processes, as a terminal sends it; the data workers are in groups of their own.
     """
     options = replace(OPTIONS, dataset=corpus, out=str(tmp_path), save_every=1000, workers=2)
-    process = processes.Process(target=in_group, args=(options,))
-    process.start()
+    process = start(in_group, options)
     metrics = tmp_path / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 5:
         time.sleep(0.01)
     os.killpg(process.pid, signal_number)
-    process.join()
-    assert process.exitcode == 128 + signal_number
+    assert wait(process) == [128 + signal_number]
     _, checkpoint = support.checkpoints.checkpoint_paths(tmp_path)  # the other is of step 0
     assert 0 < torch.load(checkpoint, weights_only=True)["step"] < 30
     assert in_process(replace(options, resume=True)) == 0
@@ -199,9 +196,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(corpus, uninterrupted, tmp_p
     assert in_process(options, "before a checkpoint", 5) == -signal.SIGKILL
     options = replace(options, resume=True)
     before = {path: path.read_bytes() for path in checkpoints(options)}
-    process = processes.Process(target=with_limit, args=(options, 200_000, tmp_path / "error"))
-    process.start()
-    process.join()
+    wait(start(with_limit, options, 200_000, tmp_path / "error"))
     message = (tmp_path / "error").read_text()
     assert "step-000000004.pt not saved, the one before it stays: " in message
     assert {path: path.read_bytes() for path in checkpoints(options)} == before
@@ -273,9 +268,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, tmp_
         assert all(tensor.isfinite().all() for tensor in found.values())
 
 
-def with_a_killed_worker(options: PretrainOptions, errors: Path) -> None:
-    multiprocessing.set_start_method("fork", force=True)
-    sys.stderr = errors.open("w", buffering=1)
+def with_a_killed_worker(options: PretrainOptions) -> None:
     update, steps = train_pretrain.update, iter(range(100))
 
     def one_dies(model, optimizer, rate):
@@ -292,11 +285,9 @@ def with_a_killed_worker(options: PretrainOptions, errors: Path) -> None:
 def test_a_killed_data_worker_ends_the_run_with_its_cause(corpus, tmp_path):
     """The cause is one line, and the run can be resumed."""
     options = replace(OPTIONS, dataset=corpus, out=str(tmp_path), workers=1, save_every=4)
-    process = processes.Process(target=with_a_killed_worker, args=(options, tmp_path / "errors"))
-    process.start()
-    process.join()
+    statuses = wait(start(with_a_killed_worker, options, output=tmp_path / "errors"))
     printed = (tmp_path / "errors").read_text()
-    assert process.exitcode == 2, printed
+    assert statuses == [2], printed
     lines = printed.splitlines()
     (line,) = [e for e in lines if e.startswith("error: ")]
     assert "error: a DataLoader worker died (" in line

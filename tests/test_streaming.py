@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import OPTIONS, ROOT, assert_same, in_process, metrics_of, run, state, torchrun
+from helpers import (
+    OPTIONS,
+    assert_same,
+    in_process,
+    metrics_of,
+    run,
+    run_script,
+    start_ranks,
+    state,
+    wait,
+)
 from strategies import (
     LETTERS,
     SMALL,
@@ -255,9 +265,9 @@ def test_two_ranks_read_a_stream_and_resume(options, tmp_path):
     line += [*"--steps 6 --save-every 2 --log-every 1 --workers 1 --out".split(), str(tmp_path)]
     found = []
     for more in ([], ["--resume"]):
-        process = torchrun(2, *line, *more, cwd=ROOT)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
+        output = tmp_path / "output"
+        ranks = start_ranks(2, run_script, *line, *more, output=output)
+        assert wait(*ranks) == [0, 0], output.read_text()
         found.append(metrics_of(tmp_path))
         (tmp_path / "checkpoints/step-000000006.pt").unlink()
     assert found[0] == found[1]
