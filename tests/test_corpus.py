@@ -470,7 +470,7 @@ def test_a_corpus_is_asked_for_with_its_configuration(monkeypatch):
     asked = []
 
     def get_dataset(path, name=None, split="train"):
-        asked.append((name, split))
+        asked.append((path, name, split))
         if split is None:
             return dict.fromkeys(("train", "validation", "more"), rows_of(["a. b."]))
         raise ValueError("enough")
@@ -483,8 +483,8 @@ def test_a_corpus_is_asked_for_with_its_configuration(monkeypatch):
     ):
         with pytest.raises(ValueError, match="enough"):
             call()
-    several = [("plain", None), ("plain", "train+more")]
-    assert asked == [*several, *several, ("plain", "train")]
+    several = [("owner/name", "plain", None), ("owner/name", "plain", "train+more")]
+    assert asked == [*several, *several, ("owner/name", "plain", "train")]
 
 
 # ---- Splits -------------------------------------------------------------------------------------
@@ -575,7 +575,8 @@ def test_a_data_set_without_a_split_to_train_on_is_named_with_those_it_has(read,
 
 def test_the_splits_are_named_before_a_tokenizer_is_trained(tmp_path):
     write_rows(tmp_path / "validation.jsonl", [{"text": text} for text in TEXTS])
-    with pytest.raises(ValueError, match="has no split train, only validation; see --split"):
+    message = f"^{re.escape(str(tmp_path))} has no split train, only validation; see --split"
+    with pytest.raises(ValueError, match=message):
         data.get_texts(str(tmp_path))
 
 
@@ -662,6 +663,9 @@ def test_texts_are_those_of_the_named_column_and_split(tmp_path):
     assert list(data.get_texts(str(tmp_path))) == ["a"]
     assert list(data.get_texts(str(tmp_path), "test", column="body")) == ["d"]
     assert list(data.get_texts(str(tmp_path), column="nothing")) == [None]
+    large = datasets.Features(text=datasets.Value("large_string"))
+    datasets.Dataset.from_dict({"text": ["e"]}, large).to_parquet(tmp_path / "large.parquet")
+    assert list(data.get_texts(str(tmp_path / "large.parquet"))) == ["e"]
     with pytest.raises(
         ValueError, match=r"no --text-column other in \['text', 'body', 'nothing'\]"
     ):

@@ -131,7 +131,7 @@ def test_a_picture_into_a_folder_that_is_not_there_is_rejected_before_any_work(t
 
 
 def in_this_process(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["bert.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["a/copy.py", *arguments])
     bert.main()
 
 
@@ -159,8 +159,10 @@ def test_the_command_explains_itself_and_ends_a_mistake_in_one_line(monkeypatch,
         in_this_process(monkeypatch, "--help")
     assert ended.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert words.startswith("usage: bert.py [-h] source [text]")
-    assert "Counts a model's parameters and fills the masks of a text." in words
+    assert words.startswith(
+        "usage: bert.py [-h] source [text]"
+        " Counts a model's parameters and fills the masks of a text. positional"
+    )
     assert "source directory or hub id of a model" in words
     assert "text with [MASK] for tokens to be guessed" in words
 

@@ -96,6 +96,7 @@ def test_an_example_is_cls_segment_a_sep_segment_b_sep_and_padding(docs, length,
         widths.append(width)
     assert max(widths) == batch["input_ids"].size(1) <= length
     assert {str(values.dtype) for values in batch.values()} == {"torch.int64"}
+    assert {np.asarray(values).dtype for values in dataset[0].values()} == {np.dtype("int64")}
 
 
 @given(documents(), lengths, seeds)
