@@ -1,6 +1,7 @@
 """The command lines: flags, help, and one clear message with exit status 2 for each mistake."""
 
 import ast
+import gc
 import inspect
 import os
 import pickle
@@ -385,7 +386,8 @@ def test_a_person_sees_no_traceback(folder, script, line, message, tmp_path):
 @pytest.mark.slow
 def test_a_line_of_50_megabytes_empty_rows_and_nulls_are_no_mistake(tmp_path, capsys):
     """They are read, and documents without a next sentence are counted."""
-    rows = [{"text": ("z" * 98 + ". ") * 500_000}, {"text": None}, {"text": ""}, {"text": "ab"}]
+    long = ("😀" * 8 + ". ") * 500_000  # json writes 12 bytes for each
+    rows = [{"text": long}, {"text": None}, {"text": ""}, {"text": "ab"}]
     rows += [{"text": f"{c} aa bb. cc dd. ee ff."} for c in LETTERS]
     file = write_rows(tmp_path / "corpus.jsonl", rows)
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
@@ -408,8 +410,9 @@ class Broken(torch.utils.data.Dataset):
 
 
 @pytest.mark.slow
-def test_an_error_in_a_data_worker_is_reported_as_in_the_main_process(capsys):
+def test_an_error_in_a_data_worker_is_reported_as_in_the_main_process(capsys, monkeypatch):
     """A user's mistake becomes one line; our own keeps its traceback."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # not 5 s
     loader = torch.utils.data.DataLoader(Broken(), sampler=[1], num_workers=1)
     with pytest.raises(IndexError, match="a mistake"):
         support.command_line.run_script(lambda _: list(loader), PretrainOptions, [])
@@ -417,6 +420,8 @@ def test_an_error_in_a_data_worker_is_reported_as_in_the_main_process(capsys):
     with pytest.raises(SystemExit):
         support.command_line.run_script(lambda _: list(loader), PretrainOptions, [])
     assert capsys.readouterr().err == "error: a mistake\nof two lines\n"
+    loader = None
+    gc.collect()  # the workers end here, and not in another test
 
 
 def read_from_worker(error: Exception) -> None:
