@@ -16,6 +16,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 import support.checkpoints
@@ -65,6 +66,8 @@ def start(
 
     It may start processes, as data workers. Its exit status is that of a script.
     """
+    if "MUTANT_UNDER_TEST" in os.environ:
+        pytest.skip("the process to fork from has no mutant")
     process = processes.Process(
         target=redirected, args=(function, arguments, os.path.abspath(output), cwd, environment)
     )

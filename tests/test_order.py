@@ -55,6 +55,7 @@ def test_an_example_does_not_depend_on_its_batch_or_on_what_came_before(docs, le
 
 def test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise():
     corpus = corpus_of([[[7] * 9] * 30] * 4)
+    assert PretrainDataset(corpus, small_tokenizer(), 32).seed == 0
     first = PretrainDataset(corpus, small_tokenizer(), 32, seed=1)
     again = PretrainDataset(corpus, small_tokenizer(), 32, seed=1)
     other = PretrainDataset(corpus, small_tokenizer(), 32, seed=2)

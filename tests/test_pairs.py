@@ -188,6 +188,26 @@ def test_the_example_of_find_seam():
     assert find_seam(corpus, 1, 3) == Seam(0, 1, 15, False)
 
 
+def test_each_segment_has_a_token_whatever_share_of_the_tokens_is_drawn_for_a():
+    seam, other = Seam(0, 8, 90, True), Seam(90, 97, 200, False)
+    assert place_pair(seam, other, 12, 0.0, 0, 0) == Pair(7, 8, 8, 19, False)
+    assert place_pair(seam, other, 5, 1.0, 0, 0) == Pair(4, 8, 8, 9, False)
+
+
+def test_a_seam_of_a_rare_kind_is_forced():
+    """Of the other document, no position is near the start of a sentence. Then every position
+    is, except where it is taken as it was drawn."""
+    corpus = corpus_of([[[5] * 9, [6] * 9], [[7] * 5000, [8] * 5000]])
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        other = data.find_other_seam(corpus, rng, Seam(0, 9, 18, True), 1)
+        assert other == Seam(18, 5018, 10018, True)
+    corpus = corpus_of([[[5] * 9, [6] * 9], [[7, 8]] * 50])
+    for _ in range(10):
+        other = data.find_other_seam(corpus, rng, Seam(0, 4, 18, False), 10)
+        assert not other.starts_sentence
+
+
 def test_the_example_of_place_pair():
     seam, other = Seam(0, 8, 40, True), Seam(80, 97, 120, True)
     assert place_pair(seam, other, 12, 0.4, 0, 1) == Pair(3, 8, 97, 104, True)
