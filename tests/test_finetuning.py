@@ -2,14 +2,26 @@
 predictions with its model.
 """
 
+import copy
 import io
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from strategies import TINY, dropouts_of, publish, small_tokenizer, write_reviews
+from strategies import (
+    PADDING,
+    SMALL,
+    TINY,
+    dropouts_of,
+    publish,
+    review_batches,
+    small_tokenizer,
+    write_reviews,
+    write_rows,
+)
 
 import data
 import train_sst2
@@ -53,6 +65,132 @@ def test_epochs_have_different_orders_and_seeds_different_weights(run):
     runs = list(zip(lines["learning_rate"], lines["seed"], lines["epoch"], strict=True))
     assert len(set(runs)) == 8
     assert len(set(lines["loss"])) == 8
+
+
+def test_accuracy_is_that_of_the_validation_split(tmp_path):
+    """There the labels are the other way round, so that what was learned is wrong."""
+    dataset = write_reviews(tmp_path / "reviews", train=300, validation=60)
+    lines = Path(dataset, "validation.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    turned = [{**row, "label": 1 - row["label"]} for row in rows]
+    write_rows(Path(dataset, "validation.jsonl"), turned)
+    options = SST2Options(
+        out=str(tmp_path / "run"), dataset=dataset, epochs=2, vocab_size=60, max_seq_length=16,
+        learning_rate=(1e-3,), device="cpu",
+    )  # fmt: skip
+    main(options)
+    assert read_lines(tmp_path / "run", "validation")["accuracy"][-1] < 0.1
+
+
+def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
+    tmp_path, monkeypatch, capsys
+):
+    """The spread is the standard deviation of a sample of seeds."""
+    started = {}
+    accuracies = iter([0.5, 0.7, 0.5, 0.5])
+
+    def fine_tune(model, training, validation, epochs, rate, seed, *_):
+        started[rate, seed] = model.classifier.weight.detach().clone()
+        return model, next(accuracies)
+
+    monkeypatch.setattr(train_sst2, "fine_tune", fine_tune)
+    monkeypatch.setattr(train_sst2, "draw_sst2", lambda out: None)
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
+    options = SST2Options(
+        out=str(tmp_path / "run"), dataset=dataset, vocab_size=60, seeds=2,
+        learning_rate=(1e-3, 1e-4), device="cpu",
+    )  # fmt: skip
+    main(options)
+    assert not torch.equal(started[1e-3, 0], started[1e-3, 1])
+    assert torch.equal(started[1e-3, 0], started[1e-4, 0])
+    printed = capsys.readouterr().out
+    assert "learning rate 0.001: validation accuracy 0.6000 ± 0.1414, seeds 2\n" in printed
+    assert "learning rate 0.0001: validation accuracy 0.5000 ± 0.0000, seeds 2\n" in printed
+
+
+# ---- One model ----------------------------------------------------------------------------------
+
+
+def tune(folder: Path, batches: data.SST2Batches, rate=1e-3, seed=0, dropout=0.1, **changes):
+    """Returns what `fine_tune` returns, for a small model that is the same for every seed."""
+    torch.manual_seed(0)
+    model = SST2BertModel(replace(SMALL, dropout=dropout, attention_dropout=dropout), PADDING)
+    arguments = {"validation": batches, "epochs": 5, "log_every": 1, **changes}
+    folder.mkdir(parents=True, exist_ok=True)
+    return train_sst2.fine_tune(model, batches, rate=rate, seed=seed, out=folder, **arguments)
+
+
+def test_the_model_of_the_best_epoch_is_returned(tmp_path, monkeypatch):
+    accuracies, models = iter([0.5, 0.9, 0.7]), []
+    validation = review_batches([3], 2, None)
+
+    def scripted(model, batches, *_):
+        assert batches is validation
+        models.append(copy.deepcopy(model.state_dict()))
+        return {"loss": 1.0, "accuracy": next(accuracies)}
+
+    monkeypatch.setattr(train_sst2, "evaluate", scripted)
+    batches = review_batches([3, 4, 5], 2, 0)
+    model, accuracy = tune(tmp_path, batches, epochs=3, validation=validation)
+    assert accuracy == 0.9
+    kept = model.state_dict()["classifier.weight"]
+    same = [torch.equal(kept, found["classifier.weight"]) for found in models]
+    assert same == [False, True, False]
+
+
+def test_every_epoch_and_every_seed_have_an_order_of_their_own(tmp_path, monkeypatch):
+    seen = []
+    forward = train_sst2.forward
+
+    def noted(model, input_ids, precision):
+        if model.training:
+            seen[-1].append(tuple(input_ids[:, 0].tolist()))
+        return forward(model, input_ids, precision)
+
+    monkeypatch.setattr(train_sst2, "forward", noted)
+    for seed in (0, 1, 0):
+        seen.append([])
+        tune(tmp_path / str(len(seen)), review_batches([3] * 12, 4, 7), seed=seed, epochs=2)
+    first, other, again = seen
+    assert len(first) == 6
+    assert first[:3] != first[3:]
+    assert first != other
+    assert first == again
+
+
+def test_every_step_and_every_seed_have_a_dropout_mask_of_their_own(tmp_path):
+    """At a learning rate of 0 the loss of one sentence moves with the mask alone."""
+    losses = []
+    for seed, dropout in ((0, 0.5), (1, 0.5), (0, 0.5), (0, 0.0)):
+        out = tmp_path / str(len(losses))
+        tune(out, review_batches([6], 1, 0), rate=0.0, seed=seed, dropout=dropout)
+        losses.append(read_lines(out, "train")["loss"])
+    first, other, again, without = losses
+    assert len(set(first)) == 5
+    assert not set(first) & set(other)
+    assert first == again
+    assert len(set(without)) == 1
+
+
+def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0(tmp_path, monkeypatch):
+    rates, update = [], train_sst2.update
+
+    def noted(model, optimizer, rate):
+        rates.append(rate)
+        return update(model, optimizer, rate)
+
+    monkeypatch.setattr(train_sst2, "update", noted)
+    tune(tmp_path, review_batches([3] * 10, 2, 0), rate=1e-3, epochs=4)
+    rising, falling = [0.5e-3, 1e-3], [1e-3 * (20 - step) / 18 for step in range(2, 20)]
+    assert rates == pytest.approx(rising + falling)
+
+
+def test_an_evaluation_has_no_dropout_and_training_continues_with_it():
+    model = SST2BertModel(replace(SMALL, dropout=0.5, attention_dropout=0.5), PADDING).train()
+    batches = review_batches([3, 4, 5], 2, None)
+    found = [evaluate(model, batches, torch.device("cpu")) for _ in range(2)]
+    assert found[0] == found[1]
+    assert model.training
 
 
 def test_the_epoch_with_the_highest_accuracy_is_kept():
