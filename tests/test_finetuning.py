@@ -2,6 +2,7 @@
 predictions with its model.
 """
 
+import contextlib
 import copy
 import io
 import json
@@ -83,7 +84,7 @@ def test_accuracy_is_that_of_the_validation_split(tmp_path):
 
 
 def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch
 ):
     """The spread is the standard deviation of a sample of seeds."""
     started = {}
@@ -100,10 +101,11 @@ def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
         out=str(tmp_path / "run"), dataset=dataset, vocab_size=60, seeds=2,
         learning_rate=(1e-3, 1e-4), device="cpu",
     )  # fmt: skip
-    main(options)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        main(options)
     assert not torch.equal(started[1e-3, 0], started[1e-3, 1])
     assert torch.equal(started[1e-3, 0], started[1e-4, 0])
-    printed = capsys.readouterr().out
+    printed = output.getvalue()
     assert "learning rate 0.001: validation accuracy 0.6000 ± 0.1414, seeds 2\n" in printed
     assert "learning rate 0.0001: validation accuracy 0.5000 ± 0.0000, seeds 2\n" in printed
 

@@ -1,4 +1,5 @@
-"""Bugs that public BERT implementations really have had, planted here one by one.
+"""Bugs that public BERT implementations or this one really have had, or that once no test noticed,
+planted here one by one.
 
 Each row changes one piece of the real source, and the named test must then fail. A row whose piece
 is no longer in the source fails, too: a bug that cannot be planted proves nothing.
@@ -312,6 +313,63 @@ BUGS = {
     "40 another corpus of the same lengths is taken for the same": (
         data.TokenizedCorpus, "checksum", "value = zlib.crc32(np.", "zlib.crc32(np.",
         test_corpus.test_the_checksum_of_a_corpus_changes_with_every_token_and_start, {},
+    ),
+    "41 fine-tuning is validated on what it was trained on": (
+        train_sst2, "run_fine_tuning", 'load(options.dataset, "validation"',
+        'load(options.dataset, "train"',
+        test_finetuning.test_accuracy_is_that_of_the_validation_split, {},
+    ),
+    "42 the last epoch is kept, not the best": (
+        train_sst2, "fine_tune", "copy.deepcopy(model)", "model",
+        test_finetuning.test_the_model_of_the_best_epoch_is_returned, {},
+    ),
+    "43 every epoch of fine-tuning has the same order": (
+        train_sst2, "fine_tune", "training.epoch = epoch", "training.epoch = 0",
+        test_finetuning.test_every_epoch_and_every_seed_have_an_order_of_their_own, {},
+    ),
+    "43 every seed of fine-tuning has the same order": (
+        train_sst2, "fine_tune", "training.seed = seed", "training.seed = 0",
+        test_finetuning.test_every_epoch_and_every_seed_have_an_order_of_their_own, {},
+    ),
+    "44 every seed of fine-tuning has the same initial weights": (
+        train_sst2, "run_fine_tuning", "torch.manual_seed(seed)", "torch.manual_seed(0)",
+        test_finetuning.test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate,
+        {},
+    ),
+    "45 one dropout mask for all steps of fine-tuning": (
+        train_sst2, "fine_tune", "set_seed(seed, step)", "set_seed(seed)",
+        test_finetuning.test_every_step_and_every_seed_have_a_dropout_mask_of_their_own, {},
+    ),
+    "45 one dropout mask for all steps of pretraining": (
+        train_pretrain, "train", "(options.seed, step, run.rank", "(options.seed, run.rank",
+        test_training.test_every_micro_batch_of_every_step_has_a_dropout_mask_of_its_own, {},
+    ),
+    "46 fine-tuning without warmup": (
+        train_sst2, "fine_tune", "warmup = steps // 10", "warmup = 0",
+        test_finetuning.test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0, {},
+    ),
+    "47 Adam's eps is that of torch": (
+        train_pretrain, "make_optimizer", "eps=1e-6", "eps=1e-8",
+        test_training.test_adam_has_the_numbers_of_google_code, {},
+    ),
+    "48 an evaluation with dropout": (
+        train_sst2, "evaluate", "model.eval()", "model.train()",
+        test_finetuning.test_an_evaluation_has_no_dropout_and_training_continues_with_it, {},
+    ),
+    "49 the spread of a few seeds is divided by n": (
+        train_sst2, "run_fine_tuning", "ddof=1", "ddof=0",
+        test_finetuning.test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate,
+        {},
+    ),
+    "50 a stream's block is not shuffled": (
+        streaming.StreamedBatches, "batches",
+        "data.permutation(dataset.seed, block_index, len(dataset)).tolist()",
+        "list(range(len(dataset)))", test_streaming.test_a_block_is_shuffled, {},
+    ),
+    "51 all workers of a stream draw the same numbers": (
+        streaming.StreamedBatches, "__iter__",
+        'bookmark["block"] * self.worker_count + self.first_worker + worker', 'bookmark["block"]',
+        test_streaming.test_workers_that_read_equal_documents_make_other_examples_of_them, {},
     ),
 }  # fmt: skip
 

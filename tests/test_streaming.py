@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import json
 from collections import Counter
 from dataclasses import replace
@@ -123,6 +124,39 @@ def test_a_block_continues_until_two_documents_have_a_next_sentence(folder):
     with pytest.raises(ValueError, match="a data worker has 0 documents with a next sentence"):
         streaming.read_block(documents(title, title))
     assert next(batches.batches([long, title, pair], 0, 0))
+
+
+def test_a_block_is_shuffled(folder):
+    """In order, each batch would be of one document."""
+    rows, _ = streaming.open_stream(str(folder), None, "text")
+    texts = [row["text"] for row in rows]
+    batches = loader(folder, streaming.new_progress(0)).dataset
+    corpus = streaming.tokenize_block(texts, 0, small_tokenizer())
+    dataset = batches.make_dataset(corpus, small_tokenizer())
+    orders = []
+    for block_index in (0, 1):
+        indices = []
+        dataset.batch = indices.extend
+        batches.make_dataset = lambda *_: dataset
+        list(batches.batches(texts, 0, block_index))
+        offset = block_index * 2**20 * len(dataset)
+        orders.append([index - offset for index in indices[: len(dataset)]])
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(len(dataset)))
+    assert orders[0] != orders[1]
+    assert sum(a + 1 == b for a, b in itertools.pairwise(orders[0])) < len(dataset) / 4
+
+
+def test_workers_that_read_equal_documents_make_other_examples_of_them(tmp_path):
+    text = "\n\n".join(f"{a} {b} {a}{b}" for a in LETTERS for b in LETTERS)
+    for shard in range(2):
+        write_rows(tmp_path / f"train-{shard}.jsonl", [{"text": text}] * 4)
+    write_rows(tmp_path / "validation.jsonl", [{"text": text}] * 2)
+    batches = iter(loader(tmp_path, streaming.new_progress(2)))
+    first, second = next(batches), next(batches)
+    for place in ("documents", "block", "batch"):
+        assert first["bookmark"][place] == second["bookmark"][place]
+    first, second = ({tuple(row) for row in b["input_ids"].tolist()} for b in (first, second))
+    assert not first & second
 
 
 def test_a_worker_without_a_document_is_rejected(tmp_path):

@@ -28,7 +28,7 @@ import train_pretrain
 from bert import BertConfig, BertPretrainModel
 from support.command_line import parse_options
 from support.curves import read_lines
-from support.run import FiniteGuard
+from support.run import FiniteGuard, set_seed
 from train_pretrain import (
     PretrainLosses,
     PretrainOptions,
@@ -54,6 +54,36 @@ def test_the_learning_rate_rises_to_the_peak_and_falls_towards_zero():
 
 def test_without_warmup_the_first_step_has_the_peak():
     assert learning_rate(0, peak=0.5, warmup=0, steps=10) == 0.5
+
+
+def test_by_default_the_rate_rises_for_a_tenth_of_the_steps():
+    assert PretrainOptions(steps=70).warmup == 7
+    assert PretrainOptions(steps=70, warmup_steps=0).warmup == 0
+
+
+def test_adam_has_the_numbers_of_google_code():
+    for group in make_optimizer(torch.nn.Linear(2, 2)).param_groups:
+        assert (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-6)
+
+
+def test_every_micro_batch_of_every_step_has_a_dropout_mask_of_its_own(options, monkeypatch):
+    """Which mask it is depends on the seed of the run, on the step and on the micro-batch."""
+    drawn, add_gradients = [], train_pretrain.add_gradients
+
+    def noted(losses_of, batches, seeds):
+        assert len(seeds) == len(batches)
+        for numbers in seeds:
+            set_seed(*numbers)
+            drawn.append(tuple(torch.rand(3).tolist()))
+        return add_gradients(losses_of, batches, seeds)
+
+    monkeypatch.setattr(train_pretrain, "add_gradients", noted)
+    for seed in (0, 1, 0):
+        out = f"{options.out}-{len(drawn)}"
+        pretrain(replace(options, out=out, accumulate=2, seed=seed))
+    first, other, again = drawn[:8], drawn[8:16], drawn[16:]
+    assert len(set(first + other)) == 16
+    assert first == again
 
 
 def test_weight_decay_spares_biases_and_norms_and_nothing_else():
