@@ -406,9 +406,10 @@ def test_as_many_files_of_two_kinds_are_rejected(tmp_path):
 @pytest.mark.parametrize("name", ["corpus[1].jsonl", "a*b.jsonl", "what?.jsonl", "[train].jsonl"])
 def test_a_file_is_read_whatever_its_name(name, tmp_path):
     """The name is no pattern, even where other files would match it."""
-    write_rows(tmp_path / "corpus1.jsonl", [{"text": "another"}])
-    write_rows(tmp_path / "azb.jsonl", [{"text": "another"}])
-    path = write_rows(tmp_path / name, [{"text": text} for text in TEXTS])
+    folder = tmp_path / "AZaz09 -_.X"
+    write_rows(folder / "corpus1.jsonl", [{"text": "another"}])
+    write_rows(folder / "azb.jsonl", [{"text": "another"}])
+    path = write_rows(folder / name, [{"text": text} for text in TEXTS])
     assert list(data.get_dataset(path)["text"]) == TEXTS
 
 
