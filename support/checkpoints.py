@@ -19,11 +19,13 @@ def checkpoint_paths(out: Path) -> list[Path]:
 
 
 def save_checkpoint(out: Path, state: dict) -> None:
-    """Writes a checkpoint, completely or not at all, and deletes all but the last two.
+    """Writes a checkpoint, completely or not at all, and keeps the one before it.
 
     1. Note how long metrics.jsonl is. A resumed run cuts off what is added later.
     2. Write a temporary file, and force it to disk.
     3. Rename it, and force the folder to disk, which holds the new name.
+    4. Delete older ones. One of a later step is damaged, or the run would have resumed from it; it
+       is left until the run reaches that step.
     """
     folder = out / "checkpoints"
     folder.mkdir(exist_ok=True)
@@ -44,7 +46,8 @@ def save_checkpoint(out: Path, state: dict) -> None:
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-    for old in checkpoint_paths(out)[:-2]:
+    before = [other for other in checkpoint_paths(out) if other < path]
+    for old in before[:-1]:
         old.unlink()
 
 

@@ -152,6 +152,21 @@ def test_a_damaged_checkpoint_is_announced_and_the_one_before_it_used(damage, fi
     assert newest.read_bytes() == b""
 
 
+def test_damaged_checkpoints_of_later_steps_push_out_no_good_one(finished):
+    """Such as a copying tool or a full disk may leave. The two newest names were kept, and so the
+    checkpoint that had just been written was deleted."""
+    older, newest = checkpoints(finished)
+    for step in (7, 9):
+        older.with_name(f"step-{step:09}.pt").write_bytes(b"")
+    newest.unlink()
+    with pytest.warns(UserWarning, match="step-000000009.pt is damaged"):
+        run(replace(finished, save_every=1))
+    names = [path.name for path in checkpoints(finished)]
+    assert names == [f"step-{step:09}.pt" for step in (5, 6, 7, 9)]
+    with pytest.warns(UserWarning, match="step-000000007.pt is damaged"):
+        run(finished)
+
+
 def test_two_checkpoints_are_kept_and_load_as_plain_tensors(finished):
     """Weights, optimizer and step are enough: nothing is pickled that could be code."""
     assert [path.name for path in checkpoints(finished)] == [
