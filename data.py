@@ -340,8 +340,7 @@ class TokenizedCorpus:
 def span_around(starts: np.ndarray, position: int) -> tuple[int, int]:
     """Returns the last of the sorted `starts` up to `position`, and the one after it."""
     after = starts.searchsorted(position, side="right")
-    start, end = starts[after - 1 : after + 1]
-    return int(start), int(end)
+    return starts.item(after - 1), starts.item(after)
 
 
 # ---- Random numbers ----------------------------------------------------------
