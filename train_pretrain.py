@@ -408,8 +408,7 @@ def train(
         losses_of = torch.compile(losses_of, fullgraph=True)
     if dist.is_initialized():
         losses_of = DistributedDataParallel(losses_of)
-    # note() remembers a gradient that was not finite, check() stops the run if there was one, and
-    # check(model) also if a weight is not finite.
+    # check() stops the run if a gradient was not finite; check(model) also if a weight is not.
     guard = FiniteGuard(device)
     per_rank = options.accumulate // run.world_size  # micro-batches
 
@@ -421,9 +420,8 @@ def train(
         if save_is_due and step > run.saved_step:
             guard.check(model)
             run.save(step, progress, model=model, optimizer=optimizer)
-        if run.rank == 0 and (
-            must_stop or options.exports_at(step)
-        ):  # a stopped run leaves its model, too
+        # A stopped run leaves its model, too.
+        if run.rank == 0 and (must_stop or options.exports_at(step)):
             guard.check(model)
             export(step)
         if must_stop:

@@ -66,11 +66,9 @@ def summary() -> list[str]:
             bench[f"{step}: times as fast as transformers{settings}"]
             for step in ("mini, 16 x 128", "base, 4 x 128")
         ]
-        with_what = (
-            ", both in float32 and with freed memory kept"
-            if settings
-            else (" with its default settings")
-        )
+        with_what = " with its default settings"
+        if settings:
+            with_what = ", both in float32 and with freed memory kept"
         rows.append((f"a training step, times as fast as transformers{with_what}: mini; base",
                      "; ".join(f"{ratio:.2f}" for ratio in times), ""))  # fmt: skip
     return [f"| {' | '.join(row)} |" for row in rows]

@@ -24,8 +24,8 @@ def save_checkpoint(out: Path, state: dict) -> None:
     1. Note how long metrics.jsonl is. A resumed run cuts off what is added later.
     2. Write a temporary file, and force it to disk.
     3. Rename it, and force the folder to disk, which holds the new name.
-    4. Delete older ones. One of a later step is damaged, or the run would have resumed from it; it
-       is left until the run reaches that step.
+    4. Delete all older ones but the last. A checkpoint of a later step is left alone: it must be
+       damaged, since the run did not resume from it, and is overwritten at that step.
     """
     folder = out / "checkpoints"
     folder.mkdir(exist_ok=True)

@@ -90,7 +90,7 @@ def redirected(
     function(*arguments)
 
 
-def run_script(name: str, *arguments: str) -> None:
+def run_as_main(name: str, *arguments: str) -> None:
     """Runs a file as `python name` does, or a module as `python -m name`, in this process."""
     sys.argv = [name, *arguments]
     run = runpy.run_path if name.endswith(".py") else runpy.run_module
@@ -99,7 +99,7 @@ def run_script(name: str, *arguments: str) -> None:
 
 def run_in_process(output: Path, *line: str, **how) -> tuple[int, str]:
     """Runs a script in a process of its own; returns its exit status and all that it printed."""
-    (status,) = wait(start(run_script, *line, output=output, **how))
+    (status,) = wait(start(run_as_main, *line, output=output, **how))
     return status, output.read_text()
 
 
@@ -147,6 +147,12 @@ def metrics_of(out: Path) -> list[dict]:
     """Returns the lines of metrics.jsonl without what a clock said."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Returns every file in a folder but its lock, which is empty."""
+    files = (path for path in folder.glob("**/*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers import contents
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -129,11 +130,6 @@ class Writes:
         ]
 
 
-def contents(out: Path) -> dict[str, bytes]:
-    files = (path for path in out.glob("**/*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
-
-
 def step_in(path: Path) -> int | None:
     """Returns the step that a checkpoint holds, or None if it is damaged."""
     try:
@@ -154,8 +150,8 @@ class RunFolder(RuleBasedStateMachine):
 
     def newest(self) -> int:
         """Returns the step of the newest checkpoint that can be read, or -1."""
-        return max((step_in(p) for p in checkpoint_paths(self.out) if step_in(p) is not None),
-                   default=-1)  # fmt: skip
+        steps = [step_in(path) for path in checkpoint_paths(self.out)]
+        return max((step for step in steps if step is not None), default=-1)
 
     def attempt(
         self, rate: float, resume: bool, writes: Writes, save_every: int = 2, in_use: bool = False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, metrics_of, run_script, start, start_ranks, torchrun, wait
+from helpers import ROOT, metrics_of, run_as_main, start, start_ranks, torchrun, wait
 from strategies import (
     PADDING,
     SMALL,
@@ -89,7 +89,7 @@ def test_ranks_never_share_one_gpu(monkeypatch):
 def test_fine_tuning_with_several_ranks_is_rejected(tmp_path):
     """All ranks would compute the same, and write every line twice."""
     line = ("train_sst2.py", "--out", str(tmp_path / "run"))
-    assert wait(*start_ranks(2, run_script, *line, output=tmp_path / "output")) == [2, 2]
+    assert wait(*start_ranks(2, run_as_main, *line, output=tmp_path / "output")) == [2, 2]
     output = (tmp_path / "output").read_text()
     message = "error: fine-tuning runs in one process, not in 2: start it with python"
     assert output.count(message) == 2
@@ -161,14 +161,14 @@ def assert_close(one: list[dict], other: list[dict]) -> None:
 @pytest.fixture(scope="module")
 def alone(flags, tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("alone")
-    assert wait(start(run_script, *flags, "--out", str(out))) == [0]
+    assert wait(start(run_as_main, *flags, "--out", str(out))) == [0]
     return metrics_of(out)
 
 
 @pytest.mark.slow
 def test_two_ranks_have_the_curve_of_one_and_only_the_first_writes(flags, alone, tmp_path):
     out, output = tmp_path / "run", tmp_path / "output"
-    ranks = start_ranks(2, run_script, *flags, "--out", str(out), output=output)
+    ranks = start_ranks(2, run_as_main, *flags, "--out", str(out), output=output)
     assert wait(*ranks) == [0, 0], output.read_text()
     assert_close(metrics_of(out), alone)
     names = {"config.json", "metrics.jsonl", "checkpoints", "model", "curves.png", ".lock"}
@@ -184,7 +184,7 @@ def test_a_run_resumes_with_another_number_of_ranks(flags, alone, tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     for world_size, until in ((2, 6), (4, 10)):
         resume = ["--resume"] if metrics.exists() else []
-        ranks = start_ranks(world_size, run_script, *flags, "--out", str(tmp_path), *resume)
+        ranks = start_ranks(world_size, run_as_main, *flags, "--out", str(tmp_path), *resume)
         while not metrics.exists() or f'"train", "step": {until - 1}' not in metrics.read_text():
             time.sleep(0.01)
             assert all(rank.is_alive() for rank in ranks)
@@ -192,7 +192,7 @@ def test_a_run_resumes_with_another_number_of_ranks(flags, alone, tmp_path):
             rank.kill()
         assert wait(*ranks) == [-9] * world_size
         assert not (tmp_path / "model").exists()
-    assert wait(start(run_script, *flags, "--out", str(tmp_path), "--resume")) == [0]
+    assert wait(start(run_as_main, *flags, "--out", str(tmp_path), "--resume")) == [0]
     assert_close(metrics_of(tmp_path), alone)
 
 
@@ -245,7 +245,7 @@ def test_the_death_of_one_rank_ends_all_with_a_message(flags, tmp_path):
 @pytest.mark.slow
 def test_micro_batches_that_the_ranks_cannot_share_are_rejected(flags, tmp_path):
     line, output = [*flags, "--out", str(tmp_path / "run")], tmp_path / "output"
-    assert wait(*start_ranks(3, run_script, *line, output=output)) == [2, 2, 2]
+    assert wait(*start_ranks(3, run_as_main, *line, output=output)) == [2, 2, 2]
     assert "error: --accumulate 4 is no multiple of 3 ranks" in output.read_text()
     assert not (tmp_path / "run").exists()
 

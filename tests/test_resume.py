@@ -61,9 +61,8 @@ def test_a_run_killed_dozens_of_times_ends_as_one_that_was_never_killed(
     landed = []
 
     def attempt(out: str, point=None, call=1, seconds=None) -> None:
-        resume = bool(
-            support.checkpoints.checkpoint_paths(tmp_path / out)
-        )  # or it died before the first
+        # Without a checkpoint, it died before the first.
+        resume = bool(support.checkpoints.checkpoint_paths(tmp_path / out))
         now = replace(options, out=str(tmp_path / out), resume=resume, workers=len(landed) % 3)
         landed.append(in_process(now, point, call, seconds) == -signal.SIGKILL)
 

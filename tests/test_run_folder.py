@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, run, weights_of
+from helpers import ROOT, contents, run, weights_of
 from strategies import LETTERS, small_tokenizer, write_reviews
 
 import data
@@ -27,12 +27,6 @@ from support.checkpoints import checkpoint_paths
 from support.folder import run_folder, write_line
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Returns every file in a folder but its lock, which is empty."""
-    files = (path for path in folder.glob("**/*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 # ---- What --resume needs ------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from helpers import (
     in_process,
     metrics_of,
     run,
-    run_script,
+    run_as_main,
     start_ranks,
     state,
     wait,
@@ -300,7 +300,7 @@ def test_two_ranks_read_a_stream_and_resume(options, tmp_path):
     found = []
     for more in ([], ["--resume"]):
         output = tmp_path / "output"
-        ranks = start_ranks(2, run_script, *line, *more, output=output)
+        ranks = start_ranks(2, run_as_main, *line, *more, output=output)
         assert wait(*ranks) == [0, 0], output.read_text()
         found.append(metrics_of(tmp_path))
         (tmp_path / "checkpoints/step-000000006.pt").unlink()
