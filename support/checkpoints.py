@@ -18,21 +18,26 @@ def checkpoint_paths(out: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if CHECKPOINT_NAME.fullmatch(path.name))
 
 
-def save_checkpoint(out: Path, state: dict) -> None:
-    """Writes a checkpoint, completely or not at all, and keeps the one before it.
+def checkpoint_path(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step-{step:09}.pt"
+
+
+def save_checkpoint(out: Path, state: dict, previous_step: int) -> None:
+    """Writes a checkpoint, completely or not at all, and keeps the one of `previous_step`, which
+    this run has saved or was resumed from.
 
     1. Note how long metrics.jsonl is. A resumed run cuts off what is added later.
     2. Write a temporary file, and force it to disk.
     3. Rename it, and force the folder to disk, which holds the new name.
-    4. Delete all older ones but the last. A checkpoint of a later step is left alone: it must be
-       damaged, since the run did not resume from it, and is overwritten at that step.
+    4. Delete the others of earlier steps. Those between the two kept ones are damaged, or the run
+       would have been resumed from them. So are those of later steps, which are left alone.
     """
     folder = out / "checkpoints"
     folder.mkdir(exist_ok=True)
     with (out / "metrics.jsonl").open("a") as file:
         os.fsync(file.fileno())
         state["metrics_bytes"] = file.tell()
-    path = folder / f"step-{state['step']:09}.pt"
+    path = checkpoint_path(out, state["step"])
     unfinished = path.with_suffix(".unfinished")
     try:
         with unfinished.open("wb") as file:
@@ -46,9 +51,10 @@ def save_checkpoint(out: Path, state: dict) -> None:
     directory = os.open(folder, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
-    before = [other for other in checkpoint_paths(out) if other < path]
-    for old in before[:-1]:
-        old.unlink()
+    kept = checkpoint_path(out, previous_step)
+    for other in checkpoint_paths(out):
+        if other < path and other != kept:
+            other.unlink()
 
 
 def read_checkpoint(path: Path, names: Sequence[str]) -> dict:

@@ -132,7 +132,7 @@ class Run:
             state: dict = {"step": step, "tokens": self.tokens, "seconds": self.seconds}
             state |= {"run": self.identity, "own": gathered}
             state |= {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(self.out, state)
+            save_checkpoint(self.out, state, self.saved_step)
         self.saved_step = step
 
     def asked_to_stop(self) -> bool:

@@ -166,6 +166,16 @@ def test_damaged_checkpoints_of_later_steps_push_out_no_good_one(finished):
         run(finished)
 
 
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_the_one_that_was_resumed_from(finished):
+    """Of the steps 4, 5 (damaged) and 6 the two newest were kept, and only one of them was good."""
+    older, newest = checkpoints(finished)
+    newest.unlink()
+    older.with_name("step-000000005.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="step-000000005.pt is damaged"):
+        run(finished)
+    assert [path.name for path in checkpoints(finished)] == [older.name, newest.name]
+
+
 def test_two_checkpoints_are_kept_and_load_as_plain_tensors(finished):
     """Weights, optimizer and step are enough: nothing is pickled that could be code."""
     assert [path.name for path in checkpoints(finished)] == [
