@@ -1,12 +1,13 @@
-"""Any order of what can happen to a run's folder: runs that end, are killed at a write or find the
-disk full, files that are damaged, renamed or lost, other options, another process.
+"""A run's folder with events in any order: runs that end, are killed at a write or find the disk
+full, checkpoints that are damaged, renamed or lost, other options, another process in the folder.
 
-hypothesis draws the orders. The runs train one number, so that a hundred orders take seconds, and a
-kill is an exception that nothing handles; test_resume.py kills real processes.
+hypothesis draws the orders. The runs train one number, so that a hundred orders take seconds.
+Kills, full disks and the other process are simulated; test_resume.py kills real processes.
 """
 
 import errno
 import json
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ from support.run import Run
 STEPS = 6
 RATES = (1.0, 0.5)
 SAVE_EVERY = (1, 2, 3, 4)  # as a signal may also save at any step
-torch_save, write_line = torch.save, support.folder.write_line  # the real ones
+WRITES = st.integers(0, 45)  # no run makes as many
+# The real ones.
+torch_save, write_line, write_text = torch.save, support.folder.write_line, Path.write_text
 
 
 @dataclass
@@ -77,8 +80,8 @@ def train(options: Options) -> None:
 
 
 class Writes:
-    """The writes of a run, counted. The one with index `last` is the last: half of it is done, and
-    the process dies, or the disk is full."""
+    """Counts a run's writes, and the moments before and after each rename or deletion. At number
+    `last`, from 0, the process dies or the disk is full; a write is half done then."""
 
     def __init__(self, last: int | None, full: bool = False) -> None:
         self.last, self.full, self.done = last, full, 0
@@ -88,16 +91,20 @@ class Writes:
         return self.last is not None and self.done > self.last
 
     def end(self) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device") if self.full else Killed
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise Killed
 
     def save(self, state, file) -> None:
-        path = Path(file.name)
-        ends = self.ends_here()
         torch_save(state, file)
+        if self.ends_here():
+            file.truncate(file.tell() // 2)
+            self.end()
+
+    def write_text(self, path: Path, text: str, **named) -> None:
+        ends = self.ends_here()
+        write_text(path, text[: len(text) // 2] if ends else text, **named)
         if ends:
-            file.flush()
-            content = path.read_bytes()
-            file.truncate(len(content) // 2)
             self.end()
 
     def write_line(self, out: Path, **values) -> None:
@@ -119,15 +126,16 @@ class Writes:
         return write
 
     def patches(self) -> list:
-        return [
+        found = [
             mock.patch.object(torch, "save", self.save),
             mock.patch.object(support.run, "write_line", self.write_line),
-            mock.patch.object(Path, "replace", self.before_and_after(Path.replace)),
-            # A full disk still deletes.
-            mock.patch.object(
-                Path, "unlink", Path.unlink if self.full else self.before_and_after(Path.unlink)
-            ),
+            mock.patch.object(Path, "write_text", lambda *a, **k: self.write_text(*a, **k)),
         ]
+        if not self.full:  # on a full disk, renaming and deleting still work
+            for name in ("replace", "unlink"):
+                function = self.before_and_after(getattr(Path, name))
+                found.append(mock.patch.object(Path, name, function))
+        return found
 
 
 def step_in(path: Path) -> int | None:
@@ -153,11 +161,18 @@ class RunFolder(RuleBasedStateMachine):
         steps = [step_in(path) for path in checkpoint_paths(self.out)]
         return max((step for step in steps if step is not None), default=-1)
 
+    def unreadable(self) -> set[Path]:
+        return {path for path in checkpoint_paths(self.out) if step_in(path) is None}
+
     def attempt(
         self, rate: float, resume: bool, writes: Writes, save_every: int = 2, in_use: bool = False
     ) -> None:
         """Runs a command, and checks that it has done its work, died, or changed nothing."""
         before, newest = contents(self.out), self.newest()
+        unreadable = self.unreadable()
+        has_lines = bool(before.get("metrics.jsonl"))
+        holds_run = "model" in before or has_lines or bool(checkpoint_paths(self.out))
+        allowed = newest >= 0 and rate == self.rate if resume else not holds_run
         options = Options(str(self.out), rate, save_every, resume)
         silent = mock.patch.object(support.run, "progress_bar", return_value=tqdm(disable=True))
         signals = mock.patch.object(support.run, "note_signals", list)
@@ -179,20 +194,22 @@ class RunFolder(RuleBasedStateMachine):
                     patch.stop()
 
         assert writes.full or not isinstance(error, OSError)
+        assert isinstance(error, ValueError) == (in_use or not allowed)
         if isinstance(error, ValueError):
             assert "\n" not in str(error)
             assert contents(self.out) == before
-            assert in_use or not resume or newest < 0 or rate != self.rate
             return
-        assert not in_use
-        assert resume == (newest >= 0)
         self.rate = rate
         assert self.newest() >= newest
+        assert self.unreadable() <= unreadable
         if error is None:
             self.assert_is_finished()
+            if newest < STEPS:  # it has saved
+                assert len(checkpoint_paths(self.out)) == 2
+                assert not self.unreadable()
 
     def assert_is_finished(self) -> None:
-        """Everything is as in a run that was never interrupted."""
+        """Metrics, model and newest checkpoint are as in a run that was never interrupted."""
         assert self.newest() == STEPS
         losses = [weights_after(self.rate, step + 1) for step in range(STEPS)]
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
@@ -206,12 +223,12 @@ class RunFolder(RuleBasedStateMachine):
     @rule(
         rate=st.sampled_from(RATES),
         save_every=st.sampled_from(SAVE_EVERY),
-        last=st.none() | st.integers(0, 40),
+        last=st.none() | WRITES,
     )
     def start(self, rate, save_every, last):
         self.attempt(rate, False, Writes(last), save_every)
 
-    @rule(save_every=st.sampled_from(SAVE_EVERY), last=st.none() | st.integers(0, 40))
+    @rule(save_every=st.sampled_from(SAVE_EVERY), last=st.none() | WRITES)
     def resume(self, save_every, last):
         self.attempt(self.rate or RATES[0], True, Writes(last), save_every)
 
@@ -219,7 +236,7 @@ class RunFolder(RuleBasedStateMachine):
     def resume_with_some_options(self, rate):
         self.attempt(rate, resume=True, writes=Writes(None))
 
-    @rule(resume=st.booleans(), last=st.integers(0, 20))
+    @rule(resume=st.booleans(), last=WRITES)
     def run_out_of_disk(self, resume, last):
         self.attempt(self.rate or RATES[0], resume, Writes(last, full=True))
 
@@ -246,11 +263,17 @@ class RunFolder(RuleBasedStateMachine):
         else:
             path.write_bytes(content[: len(content) // 2] if how == "cut" else b"")
 
-    @precondition(lambda self: len(checkpoint_paths(self.out)) > 2)
+    @precondition(lambda self: len(checkpoint_paths(self.out)) > 1)
     @rule()
     def damage_all_but_the_oldest(self):
         for path in checkpoint_paths(self.out)[1:]:
             path.write_bytes(b"")
+
+    @precondition(lambda self: self.out.exists() and self.newest() < 0)
+    @rule()
+    def give_up_and_empty_the_folder(self):
+        shutil.rmtree(self.out)
+        self.rate = None
 
     @precondition(lambda self: checkpoint_paths(self.out))
     @rule(name=st.sampled_from(["step-best.pt", "step-7.pt", "step-000000009.pt.bak"]))
@@ -268,7 +291,16 @@ class RunFolder(RuleBasedStateMachine):
                 state = read_checkpoint(path, [])
                 assert path.name == f"step-{step:09}.pt"
                 assert float(state["model"]["weight"]) == weights_after(self.rate, step)
+                assert (state["tokens"], state["run"]) == (10 * step, {"rate": self.rate})
+
+    @invariant()
+    def the_files_of_a_run_are_whole(self):
+        config, model = self.out / "config.json", self.out / "model"
+        assert not config.exists() or json.loads(config.read_text())["rate"] in RATES
+        assert not model.exists() or model.read_text() == str(weights_after(self.rate, STEPS))
 
 
 TestRunFolder = pytest.mark.slow(RunFolder.TestCase)
-TestRunFolder.settings = settings(max_examples=100, stateful_step_count=15)
+TestRunFolder.settings = settings(
+    RunFolder.TestCase.settings, max_examples=100, stateful_step_count=15
+)
