@@ -1,6 +1,6 @@
 """SST-2 with a tenth of its training sentences, for train_sst2.py.
 
-python -m experiments.tenth SST2_DIR OUT
+python -m experiments.fewer_labels SST2_DIR OUT
 """
 
 import sys
