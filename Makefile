@@ -1,4 +1,4 @@
-# make run | make test | make bench | make lint | make wheel | make mutants: each makes .venv by itself; python3 with venv is all it needs.
+# make run | make afternoon | make test | make bench | make lint | make wheel | make mutants: each makes .venv by itself; python3 with venv is all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,11 @@ EPOCHS ?= 10
 SEEDS ?= 3
 FINE = --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS)
 
-.PHONY: run test bench lint wheel mutants clean
+# What `make afternoon` reads: hub ids, or folders: make afternoon CORPUS=DIR SST2=DIR
+CORPUS ?= stanfordnlp/imdb
+SST2 ?= stanfordnlp/sst2
+
+.PHONY: run afternoon test bench lint wheel mutants clean
 
 run: $(VENV)/ready
 	rm -rf $(RUN)
@@ -20,6 +24,10 @@ run: $(VENV)/ready
 	$(BIN)/python train_sst2.py --tokenizer $(RUN)/pretrain/model --max-seq-length 48 $(FINE) --out $(RUN)/scratch
 	$(BIN)/python train_sst2.py --weights $(RUN)/pretrained/model --predict "The plot is delicate and the canyon looks tender." "What about the canyon? That is murky, dear listeners."
 	$(BIN)/python -m experiments.story $(RUN)
+
+# Three hours on two cores. After a break, the same line goes on.
+afternoon: $(VENV)/ready
+	$(BIN)/python -m experiments.afternoon $(CORPUS) $(SST2) runs/afternoon
 
 # Two processes share the tests. With one thread each, they do not wait for one another.
 test: $(VENV)/ready

@@ -15,12 +15,18 @@ from support.curves import means_of_seeds, optional, plot_pretraining, read_line
 from train_pretrain import PretrainOptions
 
 
-def best_accuracies(run: Path) -> list[float]:
-    """Of each seed of a run of train_sst2.py, the best epoch's on the validation split, percent."""
+def best_accuracies(run: Path, rate: float | None = None) -> list[float]:
+    """Of each seed of a run of train_sst2.py, the best epoch's on the validation split, percent.
+
+    rate: only the models of this learning rate; by default the best of all.
+    """
     lines = read_lines(run, "validation")
     best: dict[int, float] = {}
-    for seed, accuracy in zip(lines["seed"], lines["accuracy"], strict=True):
-        best[seed] = max(best.get(seed, 0.0), 100 * accuracy)
+    for seed, learning_rate, accuracy in zip(
+        lines["seed"], lines["learning_rate"], lines["accuracy"], strict=True
+    ):
+        if rate in (None, learning_rate):
+            best[seed] = max(best.get(seed, 0.0), 100 * accuracy)
     return list(best.values())
 
 

@@ -1,0 +1,225 @@
+"""An afternoon on two cores: does pretraining on film reviews pay on SST-2, the labelled ones?
+
+python -m experiments.afternoon stanfordnlp/imdb stanfordnlp/sst2 runs/afternoon
+
+This is `make afternoon`. It runs the commands of `stages`, prints a table and draws a figure. After
+a break the same line goes on: what is finished is not run again, and pretraining resumes.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.story import best_accuracies, mean_and_deviation
+from support.curves import optional, read_lines
+
+PRETRAINING = """
+    --vocab-size 8192 --size mini --max-seq-length 64 --batch-size 64 --dropout 0
+    --learning-rate 1e-3 --warmup-steps 400 --steps 15000 --export-steps 244 732 2441 7324
+""".split()
+FINE_TUNING = "--learning-rate 1e-4 3e-4 --seeds 3".split()
+SHARES = {  # of the labelled sentences: which are trained on, and how many times
+    "all": (1, 2),
+    "tenth": (10, 6),  # every tenth
+    "hundredth": (100, 30),
+}
+STARTS = ("pretrained", "scratch")
+# SST-2 accuracies of others, in percent: [Code]'s of small BERTs on the test split, the best of
+# twenty settings, and that of a linear model of the words.
+PUBLISHED = {"bag of words": 80.4, "Google's tiny": 83.2, "Google's mini": 85.9}
+
+# ---- The commands ------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """A command that makes a folder."""
+
+    folder: Path
+    command: list[str]  # what follows "python"; the folder follows the command
+    resumes: bool = False
+
+    def is_finished(self) -> bool:
+        return (self.folder / "model").exists() if self.resumes else self.folder.exists()
+
+
+def stages(corpus: str, sst2: str, out: Path) -> tuple[list[Stage], list[Stage]]:
+    """Returns what is run one after the other, and what may run at the same time afterwards."""
+    reviews, weights = str(out / "reviews"), str(out / "pretrain/model")
+    one_by_one = [
+        Stage(out / "reviews", ["-m", "experiments.clean_reviews", corpus]),
+        Stage(
+            out / "pretrain",
+            ["train_pretrain.py", "--dataset", reviews, *PRETRAINING, "--out"],
+            resumes=True,
+        ),
+    ]
+    together = []
+    models = {
+        "pretrained": ["--weights", weights],
+        "scratch": ["--size", "mini", "--tokenizer", weights, "--max-seq-length", "64"],
+    }
+    for share, (every, epochs) in SHARES.items():
+        sentences = out / f"sst2-{share}"
+        select = ["-m", "experiments.fewer_labels", sst2, str(every)]
+        one_by_one.append(Stage(sentences, select))
+        for start in STARTS:
+            settings = [*models[start], *FINE_TUNING, "--epochs", str(epochs)]
+            command = ["train_sst2.py", "--dataset", str(sentences), *settings, "--out"]
+            together.append(Stage(out / f"{start}-{share}", command))
+    return one_by_one, together
+
+
+def run_stage(stage: Stage, log: Path | None = None) -> None:
+    """Runs the command of a stage, unless it is finished.
+
+    A folder appears under its name when it is finished. Until then it has another one, and what an
+    interrupted command left there is deleted. (A folder that resumes is its own from the start.)
+    log: the file for what the command prints; by default the terminal.
+    Raises RuntimeError if the command fails.
+    """
+    if stage.is_finished():
+        return
+    folder = stage.folder if stage.resumes else Path(f"{stage.folder}.unfinished")
+    words = [*stage.command, str(folder)]
+    if stage.resumes and (folder / "checkpoints").exists():
+        words.append("--resume")
+    elif folder.exists() and not stage.resumes:
+        shutil.rmtree(folder)
+    print("python", *words, flush=True)
+
+    environment, output = dict(os.environ), None
+    if log:
+        environment["OMP_NUM_THREADS"] = "1"
+        output = log.open("w")
+    with output or contextlib.nullcontext():
+        process = subprocess.Popen(
+            [sys.executable, *words], env=environment, stdout=output, stderr=output
+        )
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # the command was interrupted, too: it saves, and ends
+            process.wait()
+            raise
+    if status:
+        raise RuntimeError(f"this command failed{f', see {log}' if log else ''}: {' '.join(words)}")
+    folder.rename(stage.folder)
+    print(f"{stage.folder} is finished", flush=True)
+
+
+def run(corpus: str, sst2: str, out: Path) -> None:
+    """Runs all stages. Those at the end run at the same time, each on a core of its own: their
+    batches are too small for several.
+    """
+    one_by_one, together = stages(corpus, sst2, out)
+    out.mkdir(parents=True, exist_ok=True)
+    for stage in one_by_one:
+        run_stage(stage)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        runs = [pool.submit(run_stage, stage, Path(f"{stage.folder}.log")) for stage in together]
+        try:
+            for ended in runs:
+                ended.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # those that have not started
+            raise
+
+
+# ---- What they have shown ----------------------------------------------------
+
+
+def at_best_rate(run: Path) -> list[float]:
+    """Returns the accuracy of each seed, in percent, at the learning rate with the best mean."""
+    rates = set(read_lines(run, "validation")["learning_rate"])
+    return max((best_accuracies(run, rate) for rate in sorted(rates)), key=np.mean)
+
+
+def gain_table(out: Path) -> list[str]:
+    """Returns the rows of a table: SST-2 dev accuracy by share of the labels."""
+    rows = [
+        "| labelled sentences | pretrained | from scratch | gain, points |",
+        "|---|---|---|---|",
+    ]
+    for share in SHARES:
+        pretrained, scratch = (at_best_rate(out / f"{start}-{share}") for start in STARTS)
+        gain = np.mean(pretrained) - np.mean(scratch)
+        means = " | ".join(f"{mean_and_deviation(values)}%" for values in (pretrained, scratch))
+        rows.append(f"| {share} | {means} | {gain:+.1f} |")
+    return rows
+
+
+def loss_table(pretrain: Path, steps: tuple[int, ...]) -> list[str]:
+    """Returns the rows of a table: what to expect after these steps of pretraining."""
+    rows = ["| step | million tokens | MLM loss | NSP accuracy |", "|---|---|---|---|"]
+    lines = read_lines(pretrain, "validation")
+    for step in steps:
+        i = lines["step"].index(step)
+        tokens, loss, nsp = (lines[name][i] for name in ("tokens", "mlm_loss", "nsp_accuracy"))
+        rows.append(f"| {step:,} | {tokens / 1e6:.1f} | {loss:.2f} | {100 * nsp:.0f}% |")
+    return rows
+
+
+@optional
+def draw_afternoon(out: Path) -> None:
+    """curves.png: the loss, and the gain at each share of the labels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    loss, bars = figure.subplots(1, 2)
+    plot_loss(loss, out / "pretrain")
+    plot_gain(bars, out)
+    figure.savefig(out / "curves.png", dpi=120)
+
+
+def plot_loss(axes: Any, pretrain: Path) -> None:
+    """Draws the validation loss by tokens, and what is known from the tokens' frequencies."""
+    lines = read_lines(pretrain, "validation")
+    axes.plot(np.array(lines["tokens"]) / 1e6, lines["mlm_loss"], label="validation")
+    axes.axhline(
+        lines["unigram_entropy"][0],
+        color="black",
+        linestyle=":",
+        label="unigram entropy: how often tokens occur",
+    )
+    axes.set(xlabel="million tokens", ylabel="MLM loss, nats", title="pretraining on film reviews")
+    axes.legend(fontsize=8)
+
+
+def plot_gain(axes: Any, out: Path) -> None:
+    """Draws the accuracy for each share of the labels, pretrained and from scratch."""
+    for i, share in enumerate(SHARES):
+        for j, (start, color) in enumerate(zip(STARTS, ("C2", "C0"), strict=True)):
+            values = at_best_rate(out / f"{start}-{share}")
+            label = start if i == 0 else None
+            x = i + (j - 0.5) * 0.36
+            axes.bar(x, np.mean(values), 0.34, color=color, alpha=0.8, label=label)
+            axes.plot([x] * len(values), values, "k.", markersize=3)
+            axes.text(x, 51, mean_and_deviation(values), ha="center", fontsize=8)
+    axes.set_xticks(range(len(SHARES)), [f"{share} of the labels" for share in SHARES])
+    axes.set(ylim=(50, 92), ylabel="SST-2 dev accuracy, %", title="fine-tuning; a dot is a seed")
+    axes.legend(fontsize=8, loc="upper right")
+
+
+def main(corpus: str, sst2: str, out: str) -> None:
+    try:
+        run(corpus, sst2, Path(out))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    except RuntimeError as error:
+        sys.exit(str(error))
+    print(*gain_table(Path(out)), sep="\n")
+    draw_afternoon(Path(out))
+    if (Path(out) / "curves.png").exists():
+        print(f"{out}/curves.png shows it")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,243 @@
+"""`make afternoon`: its commands are understood, what is finished is not run again, and its table
+is computed from the lines of its runs.
+"""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from helpers import start, wait
+
+import data
+from experiments import afternoon
+from experiments.afternoon import Stage, run_stage, stages
+from experiments.clean_reviews import clean_reviews
+from experiments.fewer_labels import fewer_labels
+from support.command_line import parse_options
+from train_pretrain import PretrainOptions
+from train_sst2 import SST2Options
+
+SCRIPTS = {"train_pretrain.py": PretrainOptions, "train_sst2.py": SST2Options}
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ---- The commands -------------------------------------------------------------------------------
+
+
+def test_every_training_command_of_the_afternoon_is_understood(tmp_path):
+    one_by_one, together = stages("corpus", "sst2", tmp_path)
+    options = [
+        parse_options(SCRIPTS[stage.command[0]], [*stage.command[1:], str(stage.folder)])
+        for stage in [*one_by_one, *together]
+        if stage.command[0] in SCRIPTS
+    ]
+    assert len(options) == 7
+    assert {Path(o.out).parent for o in options} == {tmp_path}
+    assert len({o.out for o in options}) == 7
+
+
+def test_pretrained_and_scratch_differ_in_nothing_but_the_weights(tmp_path):
+    _, together = stages("corpus", "sst2", tmp_path)
+    for with_weights, without in zip(together[::2], together[1::2], strict=True):
+        pair = [
+            vars(parse_options(SST2Options, [*stage.command[1:], "out"]))
+            for stage in (with_weights, without)
+        ]
+        differing = {name for name in pair[0] if pair[0][name] != pair[1][name]}
+        assert differing == {"weights", "tokenizer", "size", "max_seq_length"}
+        assert pair[0]["weights"] == pair[1]["tokenizer"]
+    (pretraining,) = (s for s in stages("corpus", "sst2", tmp_path)[0] if s.resumes)
+    options = parse_options(PretrainOptions, [*pretraining.command[1:], "out"])
+    assert (pair[1]["size"], pair[1]["max_seq_length"]) == (options.size, options.max_seq_length)
+
+
+# ---- Running them -------------------------------------------------------------------------------
+
+
+def writing(text: str, status: int = 0) -> list[str]:
+    """Returns a command that adds a line to a file of its folder, and ends with a status."""
+    code = f"""
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1]); folder.mkdir(exist_ok=True)
+with (folder / "log").open("a") as file: file.write("{text}\\n")
+if len(sys.argv) > 2: (folder / "model").mkdir()
+sys.exit({status})
+"""
+    return ["-c", code]
+
+
+def test_a_finished_stage_is_not_run_again(tmp_path):
+    stage = Stage(tmp_path / "a", writing("once"))
+    for _ in range(2):
+        run_stage(stage)
+    assert (tmp_path / "a/log").read_text() == "once\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_stage_that_failed_is_run_from_its_beginning(tmp_path):
+    with pytest.raises(RuntimeError, match=f"failed, see {tmp_path}/a.log: -c"):
+        run_stage(Stage(tmp_path / "a", writing("failed", status=3)), tmp_path / "a.log")
+    assert not (tmp_path / "a").exists()
+    run_stage(Stage(tmp_path / "a", writing("whole")))
+    assert (tmp_path / "a/log").read_text() == "whole\n"
+
+
+def test_a_stage_that_resumes_goes_on_in_its_folder(tmp_path):
+    folder = tmp_path / "a"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "log").write_text("before\n")
+    stage = Stage(folder, writing("after"), resumes=True)
+    for _ in range(2):  # the second time, it is finished
+        run_stage(stage)
+    assert (folder / "log").read_text() == "before\nafter\n"
+
+
+def test_a_stage_with_a_core_of_its_own_has_one_thread_and_a_log(tmp_path):
+    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); os.mkdir(sys.argv[1])"
+    run_stage(Stage(tmp_path / "a", ["-c", code]), tmp_path / "a.log")
+    assert (tmp_path / "a.log").read_text() == "1\n"
+
+
+def test_stages_run_in_order_and_a_failure_ends_the_afternoon(tmp_path, monkeypatch):
+    """The second of the stages that run together fails; one that did not start never does."""
+    need_first = f"import os, sys; os.stat('{tmp_path}/first'); os.mkdir(sys.argv[1])"
+    together = [
+        Stage(tmp_path / "second", ["-c", need_first]),
+        Stage(tmp_path / "third", writing("", status=1)),
+        *(Stage(tmp_path / f"late-{i}", ["-c", f"import time; time.sleep(1); {need_first}"])
+          for i in range(6)),
+    ]  # fmt: skip
+    one_by_one = [Stage(tmp_path / "first", writing(""))]
+    monkeypatch.setattr(afternoon, "stages", lambda *_: (one_by_one, together))
+    monkeypatch.setattr(afternoon.os, "cpu_count", lambda: 2)
+    with pytest.raises(SystemExit, match="this command failed, see .*third.log"):
+        afternoon.main("corpus", "sst2", str(tmp_path))
+    assert (tmp_path / "second").exists()
+    assert not (tmp_path / "late-5").exists()
+
+
+def in_a_group_of_its_own(folder: str) -> None:
+    """Runs an afternoon of one stage, as a terminal would: Ctrl-C reaches every process."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1]); folder.mkdir()
+try: (folder / "started").touch(); time.sleep(60)
+except KeyboardInterrupt: time.sleep(1); (folder / "saved").touch()
+"""
+    stage = Stage(Path(folder) / "a", ["-c", code], resumes=True)
+    afternoon.stages = lambda *_: ([stage], [])
+    afternoon.main("corpus", "sst2", folder)
+
+
+def test_ctrl_c_lets_the_running_command_save_and_says_how_to_go_on(tmp_path):
+    process = start(in_a_group_of_its_own, str(tmp_path), output=tmp_path / "log")
+    while not (tmp_path / "a/started").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert wait(process) == [1]
+    assert (tmp_path / "a/saved").exists()
+    last_line = (tmp_path / "log").read_text().splitlines()[-1]
+    assert last_line == "stopped; the same command goes on from here"
+
+
+# ---- Data ---------------------------------------------------------------------------------------
+
+
+def test_line_breaks_of_html_become_line_breaks_and_nothing_else_changes(tmp_path, monkeypatch):
+    """The splits are those of IMDB; its labels and its test split are left out."""
+    texts = {
+        "train": "One.<br /><br />Two <b>is</b> here.",
+        "test": "Four.",
+        "unsupervised": "Three.",
+    }
+    splits = {
+        name: datasets.Dataset.from_dict({"text": [text], "label": [0]})
+        for name, text in texts.items()
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "get_dataset", lambda *_, **__: datasets.DatasetDict(splits))
+        assert list(clean_reviews("imdb", str(tmp_path / "clean"))) == [
+            {"split": "train", "reviews": 2}
+        ]
+    cleaned = data.get_dataset(str(tmp_path / "clean"), split=None)
+    rows = [{"text": "One.\n\nTwo <b>is</b> here."}, {"text": "Three."}]
+    assert {name: list(split) for name, split in cleaned.items()} == {"train": rows}
+    assert data.split_sentences(rows[0]["text"]) == ["One.", "Two <b>is</b> here."]
+
+
+def test_a_validation_split_of_reviews_is_kept(tmp_path):
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "raw" / f"{split}.jsonl", [{"text": f"{split}<br />"}])
+    list(clean_reviews(str(tmp_path / "raw"), str(tmp_path / "clean")))
+    cleaned = data.get_dataset(str(tmp_path / "clean"), split=None)
+    assert {name: list(split["text"]) for name, split in cleaned.items()} == {
+        "train": ["train\n"],
+        "validation": ["validation\n"],
+    }
+
+
+def test_every_tenth_sentence_keeps_its_label_and_validation_stays_whole(tmp_path):
+    sentences = [{"sentence": f"s {i}", "label": i % 2} for i in range(25)]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "sst2" / f"{split}.jsonl", sentences)
+    list(fewer_labels(str(tmp_path / "sst2"), "10", str(tmp_path / "tenth")))
+    tenth = data.get_dataset(str(tmp_path / "tenth"), split=None)
+    assert list(tenth["train"]) == [sentences[0], sentences[10], sentences[20]]
+    assert list(tenth["validation"]) == sentences
+
+
+# ---- What it has shown --------------------------------------------------------------------------
+
+
+def write_accuracies(folder: Path, accuracies: dict[tuple[float, int], list[float]]) -> None:
+    """Writes the validation lines of a run: by learning rate and seed, one for each epoch."""
+    write_rows(
+        folder / "metrics.jsonl",
+        [
+            {"split": "validation", "learning_rate": rate, "seed": seed, "accuracy": accuracy}
+            for (rate, seed), of_epochs in accuracies.items()
+            for accuracy in of_epochs
+        ],
+    )
+
+
+def test_the_learning_rate_is_chosen_by_the_mean_of_the_seeds_and_not_by_the_best_one(tmp_path):
+    lucky_seed = {(1e-4, 0): [0.5, 0.96], (1e-4, 1): [0.5, 0.5]}
+    better_mean = {(3e-4, 0): [0.8, 0.5], (3e-4, 1): [0.7, 0.78]}
+    write_accuracies(tmp_path, {**lucky_seed, **better_mean})
+    assert afternoon.at_best_rate(tmp_path) == pytest.approx([80, 78])
+
+
+def test_the_table_has_the_gain_of_each_share_in_points(tmp_path):
+    for i, share in enumerate(afternoon.SHARES):
+        write_accuracies(tmp_path / f"pretrained-{share}", {(1e-4, 0): [0.9], (1e-4, 1): [0.92]})
+        write_accuracies(tmp_path / f"scratch-{share}", {(1e-4, 0): [0.8 + i / 50]})
+    assert afternoon.gain_table(tmp_path)[2:] == [
+        "| all | 91.0 ± 1.4% | 80.0% | +11.0 |",
+        "| tenth | 91.0 ± 1.4% | 82.0% | +9.0 |",
+        "| hundredth | 91.0 ± 1.4% | 84.0% | +7.0 |",
+    ]
+
+
+def test_the_expected_losses_are_those_of_the_steps_that_are_asked_for(tmp_path):
+    validation = [
+        {"split": "validation", "step": s, "tokens": s * 4000, "mlm_loss": 9 - s / 250,
+         "nsp_accuracy": 0.5 + s / 5000}
+        for s in (0, 250, 500)
+    ]  # fmt: skip
+    write_rows(tmp_path / "metrics.jsonl", validation)
+    assert afternoon.loss_table(tmp_path, (250, 500))[2:] == [
+        "| 250 | 1.0 | 8.00 | 55% |",
+        "| 500 | 2.0 | 7.00 | 60% |",
+    ]
