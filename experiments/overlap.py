@@ -21,7 +21,9 @@ def runs_of_words(text: str) -> Iterator[str]:
 
 
 def overlap(reviews: str, sst2: str) -> Iterator[dict]:
-    """Counts the sentences of the validation split that share eight words in a row with a review."""
+    """Counts the sentences of the validation split that share eight words in a row with a review,
+    and shows them.
+    """
     sentences, _ = data.get_reviews(sst2, "validation")
     wanted = {run for sentence in sentences for run in runs_of_words(sentence)}
     found: set[str] = set()
