@@ -185,6 +185,45 @@ def test_workers_that_are_spawned_make_the_same_batches(tmp_path):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@st.composite
+def sittings(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    """Draws a run in 3 to 5 sittings: the steps, ranks and workers of each."""
+    sitting = st.tuples(st.integers(0, 4), st.sampled_from([1, 2, 4]), st.sampled_from([0, 0, 0, 1]))
+    return draw(st.lists(sitting, min_size=3, max_size=5))
+
+
+@given(sittings(), st.integers(4, 80), st.integers(1, 3), seeds)
+def test_a_run_in_several_sittings_takes_the_batches_of_one(run, sentences, batch_size, seed):
+    """Ranks and workers differ between the sittings, which end within an epoch or go on through
+    several: an epoch has 2 to 49 examples. A step has four micro-batches.
+    """
+    corpus = corpus_of([[[7] * 9] * sentences] * 2)
+    dataset = PretrainDataset(corpus, small_tokenizer(), 32, seed)
+    accumulate = 4
+
+    def micro_batches(step: int, steps: int, ranks: int, workers: int) -> list[dict]:
+        """Returns those of the steps, in the order of one rank."""
+        loaders = [
+            iter(
+                data.get_split_dataloader(
+                    dataset, batch_size, step * accumulate // ranks, rank, ranks, workers
+                )
+            )
+            for rank in range(ranks)
+        ]
+        turns = range(steps * accumulate // ranks)
+        return [next(loader) for _ in turns for loader in loaders]
+
+    found, step = [], 0
+    for steps, ranks, workers in run:
+        found += micro_batches(step, steps, ranks, workers)
+        step += steps
+    expected = micro_batches(0, step, ranks=1, workers=0)
+    assert len(found) == len(expected) == step * accumulate
+    for one, other in zip(found, expected, strict=True):
+        assert equal(one, other)
+
+
 def test_no_more_batches_wait_in_memory_than_documented():
     """Four batches wait for each worker; memory is pinned only where there is a GPU."""
     dataset = PretrainDataset(corpus_of([[[7] * 9] * 30] * 4), small_tokenizer(), 32)

@@ -5,6 +5,7 @@ is what a different order of summation makes of three layers.
 """
 
 import dataclasses
+import itertools
 import warnings
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import (
+    CPU,
     FIXED,
     PADDING,
+    SMALL,
     VOCABULARY,
     any_words,
     batches,
@@ -22,12 +25,15 @@ from strategies import (
     familiar_words,
     seeds,
     small_tokenizer,
+    some_batches,
 )
 from tokenizers.normalizers import BertNormalizer
 
 import data
-from bert import Bert, BertPretrainModel, SST2BertModel, published_name
+from bert import SIZES, Bert, BertConfig, BertPretrainModel, SST2BertModel, published_name
 from extras.attention import attention_probs
+from train_pretrain import PretrainLosses, add_gradients, learning_rate, make_optimizer, to_device
+from train_pretrain import update
 
 transformers = pytest.importorskip("transformers")
 
@@ -102,6 +108,75 @@ def test_logits_loss_and_every_gradient_equal_those_of_transformers(data, config
     scale = max(float(g.abs().max()) for g in gradients.values())
     for name, parameter in model.named_parameters():
         compare(parameter.grad / scale, gradients[published_name(name)] / scale, 1e-9)
+
+
+def their_loss(theirs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns transformers' loss of a batch: MLM plus NSP."""
+    mask = (batch["input_ids"] != PADDING).long()
+    targets = {"labels": batch["mlm_labels"], "next_sentence_label": batch["nsp_labels"]}
+    return theirs(batch["input_ids"], mask, batch["token_type_ids"], **targets).loss
+
+
+def test_fifty_steps_of_training_have_the_losses_of_transformers():
+    """Both start from the same weights and take the same batches and learning rates, in float64.
+    Their optimizer is written out here, from the paper: which weights decay, and the clipping.
+    """
+    config = dataclasses.replace(SMALL, attention_d_k=12, attention_d_v=12)
+    torch.manual_seed(0)
+    model = BertPretrainModel(config, PADDING).double()
+    theirs = oracle(model, transformers.BertForPreTraining).train()
+    decayed, others = [], []
+    for name, parameter in theirs.named_parameters():
+        (others if "LayerNorm" in name or name.endswith(".bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0}]
+    their_optimizer = torch.optim.AdamW(groups, eps=1e-6, fused=False)
+    optimizer = make_optimizer(model)
+
+    losses = []
+    for step, batch in enumerate(some_batches(5) * 10):
+        rate = learning_rate(step, 1e-2, 5, 50)
+        loss = their_loss(theirs, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        for group in their_optimizer.param_groups:
+            group["lr"] = rate
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+        ours = add_gradients(PretrainLosses(model), [to_device(batch, CPU)]).sum()
+        update(model, optimizer, rate)
+        losses.append(loss.item())
+        assert abs(ours.item() - loss.item()) < 1e-8, step
+    assert losses[-1] < losses[0] - 0.5  # they did learn
+
+
+# The 24 small models of [Code]: layers and width.
+MINIATURES = list(itertools.product((2, 4, 6, 8, 10, 12), (128, 256, 512, 768)))
+
+
+@pytest.mark.parametrize(("layers", "width"), MINIATURES)
+def test_each_miniature_of_google_has_as_many_parameters_as_in_transformers(layers, width):
+    config = BertConfig(
+        d_model=width,
+        attention_d_k=width,
+        attention_d_v=width,
+        head_num=width // 64,
+        d_feed_forward=4 * width,
+        encoder_layers=layers,
+    )
+    sizes = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width,
+    }
+    with torch.device("meta"):
+        ours = BertPretrainModel(config, PADDING)
+        theirs = transformers.BertForPreTraining(transformers.BertConfig(**sizes))
+    counts = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+    assert counts[0] == counts[1]
+    if (layers, width) in SIZES.values():
+        (name,) = (name for name, size in SIZES.items() if size == (layers, width))
+        assert config == BertConfig.named(name)
 
 
 def test_float32_logits_are_within_a_hundred_rounding_errors_of_transformers():
