@@ -297,7 +297,6 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     """Trains a model for each learning rate and seed, writes the best one, and tests it once."""
     torch.manual_seed(options.seed)
     print(f"precision {options.precision}, dropout {options.dropout:g}")
-    write_whole(out / "config.json", json.dumps(asdict(options), indent=2) + "\n")
     tokenizer = make_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
     model = make_model(options, tokenizer)  # now, so that wrong options fail early
@@ -316,6 +315,8 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     validation = load(options.dataset, "validation", options.dataset_name)
     test_source = options.test_dataset or ("sample" if options.dataset == "sample" else None)
     test = load(test_source, "test") if test_source else None
+    # A rejected command writes nothing, so this comes after all that may be rejected.
+    write_whole(out / "config.json", json.dumps(asdict(options), indent=2) + "\n")
 
     best_model: Any = None
     best_accuracy = -1.0

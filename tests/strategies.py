@@ -7,6 +7,7 @@ to the simplest case: one head, one layer, two tokens.
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -333,4 +334,40 @@ def write_cased_vocabulary(folder: Path, **tokenizer_config) -> Path:
     (folder / "vocab.txt").write_text("\n".join([*VOCABULARY, "A", "é"]) + "\n", encoding="utf-8")
     if tokenizer_config:
         (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return folder
+
+
+def write_mistakes(folder: Path) -> Path:
+    """Writes a file of every kind that a script must reject, and a few that are right, such as
+    corpus.jsonl, vocab.txt and model/. Returns the folder.
+    """
+    texts = [f"{c} aa bb. cc dd. ee ff." for c in LETTERS]
+    for name, rows in {
+        "corpus": [{"text": text} for text in texts],
+        "body": [{"body": text} for text in texts],
+        "one": [{"text": texts[0]}],
+        "lines": [{"text": text.split(".")[0]} for text in texts],
+        "labels": [{"sentence": "a", "label": -1}],
+        "two": [{"sentence": "a", "label": 2}],
+        "words": [{"sentence": "a", "label": "positive"}],
+        "wordless": [{"sentence": "a", "label": 1}, {"sentence": None, "label": 1}],
+        "empty": [],
+        "numbers": [{"text": i} for i in range(1, 9)],
+        "nulls": [{"text": None}] * 9,
+    }.items():
+        write_rows(folder / f"{name}.jsonl", rows)
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "latin.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1") * 9)
+    (folder / "latin.txt").write_bytes("café aa. bb.".encode("latin-1"))
+    (folder / "nothing").mkdir()
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    (folder / "nomask.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask") + "\n")
+    config = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
+    BertPretrainModel(config, 0).save_pretrained(folder / "model", small_tokenizer())
+    few = BertConfig.named("tiny", vocab_size=20, max_seq_length=64)
+    BertPretrainModel(few, 0).save_pretrained(folder / "few", small_tokenizer())
+    (folder / "bare").mkdir()
+    shutil.copy(folder / "model/tokenizer.json", folder / "bare")
+    (folder / "taken").mkdir()
+    (folder / "taken/metrics.jsonl").write_text("a run\n")
     return folder

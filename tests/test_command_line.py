@@ -6,7 +6,6 @@ import inspect
 import os
 import pickle
 import re
-import shutil
 import signal
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -16,11 +15,11 @@ from typing import Literal, get_args, get_type_hints
 import pytest
 import torch
 from helpers import ROOT, python, run_in_process
-from strategies import LETTERS, VOCABULARY, small_tokenizer, write_rows
+from strategies import LETTERS, VOCABULARY, write_mistakes, write_rows
 
 import support.command_line
 import train_sst2
-from bert import SIZES, BertConfig, BertPretrainModel
+from bert import SIZES
 from support.command_line import check_limits, parse_options, run_script
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options, main
@@ -210,38 +209,7 @@ def test_help_does_not_wait_for_the_libraries_of_the_data():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """One of everything that can be wrong, and a small model."""
-    folder = tmp_path_factory.mktemp("mistakes")
-    texts = [f"{c} aa bb. cc dd. ee ff." for c in LETTERS]
-    for name, rows in {
-        "corpus": [{"text": text} for text in texts],
-        "body": [{"body": text} for text in texts],
-        "one": [{"text": texts[0]}],
-        "lines": [{"text": text.split(".")[0]} for text in texts],
-        "labels": [{"sentence": "a", "label": -1}],
-        "two": [{"sentence": "a", "label": 2}],
-        "words": [{"sentence": "a", "label": "positive"}],
-        "wordless": [{"sentence": "a", "label": 1}, {"sentence": None, "label": 1}],
-        "empty": [],
-        "numbers": [{"text": i} for i in range(1, 9)],
-        "nulls": [{"text": None}] * 9,
-    }.items():
-        write_rows(folder / f"{name}.jsonl", rows)
-    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (folder / "latin.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1") * 9)
-    (folder / "latin.txt").write_bytes("café aa. bb.".encode("latin-1"))
-    (folder / "nothing").mkdir()
-    (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    (folder / "nomask.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask") + "\n")
-    config = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
-    BertPretrainModel(config, 0).save_pretrained(folder / "model", small_tokenizer())
-    few = BertConfig.named("tiny", vocab_size=20, max_seq_length=64)
-    BertPretrainModel(few, 0).save_pretrained(folder / "few", small_tokenizer())
-    (folder / "bare").mkdir()
-    shutil.copy(folder / "model/tokenizer.json", folder / "bare")
-    (folder / "taken").mkdir()
-    (folder / "taken/metrics.jsonl").write_text("a run\n")
-    return folder
+    return write_mistakes(tmp_path_factory.mktemp("mistakes"))
 
 
 @pytest.mark.parametrize(

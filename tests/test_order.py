@@ -188,7 +188,9 @@ def test_workers_that_are_spawned_make_the_same_batches(tmp_path):
 @st.composite
 def sittings(draw: st.DrawFn) -> list[tuple[int, int, int]]:
     """Draws a run in 3 to 5 sittings: the steps, ranks and workers of each."""
-    sitting = st.tuples(st.integers(0, 4), st.sampled_from([1, 2, 4]), st.sampled_from([0, 0, 0, 1]))
+    sitting = st.tuples(
+        st.integers(0, 4), st.sampled_from([1, 2, 4]), st.sampled_from([0, 0, 0, 1])
+    )
     return draw(st.lists(sitting, min_size=3, max_size=5))
 
 
