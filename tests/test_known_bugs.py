@@ -22,6 +22,7 @@ import test_processes
 import test_reference
 import test_reviews
 import test_run_folder
+import test_speed
 import test_streaming
 import test_tokens
 import test_training
@@ -35,6 +36,7 @@ import data
 import support.checkpoints
 import support.folder
 import support.processes
+import support.run
 import train_pretrain
 import train_sst2
 from extras import streaming
@@ -102,6 +104,9 @@ PRETRAIN = (bert.BertPretrainModel, "forward")
 ATTENTION = (bert.MultiHeadAttention, "forward")
 EXAMPLE = (data.PretrainDataset, "__getitem__")
 FEED_FORWARD = "self.feed_forward_norm(x + self.dropout(computed))"
+CHECKPOINT_ON_DISK = (
+    test_run_folder.test_a_checkpoint_is_on_disk_before_it_is_renamed_and_others_deleted
+)
 ENCODE = "encode_plain(tokenizer, split_sentences(text))"
 
 BUGS = {
@@ -370,6 +375,43 @@ BUGS = {
         streaming.StreamedBatches, "__iter__",
         'bookmark["block"] * self.worker_count + self.first_worker + worker', 'bookmark["block"]',
         test_streaming.test_workers_that_read_equal_documents_make_other_examples_of_them, {},
+    ),
+    "52 a checkpoint is renamed before it is on disk": (
+        support.checkpoints, "save_checkpoint",
+        "            file.flush()\n            os.fsync(file.fileno())\n", "",
+        CHECKPOINT_ON_DISK, {},
+    ),
+    "52 the name of a checkpoint is not forced to disk": (
+        support.checkpoints, "save_checkpoint", "    os.fsync(directory)\n", "",
+        CHECKPOINT_ON_DISK, {},
+    ),
+    "53 one checkpoint is kept instead of two": (
+        support.checkpoints, "save_checkpoint", "other < path and other != kept", "other < path",
+        CHECKPOINT_ON_DISK, {},
+    ),
+    "54 the clock of a resumed run starts again": (
+        support.run.Run, "begin", " - self.seconds_before", "",
+        test_run_folder.test_the_clock_and_the_count_of_tokens_of_a_resumed_run_go_on, {},
+    ),
+    "54 the count of tokens of a resumed run starts again": (
+        support.run.Run, "resume", 'self.tokens = state["tokens"]', "pass",
+        test_run_folder.test_the_clock_and_the_count_of_tokens_of_a_resumed_run_go_on, {},
+    ),
+    "55 pretraining gives freed memory back": (
+        train_pretrain, "pretrain", "    keep_freed_memory()\n", "",
+        test_speed.test_both_scripts_keep_freed_memory_before_they_train, {},
+    ),
+    "55 fine-tuning gives freed memory back": (
+        train_sst2, "train", "    keep_freed_memory()\n", "",
+        test_speed.test_both_scripts_keep_freed_memory_before_they_train, {},
+    ),
+    "56 data workers stay in the group of the run": (
+        support.processes, "leave_group", "os.setpgrp()", "pass",
+        test_processes.test_data_workers_are_in_groups_of_their_own, {"streaming": False},
+    ),
+    "56 data workers of a stream stay in the group of the run": (
+        support.processes, "leave_group", "os.setpgrp()", "pass",
+        test_processes.test_data_workers_are_in_groups_of_their_own, {"streaming": True},
     ),
 }  # fmt: skip
 

@@ -3,13 +3,15 @@
 Most ranks here are forked with the environment that torchrun gives to its ranks, which is quicker.
 """
 
+import multiprocessing
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, metrics_of, run_as_main, start, start_ranks, torchrun, wait
+from helpers import ROOT, metrics_of, run, run_as_main, start, start_ranks, torchrun, wait
 from strategies import (
     PADDING,
     SMALL,
@@ -25,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import support.checkpoints
 import support.processes
+import train_pretrain
 from bert import BertPretrainModel
 from support.processes import join_processes, process_group_backend
 from train_pretrain import PretrainLosses, add_gradients, to_device
@@ -248,6 +251,28 @@ def test_micro_batches_that_the_ranks_cannot_share_are_rejected(flags, tmp_path)
     assert wait(*start_ranks(3, run_as_main, *line, output=output)) == [2, 2, 2]
     assert "error: --accumulate 4 is no multiple of 3 ranks" in output.read_text()
     assert not (tmp_path / "run").exists()
+
+
+# ---- Data workers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_workers_are_in_groups_of_their_own(streaming, options, tmp_path, monkeypatch):
+    """A terminal sends Ctrl-C to the group. A worker that died of it would end the run before it
+    has saved.
+    """
+    corpus = write_many_documents(tmp_path / "corpus.jsonl")
+    groups = []
+
+    def note_groups(*arguments):
+        groups.extend((w.pid, os.getpgid(w.pid)) for w in multiprocessing.active_children())
+        return update(*arguments)
+
+    update = train_pretrain.update
+    monkeypatch.setattr(train_pretrain, "update", note_groups)
+    run(replace(options, dataset=corpus, streaming=streaming, workers=1, steps=1, eval_every=1))
+    assert groups
+    assert all(process == group for process, group in groups)
 
 
 # ---- With GPUs ----------------------------------------------------------------------------------

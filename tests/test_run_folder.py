@@ -3,6 +3,7 @@ which models a run exports.
 """
 
 import io
+import itertools
 import json
 import math
 import os
@@ -23,10 +24,70 @@ import data
 import support.run
 import train_pretrain
 import train_sst2
-from support.checkpoints import checkpoint_paths
+from support.checkpoints import checkpoint_paths, save_checkpoint
 from support.folder import run_folder, write_line
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options
+
+
+# ---- Checkpoints and the clock ------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_on_disk_before_it_is_renamed_and_others_deleted(tmp_path, monkeypatch):
+    """A computer that loses its power keeps what was forced to disk, and perhaps nothing else."""
+    happened = []
+
+    def note(owner, name, describe):
+        real = getattr(owner, name)
+
+        def noted(*arguments, **named):
+            happened.append(describe(*arguments))
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    def opened(descriptor: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+
+    def forced(descriptor: int) -> str:
+        size = "empty" if os.fstat(descriptor).st_size == 0 else "whole"
+        return f"force {opened(descriptor)}{' ' + size if 'step' in opened(descriptor) else ''}"
+
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    for step in (0, 1):
+        save_checkpoint(tmp_path, {"step": step}, step - 1)
+    note(os, "fsync", forced)
+    note(Path, "replace", lambda path, other: f"rename {path.name} {other.name}")
+    note(Path, "unlink", lambda path, **_: f"delete {path.name}")
+    save_checkpoint(tmp_path, {"step": 2}, 1)
+    assert happened == [
+        "force metrics.jsonl",
+        "force step-000000002.unfinished whole",
+        "rename step-000000002.unfinished step-000000002.pt",
+        "force checkpoints",
+        "delete step-000000000.pt",
+    ]
+
+
+def test_the_clock_and_the_count_of_tokens_of_a_resumed_run_go_on(options, monkeypatch):
+    """An hour passes before the run is resumed, and does not count."""
+    clock = itertools.count(1000)  # each look at it takes a second
+    monkeypatch.setattr(support.run.time, "perf_counter", lambda: next(clock))
+    run(options)
+    whole = Path(options.out) / "metrics.jsonl"
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    checkpoint = torch.load(checkpoint_paths(Path(options.out))[0], weights_only=True)  # of step 2
+    checkpoint_paths(Path(options.out))[1].unlink()
+
+    clock = itertools.count(4600)
+    run(replace(options, resume=True))
+    resumed = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [line["tokens"] for line in resumed] == [line["tokens"] for line in lines]
+    seconds = [line["seconds"] for line in resumed]
+    assert seconds == sorted(set(seconds))
+    first = next(line for line in resumed if line["seconds"] > checkpoint["seconds"])
+    assert first["tokens"] > checkpoint["tokens"] > 0
+    assert first["seconds"] - checkpoint["seconds"] < 60
 
 
 # ---- What --resume needs ------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
+import train_sst2
 from bert import Bert, BertConfig, BertPretrainModel
 from support.curves import read_lines
 from train_pretrain import (
@@ -198,3 +199,14 @@ def test_freed_memory_is_used_again_without_page_faults():
     )
     assert given_back > 5 * 15_000  # 64 MB are 15,625 pages of 4 KiB
     assert kept < given_back / 2  # a block may wander in the heap once or twice more
+
+
+def test_both_scripts_keep_freed_memory_before_they_train(options, tmp_path, monkeypatch):
+    happened = []
+    for script in (train_pretrain, train_sst2):
+        monkeypatch.setattr(script, "keep_freed_memory", lambda: happened.append("keep"))
+    monkeypatch.setattr(train_pretrain, "run_pretraining", lambda *_: happened.append("train"))
+    monkeypatch.setattr(train_sst2, "run_fine_tuning", lambda *_: happened.append("train"))
+    train_pretrain.pretrain(options)
+    train_sst2.train(train_sst2.SST2Options(out=str(tmp_path / "sst2"), device="cpu"))
+    assert happened == ["keep", "train"] * 2
