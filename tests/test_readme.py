@@ -72,6 +72,17 @@ def test_every_test_that_a_page_names_exists(page):
     assert set(names) <= all_tests()
 
 
+def test_every_test_that_needs_a_gpu_is_listed_with_what_it_would_show(request):
+    page = (ROOT / "tests/README.md").read_text(encoding="utf-8")
+    section = page.split("## On a GPU")[1].split("\n## ")[0]
+    listed = set(re.findall(r"^\| `(test_\w+)(?:\[\w+\])?` \| \w", section, re.M))
+    assert len(listed) == 8
+    collected = {
+        item.originalname for item in request.session.items if item.get_closest_marker("gpu")
+    }
+    assert collected <= listed
+
+
 def test_every_difference_is_marked_where_it_is_coded():
     listed = README.split("## Differences")[1].split("\n## ")[0].count("\n- ")
     code = [(ROOT / name).read_text() for name in ("bert.py", "data.py", "train_pretrain.py")]
