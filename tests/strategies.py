@@ -185,13 +185,28 @@ def corpus_of(documents: list[list[list[int]]]) -> data.TokenizedCorpus:
 
 
 @st.composite
-def documents(draw: st.DrawFn, most: int = 6, longest: int = 30) -> list[list[list[int]]]:
-    """Draws 2 to `most` documents of 2 to 8 sentences of 1 to `longest` tokens."""
+def documents(
+    draw: st.DrawFn, most: int = 6, longest: int = 30, with_long: bool = True
+) -> list[list[list[int]]]:
+    """Draws documents of sentences of token ids, of all kinds: 2 to `most` from which pairs can be
+    drawn, and up to two between them that have no sentence or one, which are left out.
+
+    A document has 2 to 8 sentences of 1 to `longest` tokens, or dozens of one token, or also one
+    of thousands of tokens. The first kind includes those that are hardly longer than an example.
+    """
+    usual = st.lists(st.integers(1, longest), min_size=2, max_size=8)
+    one_token = st.lists(st.just(1), min_size=2, max_size=2 * longest)
+    kinds = [usual, usual, one_token]
+    if with_long:
+        around_thousands = st.tuples(usual, st.integers(1000, 3000), usual)
+        kinds.append(around_thousands.map(lambda parts: [*parts[0], parts[1], *parts[2]]))
+    kept = draw(st.lists(st.one_of(kinds), min_size=2, max_size=most))
+    left_out = draw(st.lists(st.lists(st.integers(1, longest), max_size=1), max_size=2))
+    sizes = draw(st.permutations([*kept, *left_out])) if left_out else kept
     generator = np.random.default_rng(draw(seeds))
-    sizes = st.lists(st.integers(1, longest), min_size=2, max_size=8)
     return [
         [generator.integers(5, len(VOCABULARY), size).tolist() for size in sentences]
-        for sentences in draw(st.lists(sizes, min_size=2, max_size=most))
+        for sentences in sizes
     ]
 
 
@@ -257,11 +272,14 @@ def corpora_of_all_kinds(room: int) -> dict[str, list[list[int]]]:
 
 
 def numbered(documents: list[list[list[int]]]) -> list[list[list[int]]]:
-    """Returns documents of the same shapes whose token at position k has the id 1000 + k, so that
-    every id tells its position.
+    """Returns documents of the same shapes whose token at position k of the corpus has the id
+    1000 + k, so that every id tells its position. Those that are left out have the id 999.
     """
     ids = iter(range(1000, 65000))
-    return [[[next(ids) for _ in sentence] for sentence in document] for document in documents]
+    return [
+        [[next(ids) if len(document) > 1 else 999 for _ in sentence] for sentence in document]
+        for document in documents
+    ]
 
 
 def position_tokenizer(size: int = 20_000):
