@@ -114,6 +114,21 @@ def test_the_hours_are_those_of_the_formula(length):
     assert f"| {length} | {operations / 1e6:.0f} million | {hours:.0f} |" in README
 
 
+def test_what_may_be_installed_is_not_older_than_what_was_tested():
+    """constraints.txt has the versions that the tests are run with."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    tested = dict(line.split("==") for line in lines if "==" in line)
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    groups = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    needed = [line.split(">=") for group in groups for line in group.split()]
+    assert len(needed) >= 12
+    for name, *lowest in needed:
+        assert name in tested
+        if name not in ("ruff", "mypy"):  # `make lint` has them from constraints.txt
+            assert tested[name].split(".")[:2] == lowest[0].split(".")[:2]
+
+
 def test_the_version_is_the_same_everywhere():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
