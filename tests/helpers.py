@@ -133,7 +133,7 @@ def make_options(corpus: Path, out: Path) -> PretrainOptions:
     return PretrainOptions(
         out=str(out), dataset=f"{corpus}/corpus.jsonl", tokenizer=str(corpus),
         max_seq_length=16, batch_size=2, steps=4, eval_every=4, eval_batches=1, log_every=1,
-        save_every=2, workers=0, device="cpu",
+        save_every=2, workers=0, device="cpu", precision="float32",
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def assert_same(one, other, path: str = "") -> None:
 
 OPTIONS = PretrainOptions(
     vocab_size=60, max_seq_length=32, batch_size=2, accumulate=2, steps=30, save_every=1,
-    eval_every=10, eval_batches=2, log_every=1, workers=0, device="cpu",
+    eval_every=10, eval_batches=2, log_every=1, workers=0, device="cpu", precision="float32",
 )  # fmt: skip
 
 

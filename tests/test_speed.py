@@ -69,7 +69,7 @@ def test_compile_is_a_flag_of_the_training_script(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_noted)
     options = PretrainOptions(
         str(tmp_path / "eager"), vocab_size=150, steps=3, eval_every=3, eval_batches=1,
-        batch_size=2, log_every=1, workers=0, max_seq_length=16, device="cpu",
+        batch_size=2, log_every=1, workers=0, max_seq_length=16, device="cpu", precision="float32",
     )  # fmt: skip
     train_pretrain.pretrain(options)
     assert not graphs
