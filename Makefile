@@ -31,7 +31,7 @@ afternoon: $(VENV)/ready
 
 # Two processes share the tests. With one thread each, they do not wait for one another.
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.bench

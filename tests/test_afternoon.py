@@ -139,6 +139,7 @@ except KeyboardInterrupt: time.sleep(1); (folder / "saved").touch()
     afternoon.main("corpus", "sst2", folder)
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_the_running_command_save_and_says_how_to_go_on(tmp_path):
     process = start(in_a_group_of_its_own, str(tmp_path), output=tmp_path / "log")
     while not (tmp_path / "a/started").exists():

@@ -30,6 +30,7 @@ from train_pretrain import (
 # ---- One graph ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_forward_and_losses_compile_as_one_graph():
     """It has no break (fullgraph), and the same losses and gradients. After the second number of
     masked positions no number needs another graph."""
@@ -59,6 +60,7 @@ def test_checkpointed_layers_compile_into_it(tmp_path):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_compile_is_a_flag_of_the_training_script(tmp_path, monkeypatch):
     graphs, compile_real = [], torch.compile
 
@@ -191,6 +193,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_used_again_without_page_faults():
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=ROOT)

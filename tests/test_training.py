@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -375,6 +376,7 @@ def one_sample(device: torch.device) -> dict[str, torch.Tensor]:
     return to_device({**batch, "nsp_labels": torch.tensor([0])}, device)
 
 
+@functools.cache  # two tests need the same
 def overfit(size: str, rate: float, steps: int, device: torch.device) -> tuple[float, torch.Tensor]:
     """Returns the MLM loss in nats and the predictions after training on one sample without
     dropout."""
@@ -407,11 +409,11 @@ def test_one_sample_is_overfitted(size, rate, device):
 @pytest.mark.parametrize(("size", "rate", "device"), SIZES, indirect=["device"])
 def test_a_large_learning_rate_sticks_at_ln_n_with_the_same_token_everywhere(size, rate, device):
     """With 1e-2 the model learns which 10 tokens are targets, but never where: the loss stays at ln
-    10. With 1e-4 it learns the same sample."""
+    10. With a smaller rate it learns the same sample in as many steps."""
     loss, predicted = overfit(size, 1e-2, 200, device)
     assert loss == pytest.approx(math.log(10), abs=0.15)
     assert predicted.bincount().max() >= 9
-    assert overfit(size, 1e-4, 250, device)[0] < 0.05
+    assert overfit(size, rate, 200, device)[0] < 0.01
 
 
 @pytest.mark.slow
