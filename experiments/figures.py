@@ -3,6 +3,7 @@
 python -m experiments.figures
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from support.curves import means_of_seeds, plot_pretraining, read_lines
+from experiments import afternoon
 from experiments.story import best_accuracies, mean_and_deviation
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -72,6 +74,60 @@ def summary() -> list[str]:
         rows.append((f"a training step, times as fast as transformers{with_what}: mini; base",
                      "; ".join(f"{ratio:.2f}" for ratio in times), ""))  # fmt: skip
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+AFTERNOON = RESULTS / "afternoon"
+
+
+def afternoon_rows() -> list[str]:
+    """Returns the rows of the table of an afternoon's fine-tuning: for each share of the labels,
+    with and without pretraining, at each learning rate.
+    """
+    rows = []
+    for share, start in itertools.product(afternoon.SHARES, afternoon.STARTS):
+        for file in sorted(AFTERNOON.glob(f"{start}-{share}*.jsonl")):
+            for rate in sorted(set(read_lines(file, "validation")["learning_rate"])):
+                accuracies = best_accuracies(file, rate)
+                what = f"| {share} | {start} | {rate:g} | {mean_and_deviation(accuracies)}"
+                rows.append(f"{what} | {len(accuracies)} |")
+    return rows
+
+
+def exports() -> tuple[list[float], list[float]]:
+    """Returns the million tokens of each model that was exported on the way and fine-tuned, and its
+    SST-2 dev accuracy in percent.
+    """
+    pretraining = read_lines(AFTERNOON / "pretrain", "train")
+    tokens, accuracies = [], []
+    for file in AFTERNOON.glob("pretrained-step-*.jsonl"):
+        step = int(file.stem.split("-")[-1])
+        at_step = np.interp(step, pretraining["step"], pretraining["tokens"])
+        tokens.append(float(at_step) / 1e6)
+        accuracies.extend(best_accuracies(file))
+    order = np.argsort(tokens)
+    return [tokens[i] for i in order], [accuracies[i] for i in order]
+
+
+def draw_afternoon() -> Any:
+    """Draws an afternoon's pretraining: the loss, and the accuracy of SST-2, by tokens."""
+    figure = new_figure((11, 4.2))
+    loss, accuracy = figure.subplots(1, 2)
+    afternoon.plot_loss(loss, AFTERNOON / "pretrain")
+    of_exports = exports()
+    accuracy.plot(*of_exports, "o--", color="C2", label="exported on the way, one seed each")
+    pretraining = read_lines(AFTERNOON / "pretrain", "validation")
+    seeds = best_accuracies(AFTERNOON / "pretrained-all-1e-4.jsonl")
+    end = [pretraining["tokens"][-1] / 1e6] * len(seeds)
+    accuracy.plot(end, seeds, "C2*", markersize=9, label="at the end, three seeds")
+    scratch = np.mean(best_accuracies(AFTERNOON / "scratch-all-3e-4-one.jsonl"))
+    accuracy.axhline(scratch, color="C0", label=f"the same model from scratch, {scratch:.1f}")
+    for name, value in afternoon.PUBLISHED.items():
+        accuracy.axhline(value, color="black", linestyle=":", linewidth=1)
+        accuracy.text(0, value + 0.1, name, fontsize=7)
+    accuracy.set(xlabel="million tokens of pretraining", ylabel="SST-2 dev accuracy, %",
+                 title="fine-tuned on all labels")  # fmt: skip
+    accuracy.legend(fontsize=8, loc="lower right")
+    return figure
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
@@ -166,7 +222,7 @@ def draw_mistakes() -> Any:
 
 
 def main() -> None:
-    for draw in (draw_phases, draw_sst2, draw_mistakes):
+    for draw in (draw_phases, draw_sst2, draw_mistakes, draw_afternoon):
         file = RESULTS / f"{draw.__name__.removeprefix('draw_')}.png"
         draw().savefig(file, dpi=110)
         print(file)

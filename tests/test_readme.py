@@ -10,13 +10,15 @@ import pytest
 
 from benchmarks.bench import useful_flops
 from bert import BertConfig
-from experiments import figures, story
+from experiments import afternoon, figures, story
 from support.command_line import parse_options
 from train_pretrain import PretrainOptions
 from train_sst2 import SST2Options
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Of the table of what to expect of `make afternoon`.
+EXPECTED_STEPS = (250, 500, 1000, 1500, 2000, 2500, 5000, 7500, 10000, 15000)
 LINKING = ["README.md", "CONTRIBUTING.md", "tests/README.md", "tests/MUTANTS.md"]
 LINKING += ["results/README.md", "benchmarks/README.md"]
 NAMING = ["README.md", "tests/README.md", "tests/REGRESSIONS.md"]  # pages that name tests
@@ -103,6 +105,21 @@ def test_the_results_are_those_of_the_raw_lines():
         accuracies = [a for file in files for a in story.best_accuracies(figures.RESULTS / file)]
         shown = story.mean_and_deviation(accuracies)
         assert f"| {shown} |" in page or all(f"{accuracy:.1f}" in page for accuracy in accuracies)
+
+
+def test_the_results_of_the_afternoon_are_those_of_the_raw_lines():
+    page = (ROOT / "results/README.md").read_text(encoding="utf-8")
+    rows = figures.afternoon_rows()
+    assert len(rows) >= 4
+    for row in rows:
+        assert row in page
+    for tokens, accuracy in zip(*figures.exports(), strict=True):
+        assert f"| {tokens:.1f} | {accuracy:.1f} |" in page
+
+
+def test_the_expected_losses_are_those_of_the_recorded_run():
+    for row in afternoon.loss_table(figures.AFTERNOON / "pretrain", EXPECTED_STEPS):
+        assert row in README
 
 
 @pytest.mark.parametrize("length", [128, 512])
