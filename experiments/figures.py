@@ -23,6 +23,8 @@ SST2 = {  # what was trained, and where its lines are
     "tiny, pretrained on the books, another tokenizer": ["sst2/wrong_tokenizer"],
     "tiny from scratch, a tenth of the sentences": ["sst2/scratch_tenth"],
     "tiny, pretrained on the books, a tenth of the sentences": ["sst2/pretrained_tenth"],
+    "mini from scratch": ["afternoon/scratch-all-3e-4-one.jsonl"],
+    "mini, pretrained on film reviews": ["afternoon/pretrained-all-1e-4.jsonl"],
     "6 layers from scratch": [f"{SIX}scratch-1epoch-{seed}.jsonl" for seed in range(3)],
     "6 layers, published weights": [f"{SIX}minilm-1epoch.jsonl", f"{SIX}minilm-1epoch-1.jsonl"],
     "6 layers, published weights, another tokenizer": [f"{SIX}wrong-tokenizer-1epoch.jsonl"],
@@ -113,20 +115,22 @@ def draw_afternoon() -> Any:
     figure = new_figure((11, 4.2))
     loss, accuracy = figure.subplots(1, 2)
     afternoon.plot_loss(loss, AFTERNOON / "pretrain")
-    of_exports = exports()
-    accuracy.plot(*of_exports, "o--", color="C2", label="exported on the way, one seed each")
+    tokens, accuracies = exports()
+    if tokens:
+        accuracy.plot(tokens, accuracies, "C2o--", label="exported on the way, one seed each")
     pretraining = read_lines(AFTERNOON / "pretrain", "validation")
     seeds = best_accuracies(AFTERNOON / "pretrained-all-1e-4.jsonl")
     end = [pretraining["tokens"][-1] / 1e6] * len(seeds)
     accuracy.plot(end, seeds, "C2*", markersize=9, label="at the end, three seeds")
     scratch = np.mean(best_accuracies(AFTERNOON / "scratch-all-3e-4-one.jsonl"))
-    accuracy.axhline(scratch, color="C0", label=f"the same model from scratch, {scratch:.1f}")
+    accuracy.axhline(scratch, color="C0", label=f"from scratch: {scratch:.1f}, one seed")
     for name, value in afternoon.PUBLISHED.items():
         accuracy.axhline(value, color="black", linestyle=":", linewidth=1)
-        accuracy.text(0, value + 0.1, name, fontsize=7)
-    accuracy.set(xlabel="million tokens of pretraining", ylabel="SST-2 dev accuracy, %",
+        accuracy.text(1, value + 0.08, name, fontsize=7)
+    accuracy.set(xlim=(0, 65), ylim=(78, 88),
+                 xlabel="million tokens of pretraining", ylabel="SST-2 dev accuracy, %",
                  title="fine-tuned on all labels")  # fmt: skip
-    accuracy.legend(fontsize=8, loc="lower right")
+    accuracy.legend(fontsize=8, loc="upper left")
     return figure
 
 
