@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from experiments.story import best_accuracies, mean_and_deviation
-from support.curves import optional, read_lines
+from support.curves import optional, read_lines, unigrams
 
+# The models that are exported on the way have seen 1, 3, 10 and 30 million tokens.
 PRETRAINING = """
     --vocab-size 8192 --size mini --max-seq-length 64 --batch-size 64 --dropout 0
     --learning-rate 1e-3 --warmup-steps 400 --steps 15000 --export-steps 244 732 2441 7324
@@ -32,9 +33,6 @@ SHARES = {  # of the labelled sentences: which are trained on, and how many time
     "hundredth": (100, 30),
 }
 STARTS = ("pretrained", "scratch")
-# SST-2 accuracies of others, in percent: [Code]'s of small BERTs on the test split, the best of
-# twenty settings, and that of a linear model of the words.
-PUBLISHED = {"bag of words": 80.4, "Google's tiny": 83.2, "Google's mini": 85.9}
 
 # ---- The commands ------------------------------------------------------------
 
@@ -111,7 +109,8 @@ def run_stage(stage: Stage, log: Path | None = None) -> None:
             raise
     if status:
         raise RuntimeError(f"this command failed{f', see {log}' if log else ''}: {' '.join(words)}")
-    folder.rename(stage.folder)
+    if not stage.resumes:
+        folder.rename(stage.folder)
     print(f"{stage.folder} is finished", flush=True)
 
 
@@ -183,12 +182,8 @@ def plot_loss(axes: Any, pretrain: Path) -> None:
     """Draws the validation loss by tokens, and what is known from the tokens' frequencies."""
     lines = read_lines(pretrain, "validation")
     axes.plot(np.array(lines["tokens"]) / 1e6, lines["mlm_loss"], label="validation")
-    axes.axhline(
-        lines["unigram_entropy"][0],
-        color="black",
-        linestyle=":",
-        label="unigram entropy: how often tokens occur",
-    )
+    for label, nats in unigrams(pretrain).items():
+        axes.axhline(nats, color="black", linestyle=":", label=label)
     axes.set(xlabel="million tokens", ylabel="MLM loss, nats", title="pretraining on film reviews")
     axes.legend(fontsize=8)
 

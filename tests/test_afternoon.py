@@ -2,7 +2,6 @@
 is computed from the lines of its runs.
 """
 
-import json
 import os
 import signal
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 import datasets
 import pytest
 from helpers import start, wait
+from strategies import write_rows
 
 import data
 from experiments import afternoon
@@ -22,11 +22,6 @@ from train_pretrain import PretrainOptions
 from train_sst2 import SST2Options
 
 SCRIPTS = {"train_pretrain.py": PretrainOptions, "train_sst2.py": SST2Options}
-
-
-def write_rows(file: Path, rows: list[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- The commands -------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ hypothesis draws the flags and their values. Training is left out, but in the la
 import contextlib
 import io
 import json
-import math
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -239,9 +238,9 @@ def test_a_line_that_is_accepted_trains_with_finite_numbers_or_says_that_it_cann
         if status is not None:
             assert (status, count_messages(errors)) == (2, 1)
             return
-        for file in folder.glob("new/**/metrics.jsonl"):
-            for text in file.read_text().splitlines():
-                numbers = [v for v in json.loads(text).values() if isinstance(v, float)]
-                assert all(map(math.isfinite, numbers))
+        out = folder / line[line.index("--out") + 1]
+        lines_of_run = (out / "metrics.jsonl").read_text().splitlines()
+        assert lines_of_run
+        assert not any(None in json.loads(text).values() for text in lines_of_run)  # not finite
     finally:
         remove_what_was_made(folder, paths)
