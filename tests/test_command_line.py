@@ -18,7 +18,6 @@ from helpers import ROOT, python, run_in_process
 from strategies import LETTERS, VOCABULARY, write_mistakes, write_rows
 
 import support.command_line
-import train_sst2
 from bert import SIZES
 from support.command_line import check_limits, parse_options, run_script
 from train_pretrain import PretrainOptions, pretrain
@@ -148,12 +147,6 @@ def test_a_list_without_a_value_is_rejected(options, flag, capsys):
     assert f"{flag} needs a" in capsys.readouterr().err
 
 
-def test_an_empty_list_of_learning_rates_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match="--learning-rate needs a value"):
-        train_sst2.main(SST2Options(out=str(tmp_path / "run"), learning_rate=()))
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_dropout_of_one_is_rejected(options):
     with pytest.raises(ValueError, match="--dropout must be at most 0.99, got 1.0"):
         pretrain(replace(options, dropout=1.0))
@@ -215,7 +208,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("script", "line", "message"),
     [
-        ("train_pretrain.py", "--dataset no/such/file", "no/such/file does not exist"),
         ("train_pretrain.py", "--dataset body.jsonl", "no --text-column text in ['body']"),
         (
             "train_pretrain.py",
@@ -314,7 +306,7 @@ def folder(tmp_path_factory) -> Path:
         (
             "train_sst2.py",
             "--weights model --tokenizer vocab.txt --max-seq-length 17",
-            "16 positions",
+            "--max-seq-length 17: the weights have 16 positions",
         ),
         ("train_sst2.py", "--predict hello", "--predict needs --weights"),
     ],

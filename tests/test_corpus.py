@@ -176,21 +176,6 @@ def test_a_corpus_in_many_pieces_is_one_array_of_tokens():
     assert corpus.unigram_entropy() == pytest.approx(entropy(np.concatenate(corpus.chunks)))
 
 
-def test_ids_beyond_two_bytes_are_kept():
-    """A vocabulary of more than 65,536 tokens takes four bytes a token."""
-    names = [*data.SPECIAL_TOKENS, *(f"x{i}" for i in range(70_000)), "."]
-    tokenizer = data.wordpiece({token: i for i, token in enumerate(names)})
-    rows = rows_of(["x69999 . x65600 .", "x1. x2."])
-    corpus = TokenizedCorpus(data.tokenize_dataset(rows, tokenizer))
-    assert corpus.tokens(0, 3).tolist() == [70_004, 70_005, 65_605]
-    most = data.wordpiece({token: i for i, token in enumerate([*names[: 2**16 - 1], "."])})
-    chunks = TokenizedCorpus(data.tokenize_dataset(rows, most)).chunks
-    assert chunks[0].dtype == np.uint16
-    assert chunks[0].max() == 2**16 - 1
-    assert corpus.chunks[0].dtype == np.uint32
-    assert corpus.unigram_entropy() == pytest.approx(entropy(corpus.chunks[0]))
-
-
 def test_the_largest_id_decides_how_wide_a_token_is_stored():
     """A vocabulary with holes has few tokens, but ids above 65,535; these overflowed."""
     names = {token: i for i, token in enumerate(VOCABULARY)}
@@ -429,11 +414,6 @@ def test_a_text_file_beside_a_corpus_is_no_part_of_it(tmp_path):
     assert list(data.get_dataset(path)["text"]) == ["a"]
 
 
-def test_a_path_that_does_not_exist_is_rejected():
-    with pytest.raises(ValueError, match="no/such/folder does not exist"):
-        data.get_dataset("no/such/folder")
-
-
 def test_the_cause_of_a_file_that_cannot_be_read_is_reported(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_text('{"text": "a"}\n{"text": \n')
@@ -463,7 +443,7 @@ def test_the_hub_is_asked_for_what_is_not_a_path(monkeypatch, capsys):
     assert said.err == "fetching owner/some-name.v2 from the hub\nfetching name from the hub\n"
     assert said.out == ""
     for path in ("/name", "owner/name/more", "owner/", "some name"):
-        with pytest.raises(ValueError, match="does not exist"):
+        with pytest.raises(ValueError, match=f"^{path} does not exist"):
             data.get_dataset(path)
 
 
@@ -547,17 +527,6 @@ def test_a_corpus_of_four_documents_is_enough_and_of_three_is_not(tmp_path):
                 assert len(corpus.document_starts) - 1 == 2
 
 
-def test_a_folder_without_a_train_split_is_rejected(tmp_path):
-    """`datasets` takes names of files for splits, and would ignore the others without a warning."""
-    write_texts(tmp_path / "test.jsonl", ["a"])
-    with pytest.raises(ValueError, match="no split train, only test; see --split$"):
-        data.get_corpus(str(tmp_path), "train", small_tokenizer())
-
-
-def test_the_sample_has_both_splits():
-    assert {"train", "validation"} <= set(data.get_dataset("sample", split=None))
-
-
 def test_a_link_to_a_file_of_another_name_is_read(tmp_path):
     (tmp_path / "stored").mkdir()
     path = write_rows(tmp_path / "stored/3f2a.jsonl", [{"text": "a"}, {"text": "b"}])
@@ -566,11 +535,17 @@ def test_a_link_to_a_file_of_another_name_is_read(tmp_path):
     assert list(data.get_dataset(str(link))["text"]) == ["a", "b"]
 
 
-@pytest.mark.parametrize("read", [data.get_corpus, data.get_reviews])
-def test_a_data_set_without_a_split_to_train_on_is_named_with_those_it_has(read, tmp_path):
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (data.get_corpus, "no split train, only validation; see --split$"),
+        (data.get_reviews, r"\['validation'\]"),
+    ],
+)
+def test_a_data_set_without_a_split_to_train_on_is_named_with_those_it_has(read, message, tmp_path):
     write_rows(tmp_path / "validation.jsonl", [{"text": "a b", "label": 1}] * 9)
     arguments = [small_tokenizer()] if read is data.get_corpus else []
-    with pytest.raises(ValueError, match=r"only validation; see --split|\['validation'\]"):
+    with pytest.raises(ValueError, match=message):
         read(str(tmp_path), "train", *arguments)
 
 

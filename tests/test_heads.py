@@ -73,15 +73,6 @@ def test_the_pooler_feeds_next_sentence_prediction_alone():
     assert not torch.allclose(nsp_logits, changed_nsp_logits)
 
 
-def test_a_new_classifier_starts_as_the_other_matrices_do():
-    """Its 2 x 1024 weights are from N(0, 0.02), within five standard deviations, and its biases are
-    0."""
-    model = SST2BertModel(BertConfig.named("large", encoder_layers=1, vocab_size=9), PADDING)
-    weight = model.classifier.weight
-    assert weight.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * weight.numel()))
-    assert (model.classifier.bias == 0).all()
-
-
 # ---- Both losses of pretraining -----------------------------------------------------------------
 
 

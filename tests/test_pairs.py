@@ -56,14 +56,6 @@ def draw_pairs(corpus: TokenizedCorpus, count: int, room: int = ROOM, seed: int 
 
 
 @given(documents(), rooms, seeds)
-def test_both_segments_have_a_token_and_fit_the_room(docs, room, seed):
-    for pair in draw_pairs(corpus_of(docs), 16, room, seed):
-        assert pair.a_start < pair.a_end
-        assert pair.b_start < pair.b_end
-        assert pair.a_end - pair.a_start + pair.b_end - pair.b_start <= room
-
-
-@given(documents(), rooms, seeds)
 def test_a_true_segment_b_follows_and_a_random_one_is_from_another_document(docs, room, seed):
     corpus = corpus_of(docs)
     for pair in draw_pairs(corpus, 16, room, seed):
@@ -203,7 +195,7 @@ def test_a_seam_of_a_rare_kind_is_forced():
         other = data.find_other_seam(corpus, rng, Seam(0, 9, 18, True), 1)
         assert other == Seam(18, 5018, 10018, True)
     corpus = corpus_of([[[5] * 9, [6] * 9], [[7, 8]] * 50])
-    for _ in range(10):
+    for _ in range(200):
         other = data.find_other_seam(corpus, rng, Seam(0, 4, 18, False), 10)
         assert not other.starts_sentence
 
@@ -238,17 +230,6 @@ def test_both_seams_start_a_sentence_or_neither_does(docs, room, seed):
         other = data.find_other_seam(corpus, rng, seam, room / 2)
         assert other.starts_sentence == seam.starts_sentence
         assert other.document_start != seam.document_start
-
-
-def test_a_rare_kind_of_seam_is_found_too():
-    """One seam is within a long sentence, where all sentences of the other document are short.
-    There the seam is cut at the drawn position, which is within a sentence three times in four."""
-    corpus = corpus_of(sentences_of_lengths([[4] * 500, [4] * 200 + [100] + [4] * 300]))
-    seam = find_seam(corpus, 2850, 20)
-    assert not seam.starts_sentence
-    rng = np.random.default_rng(0)
-    found = [data.find_other_seam(corpus, rng, seam, 20) for _ in range(200)]
-    assert not any(other.starts_sentence for other in found)
 
 
 def test_segments_start_with_sentences_where_sentences_are_short():

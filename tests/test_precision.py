@@ -53,7 +53,6 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
         ({"amx_bf16": True, "avx512_bf16": True}, "cpu", "medium"),
         ({"amx_bf16": False, "avx512_bf16": True}, "cpu", "bfloat16"),
         ({"amx_bf16": False, "avx512_bf16": False}, "cpu", "float32"),
-        ({}, "cpu", "float32"),
         ({"amx_bf16": True}, "cuda", "bfloat16"),
     ],
 )

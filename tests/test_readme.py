@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Of the table of what to expect of `make afternoon`.
 EXPECTED_STEPS = (250, 500, 1000, 1500, 2000, 2500, 5000, 7500, 10000, 15000)
-LINKING = ["README.md", "CONTRIBUTING.md", "tests/README.md", "tests/MUTANTS.md"]
+LINKING = ["README.md", "CONTRIBUTING.md", "WALKTHROUGH.md", "tests/README.md", "tests/MUTANTS.md"]
 LINKING += ["results/README.md", "benchmarks/README.md"]
 NAMING = ["README.md", "tests/README.md", "tests/REGRESSIONS.md"]  # pages that name tests
 

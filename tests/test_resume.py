@@ -261,11 +261,6 @@ def test_another_corpus_is_rejected(finished):
         file.write_text(text)
 
 
-def test_a_run_is_not_overwritten_by_another(finished):
-    with pytest.raises(ValueError, match="holds another run; name a new folder, or --resume"):
-        run(replace(finished, resume=False))
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, tmp_path, monkeypatch):
     """The message names the step, also between two log lines, and every checkpoint that is left is
     good."""

@@ -287,7 +287,6 @@ def test_steps_0_needs_weights(options):
         ValueError, match="--steps 0 evaluates a saved model: name it with --weights"
     ):
         pretrain(replace(options, steps=0))
-    assert not Path(options.out).exists()
 
 
 # ---- Dropout and positions of a new and of a loaded model ---------------------------------------
@@ -317,10 +316,6 @@ def test_the_position_table_has_as_many_rows_as_asked_for(options):
     [
         ({"positions": 12}, "--max-seq-length 16 exceeds --positions 12"),
         ({"positions": 20, "weights": "W"}, "--positions 20, but the weights have 16"),
-        (
-            {"max_seq_length": 17, "weights": "W"},
-            "--max-seq-length 17 exceeds the weights' 16 posi",
-        ),
     ],
 )
 def test_positions_that_do_not_fit_are_rejected(changes, message, options):

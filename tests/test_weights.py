@@ -229,14 +229,6 @@ def test_every_way_to_publish_weights_loads_the_same(stem, shards, tmp_path):
         BertPretrainModel.from_pretrained(tmp_path)
 
 
-def test_safetensors_are_read_where_both_formats_are(tmp_path):
-    model = build(Bert, FIXED).float()
-    model.save_pretrained(tmp_path, small_tokenizer())
-    torch.save({"embeddings.LayerNorm.weight": torch.zeros(12)}, tmp_path / "pytorch_model.bin")
-    loaded = Bert.from_pretrained(tmp_path)
-    assert torch.equal(loaded.embeddings.norm.weight, model.embeddings.norm.weight)
-
-
 def test_other_files_beside_the_weights_are_not_read(published):
     """An adapter or an older export in the same folder was merged into the model."""
     expected = load_file(published / "model.safetensors")
@@ -487,7 +479,6 @@ def test_the_hash_of_a_tokenizer_changes_with_any_token_or_id():
     swapped = {**tokens, "a": tokens["b"], "b": tokens["a"]}
     renamed = {("new" if token == "z" else token): i for token, i in tokens.items()}
     hashes = [tokenizer_hash(data.wordpiece(v)) for v in (tokens, swapped, renamed)]
-    assert hashes[0] == tokenizer_hash(small_tokenizer())
     assert len(set(hashes)) == 3
     assert all(re.fullmatch("v2-[0-9a-f]{16}", found) for found in hashes)
 
