@@ -387,6 +387,9 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> T
 # ---- The loop ----------------------------------------------------------------
 
 
+ADVICE = "the last checkpoint is good; try a lower --learning-rate or more --warmup-steps"
+
+
 def train(
     options: PretrainOptions,
     run: Run,
@@ -409,7 +412,7 @@ def train(
     if dist.is_initialized():
         losses_of = DistributedDataParallel(losses_of)
     # check() stops the run if a gradient was not finite; check(model) also if a weight is not.
-    guard = FiniteGuard(device)
+    guard = FiniteGuard(device, ADVICE)
     per_rank = options.accumulate // run.world_size  # micro-batches
 
     for step in range(run.step, options.steps + 1):  # the last pass takes no step

@@ -386,8 +386,9 @@ def predict(options: SST2Options) -> None:
             f"--predict needs the model/ of a run on SST-2; {options.weights} has no"
             f" {', '.join(model.missing_parameters)}"
         )
+    longest = options.max_seq_length or model.config.max_seq_length
     for text in texts_to_predict(options.predict or ()):
-        rows = data.encode_sentences(tokenizer, [text], model.config.max_seq_length)
+        rows = data.encode_sentences(tokenizer, [text], longest)
         logits = forward(model, torch.tensor(rows, device=device), precision)  # (1, 2)
         probs = logits.softmax(dim=-1)[0]
         print(f"{LABELS[probs.argmax()]}  {probs.max():.3f}  {text}")

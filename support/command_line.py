@@ -80,7 +80,10 @@ def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None
             # torch's handler would raise the death of a worker once more, within our own messages.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     except UnicodeDecodeError as error:
-        fail(f"--dataset {options.dataset} has a text that is not UTF-8: {error}")
+        source = f"--dataset {options.dataset}"
+        if getattr(options, "test_dataset", None):
+            source += f" or --test-dataset {options.test_dataset}"
+        fail(f"{source} has a text that is not UTF-8: {error}")
     except Exception as error:
         if received:  # the signal ended a process that tokenizes, and whoever waited for it raised
             sys.exit(128 + received[0])

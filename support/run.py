@@ -41,7 +41,9 @@ class FiniteGuard:
     is written down, and waits.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, advice: str = "try a lower --learning-rate") -> None:
+        """advice: what the message of an error ends with."""
+        self.advice = advice
         self.first_bad_step = torch.full((), -1, dtype=torch.int64, device=device)
 
     def note(self, step: int, norm: torch.Tensor) -> None:
@@ -50,15 +52,14 @@ class FiniteGuard:
 
     def check(self, model: torch.nn.Module | None = None) -> None:
         """Raises ValueError if there was such a step, or if a weight of `model` is not finite."""
-        advice = "the last checkpoint is good; try a lower --learning-rate or more --warmup-steps"
         step = int(self.first_bad_step)
         if step >= 0:
             raise ValueError(
-                f"step {step}: the gradient was not finite, so it was skipped; {advice}"
+                f"step {step}: the gradient was not finite, so it was skipped; {self.advice}"
             )
         for name, parameter in model.named_parameters() if model else ():
             if not parameter.isfinite().all():
-                raise ValueError(f"a weight in {name} is no longer finite; {advice}")
+                raise ValueError(f"a weight in {name} is no longer finite; {self.advice}")
 
 
 class Run:

@@ -75,6 +75,7 @@ def unboxed(text: str) -> str:
     [
         ("--no-such-flag 1", "Unrecognized options: --no-such-flag"),
         ("--some 4", "Unrecognized options: --some"),
+        ("--no-flag", "Unrecognized options: --no-flag"),
         ("--some-number 1", "--some-number must be at least 2, got 1"),
         ("--some-number 10", "--some-number must be at most 9, got 10"),
         (
@@ -130,6 +131,59 @@ def test_numbers_that_would_overflow_are_rejected(options, line, message, capsys
         parse_options(options, line.split())
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "flag", "smallest"),
+    [
+        (PretrainOptions, "--steps", 0),
+        (PretrainOptions, "--max-seq-length", 5),  # [CLS] a [SEP] b [SEP]
+        (PretrainOptions, "--batch-size", 1),
+        (PretrainOptions, "--accumulate", 1),
+        (PretrainOptions, "--workers", 0),
+        (PretrainOptions, "--log-every", 1),
+        (PretrainOptions, "--eval-every", 1),
+        (PretrainOptions, "--eval-batches", 1),
+        (PretrainOptions, "--save-every", 1),
+        (PretrainOptions, "--rows-per-document", 1),
+        (PretrainOptions, "--positions", 1),
+        (PretrainOptions, "--vocab-size", 1),
+        (PretrainOptions, "--warmup-steps", 0),
+        (PretrainOptions, "--export-steps", 0),
+        (PretrainOptions, "--dropout", 0),
+        (PretrainOptions, "--learning-rate", 0),
+        (SST2Options, "--seeds", 1),
+        (SST2Options, "--vocab-size", 1),
+        (SST2Options, "--max-seq-length", 3),  # [CLS] a [SEP]
+        (SST2Options, "--batch-size", 1),
+        (SST2Options, "--epochs", 1),
+        (SST2Options, "--log-every", 1),
+        (SST2Options, "--dropout", 0),
+        (SST2Options, "--learning-rate", 0),
+    ],
+)
+def test_the_smallest_value_is_accepted_and_one_below_it_is_rejected(
+    options, flag, smallest, capsys
+):
+    parse_options(options, ["--weights", "W", flag, str(smallest)])
+    with pytest.raises(SystemExit):
+        parse_options(options, ["--weights", "W", flag, str(smallest - 1)])
+    assert f"{flag} must be at least {smallest}, got" in unboxed(capsys.readouterr().err)
+
+
+def test_without_flags_a_run_has_the_documented_options():
+    """As many epochs, and a rate and a batch size, as the paper recommends for fine-tuning."""
+    pretraining, fine_tuning = PretrainOptions(), SST2Options()
+    for options in (pretraining, fine_tuning):
+        assert (options.device, options.precision) == (None, "auto")
+        assert options.batch_size == 32
+    assert (fine_tuning.epochs, fine_tuning.learning_rate) == (3, (5e-5,))
+    assert (fine_tuning.out, fine_tuning.log_every) == ("runs/sst2", 50)
+    assert (pretraining.out, pretraining.steps) == ("runs/pretrain", 4000)
+    assert (pretraining.max_seq_length, pretraining.workers) == (64, 2)
+    assert (pretraining.eval_every, pretraining.eval_batches) == (250, 16)
+    assert (pretraining.log_every, pretraining.save_every) == (10, 500)
+    assert (pretraining.compile, pretraining.checkpoint_activations) == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -309,6 +363,11 @@ def folder(tmp_path_factory) -> Path:
             "--max-seq-length 17: the weights have 16 positions",
         ),
         ("train_sst2.py", "--predict hello", "--predict needs --weights"),
+        (
+            "train_sst2.py",
+            "--test-dataset latin_test",
+            "--dataset sample or --test-dataset latin_test has a text that is not UTF-8",
+        ),
     ],
 )
 def test_a_mistake_ends_in_one_clear_line_and_status_2(

@@ -28,6 +28,7 @@ from strategies import (
 )
 
 import data
+import train_pretrain
 from data import PretrainDataset, TokenizedCorpus
 from train_pretrain import PretrainOptions, pretrain
 
@@ -631,6 +632,29 @@ def test_a_run_trains_its_model_and_its_tokenizer_on_its_split(two_splits, optio
     )
     with pytest.raises(ValueError, match=r"has split unsupervised, not train"):
         pretrain(replace(told, split="train", resume=True))
+
+
+def test_a_run_reads_the_named_column_and_joins_its_rows(options, tmp_path, capsys):
+    """The numbers in the column "text" cannot be read."""
+    rows = [{"text": 7, "body": f"{a} {b}."} for a in LETTERS for b in "abc"]
+    corpus = write_rows(tmp_path / "rows.jsonl", rows)
+    told = replace(
+        options, dataset=corpus, text_column="body", rows_per_document=3, tokenizer=None,
+        vocab_size=60,
+    )  # fmt: skip
+    pretrain(told)
+    # Of 26 documents, two are held out.
+    assert "train: 24 documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_the_configuration_of_a_corpus_reaches_every_reader(is_streamed, options):
+    """Files have no configurations, and the library names the one that it does not find."""
+    told = replace(options, dataset_name="other", tokenizer=None)
+    with pytest.raises(ValueError, match="'other' not found"):
+        train_pretrain.load_tokenizer(told)
+    with pytest.raises(ValueError, match="'other' not found"):
+        train_pretrain.load_corpora(replace(told, streaming=is_streamed), small_tokenizer())
 
 
 def test_texts_are_those_of_the_named_column_and_split(tmp_path):

@@ -16,6 +16,7 @@ from strategies import (
     PADDING,
     SMALL,
     TINY,
+    VOCABULARY,
     dropouts_of,
     publish,
     review_batches,
@@ -56,16 +57,48 @@ def run(tmp_path_factory):
 def test_a_run_learns_and_evaluates_the_test_split_once(run):
     """Only the best weights are evaluated on the test split, however many runs there were."""
     validation, test = read_lines(run, "validation"), read_lines(run, "test")
-    assert len(validation["accuracy"]) == 2 * 2 * 2
+    identities = [validation[name] for name in ("learning_rate", "seed", "epoch")]
+    assert len(set(zip(*identities, strict=True))) == len(validation["accuracy"]) == 2 * 2 * 2
     assert max(validation["accuracy"]) == 1.0
     assert test["accuracy"] == [1.0]
 
 
-def test_epochs_have_different_orders_and_seeds_different_weights(run):
-    lines = read_lines(run, "validation")
-    runs = list(zip(lines["learning_rate"], lines["seed"], lines["epoch"], strict=True))
-    assert len(set(runs)) == 8
-    assert len(set(lines["loss"])) == 8
+def test_a_run_leaves_its_options(run):
+    config = json.loads((run / "config.json").read_text())
+    assert (config["learning_rate"], config["seeds"], config["epochs"]) == ([1e-3, 1e-5], 2, 2)
+
+
+def test_each_split_is_read_from_its_own_data_set_and_its_accuracy_is_printed(
+    tmp_path, monkeypatch, capsys
+):
+    """--dataset-name belongs to --dataset. Without --test-dataset, only the sample has a test
+    split."""
+    asked, get_reviews = [], data.get_reviews
+
+    def noted(path, split, name=None):
+        asked.append((Path(path).name, split, name))
+        return get_reviews(path, split)
+
+    monkeypatch.setattr(data, "get_reviews", noted)
+    monkeypatch.setattr(train_sst2, "fine_tune", lambda model, *_: (model, 0.5))
+    monkeypatch.setattr(train_sst2, "draw_sst2", lambda out: None)
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
+    other = write_reviews(tmp_path / "other", test=9)
+    how = {"dataset": dataset, "dataset_name": "sst2", "vocab_size": 60, "device": "cpu"}
+
+    main(SST2Options(out=str(tmp_path / "with"), test_dataset=other, **how))
+    # The training split is read twice: for the vocabulary, and to be trained on.
+    own = [("reviews", split, "sst2") for split in ("train", "train", "validation")]
+    assert asked == [*own, ("other", "test", None)]
+    printed = capsys.readouterr().out
+    assert "learning rate 5e-05: validation accuracy 0.5000 ± 0.0000, seeds 1\n" in printed
+    (accuracy,) = read_lines(tmp_path / "with", "test")["accuracy"]
+    assert f"test accuracy {accuracy:.4f} (validation 0.5000)\n" in printed
+
+    main(SST2Options(out=str(tmp_path / "without"), **how))
+    assert asked[4:] == own
+    main(SST2Options(out=str(tmp_path / "sample"), device="cpu"))
+    assert asked[-1] == ("sample", "test", None)
 
 
 def test_accuracy_is_that_of_the_validation_split(tmp_path):
@@ -98,13 +131,14 @@ def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
     monkeypatch.setattr(train_sst2, "draw_sst2", lambda out: None)
     dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
     options = SST2Options(
-        out=str(tmp_path / "run"), dataset=dataset, vocab_size=60, seeds=2,
+        out=str(tmp_path / "run"), dataset=dataset, vocab_size=60, seed=3, seeds=2,
         learning_rate=(1e-3, 1e-4), device="cpu",
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as output:
         main(options)
-    assert not torch.equal(started[1e-3, 0], started[1e-3, 1])
-    assert torch.equal(started[1e-3, 0], started[1e-4, 0])
+    assert {seed for _, seed in started} == {3, 4}
+    assert not torch.equal(started[1e-3, 3], started[1e-3, 4])
+    assert torch.equal(started[1e-3, 3], started[1e-4, 3])
     printed = output.getvalue()
     assert "learning rate 0.001: validation accuracy 0.6000 ± 0.1414, seeds 2\n" in printed
     assert "learning rate 0.0001: validation accuracy 0.5000 ± 0.0000, seeds 2\n" in printed
@@ -114,9 +148,11 @@ def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
 
 
 def tune(folder: Path, batches: data.SST2Batches, rate=1e-3, seed=0, dropout=0.1, **changes):
-    """Returns what `fine_tune` returns, for a small model that is the same for every seed."""
+    """Returns what `fine_tune` returns, for a small model that is the same for every seed, and in
+    evaluation mode, as loaded weights are."""
     torch.manual_seed(0)
-    model = SST2BertModel(replace(SMALL, dropout=dropout, attention_dropout=dropout), PADDING)
+    config = replace(SMALL, dropout=dropout, attention_dropout=dropout)
+    model = SST2BertModel(config, PADDING).eval()
     arguments = {"validation": batches, "epochs": 5, "log_every": 1, **changes}
     folder.mkdir(parents=True, exist_ok=True)
     return train_sst2.fine_tune(model, batches, rate=rate, seed=seed, out=folder, **arguments)
@@ -182,9 +218,26 @@ def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0(tmp_pat
         return update(model, optimizer, rate)
 
     monkeypatch.setattr(train_sst2, "update", noted)
-    tune(tmp_path, review_batches([3] * 10, 2, 0), rate=1e-3, epochs=4)
-    rising, falling = [0.5e-3, 1e-3], [1e-3 * (20 - step) / 18 for step in range(2, 20)]
+    tune(tmp_path, review_batches([3] * 10, 2, 0), rate=1e-3, epochs=5)
+    rising, falling = [0.5e-3, 1e-3], [1e-3 * (25 - step) / 23 for step in range(2, 25)]
     assert rates == pytest.approx(rising + falling)
+
+
+def test_lines_and_bar_say_how_far_a_model_is(tmp_path, monkeypatch, capsys):
+    bars, progress_bar = [], train_sst2.progress_bar
+
+    def noted(*arguments):
+        bars.append(progress_bar(*arguments))
+        return bars[-1]
+
+    monkeypatch.setattr(train_sst2, "progress_bar", noted)
+    tune(tmp_path, review_batches([3] * 10, 2, 0), epochs=2, log_every=2)
+    train, validation = (read_lines(tmp_path, split) for split in ("train", "validation"))
+    assert train["step"] == [2, 4, 6, 8, 10]
+    assert (validation["step"], validation["epoch"]) == ([5, 10], [1, 2])
+    assert 0 <= validation["seconds"][0] <= validation["seconds"][1] < 60
+    assert (bars[0].n, bars[0].total) == (10, 10)
+    assert "epoch 2: validation loss " in capsys.readouterr().out
 
 
 def test_an_evaluation_has_no_dropout_and_training_continues_with_it():
@@ -237,11 +290,55 @@ def test_fine_tuning_stops_at_a_gradient_that_is_not_finite(options, tmp_path, m
         return update(model, optimizer, rate)
 
     monkeypatch.setattr(train_sst2, "update", poisoned)
-    with pytest.raises(ValueError, match="step 0: the gradient was not finite"):
+    with pytest.raises(
+        ValueError, match="step 0: the gradient was not finite, .*; try a lower --learning-rate$"
+    ):
         train_sst2.main(
-            SST2Options(out=options.out, dataset=dataset, vocab_size=60, epochs=1, device="cpu")
+            SST2Options(
+                out=options.out, dataset=dataset, vocab_size=60, epochs=1, device="cpu", log_every=1
+            )
         )
     assert not (Path(options.out) / "model").exists()
+    assert not (Path(options.out) / "metrics.jsonl").exists()
+
+
+def test_fine_tuning_stops_at_a_weight_that_is_not_finite(tmp_path, monkeypatch):
+    """The last step of an epoch may spoil a weight, and its gradient was finite."""
+    update = train_sst2.update
+
+    def spoiled(model, optimizer, rate):
+        norm = update(model, optimizer, rate)
+        model.classifier.bias.data[0] = math.inf
+        return norm
+
+    monkeypatch.setattr(train_sst2, "update", spoiled)
+    with pytest.raises(ValueError, match=r"a weight in classifier\.bias is no longer finite"):
+        tune(tmp_path, review_batches([3], 1, 0), epochs=1)
+
+
+def test_training_obeys_the_device(tmp_path, monkeypatch):
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
+    options = SST2Options(out=str(tmp_path / "run"), dataset=dataset, vocab_size=60, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cuda, but torch sees no GPU here"):
+        main(options)
+    monkeypatch.setattr(train_sst2, "choose_device", lambda name: torch.device("meta"))
+    with pytest.raises(RuntimeError, match="fused=True"):  # the optimizer finds the model there
+        main(options)
+
+
+def test_batches_go_to_the_device_of_the_model(tmp_path, monkeypatch):
+    moved, to = [], torch.Tensor.to
+
+    def noted(tensor, *where, **how):
+        if tensor.dtype == torch.int64:  # ids and labels
+            moved.append(where)
+        return to(tensor, *where, **how)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    tune(tmp_path, review_batches([3] * 4, 2, 0), epochs=1)
+    # Two batches are trained on and evaluated.
+    assert moved == [(torch.device("cpu"),)] * 8
 
 
 # ---- From pretrained weights --------------------------------------------------------------------
@@ -267,15 +364,6 @@ def test_another_tokenizer_than_that_of_the_weights_is_rejected(tmp_path):
             train_sst2.make_tokenizer(SST2Options(weights=str(tmp_path), tokenizer=named))
 
 
-def test_sentences_longer_than_the_weights_allow_are_rejected(tmp_path):
-    tokenizer = data.train_tokenizer(["abc"], 40)
-    sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": 16}
-    SST2BertModel(BertConfig.named("tiny", **sizes), 0).save_pretrained(tmp_path, tokenizer)
-    options = SST2Options(weights=str(tmp_path), max_seq_length=17)
-    with pytest.raises(ValueError, match="--max-seq-length 17: the weights have 16 positions"):
-        train_sst2.make_model(options, tokenizer)
-
-
 def test_fine_tuning_has_dropout_whatever_the_weights_had(tmp_path):
     """A model that was pretrained without dropout would silently be fine-tuned without it."""
     config = BertConfig.named(
@@ -288,6 +376,31 @@ def test_fine_tuning_has_dropout_whatever_the_weights_had(tmp_path):
     assert dropouts_of(train_sst2.make_model(told, small_tokenizer())) == {0.0}
     scratch = SST2Options(dropout=0.2)
     assert dropouts_of(train_sst2.make_model(scratch, small_tokenizer())) == {0.2}
+
+
+def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, monkeypatch):
+    """In this vocabulary [PAD] is the last token."""
+    ids = {token: i for i, token in enumerate(reversed(VOCABULARY))}
+    data.wordpiece(ids).save(str(tmp_path / "tokenizer.json"))
+    seen = []
+
+    def noted(model, training, *_):
+        seen.append((model, training))
+        return model, 0.5
+
+    monkeypatch.setattr(train_sst2, "fine_tune", noted)
+    monkeypatch.setattr(train_sst2, "draw_sst2", lambda out: None)
+    how = {"dataset": write_reviews(tmp_path / "reviews", train=9, validation=9), "device": "cpu"}
+    tokenizer = str(tmp_path / "tokenizer.json")
+    scratch = tmp_path / "scratch"
+    main(SST2Options(out=str(scratch), tokenizer=tokenizer, size="mini", **how))
+    weights = str(scratch / "model")
+    main(SST2Options(out=str(tmp_path / "cut"), weights=weights, max_seq_length=4, **how))
+    (model, whole), (_, cut) = seen
+    assert model.config.d_model == 256
+    assert whole.padding_idx == ids["[PAD]"] == model.padding_idx
+    assert {len(row) for row in whole.rows} == {7}
+    assert {len(row) for row in cut.rows} == {4}
 
 
 # ---- Predictions --------------------------------------------------------------------------------
@@ -305,30 +418,32 @@ def test_the_saved_model_predicts_with_its_own_tokenizer(run, capsys, monkeypatc
     assert all(0.5 <= float(probability) <= 1 for _, probability, _ in lines)
 
 
-def test_predictions_need_weights():
-    with pytest.raises(ValueError, match="--predict needs --weights"):
-        main(SST2Options(predict=("a",)))
-
-
-def test_predictions_need_a_classifier(tmp_path):
-    """A pretrained model would print a guess with a probability."""
-    tokenizer = data.train_tokenizer(["abc"], 40)
-    sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": 16}
-    BertPretrainModel(BertConfig.named("tiny", **sizes), 0).save_pretrained(tmp_path, tokenizer)
-    with pytest.raises(
-        ValueError, match=r"a run on SST-2; .* has no classifier\.weight, classifier\.bias"
-    ):
-        main(SST2Options(weights=str(tmp_path), predict=("a",)))
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_predictions_need_a_classifier_even_if_no_warning_is_shown(tmp_path):
     """With `python -W ignore` a random classifier answered."""
     options = SST2Options(weights=str(publish(tmp_path, TINY)), predict=("a",))
     with pytest.raises(
-        ValueError, match=r"a run on SST-2; .* has no classifier\.weight, classifier"
+        ValueError, match=r"a run on SST-2; .* has no classifier\.weight, classifier\.bias"
     ):
         predict(options)
+
+
+def test_a_text_is_cut_to_the_length_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    """--max-seq-length was checked, and then not obeyed."""
+    lengths, forward = [], train_sst2.forward
+
+    def noted(model, input_ids, precision):
+        lengths.append(input_ids.shape[1])
+        return forward(model, input_ids, precision)
+
+    monkeypatch.setattr(train_sst2, "forward", noted)
+    weights = str(publish(tmp_path, TINY, SST2BertModel))
+    for longest in (4, None):
+        predict(
+            SST2Options(weights=weights, predict=("a b c d",), max_seq_length=longest, device="cpu")
+        )
+    assert lengths == [4, 6]
+    assert capsys.readouterr().out.count("a b c d") == 2
 
 
 def test_predictions_obey_the_device(tmp_path, monkeypatch):

@@ -1,15 +1,19 @@
-"""Looking into a model: its parameters by part, its guesses for masks, and its attention drawn."""
+"""Looking into a model: its parameters by part, its guesses for masks, and its attention drawn.
+Then the curves of a run.
+"""
 
 import dataclasses
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from helpers import run_in_process
-from strategies import FIXED, PADDING, PUBLISHABLE, build, publish, small_tokenizer
+from strategies import FIXED, PADDING, PUBLISHABLE, build, publish, small_tokenizer, write_rows
 
 import bert
+import extras.attention
 from bert import (
     Bert,
     BertConfig,
@@ -20,6 +24,7 @@ from bert import (
     parameter_counts,
 )
 from extras.attention import attention_probs, draw_attention, draw_text
+from support.curves import draw_pretraining, draw_sst2, means_of_seeds
 
 
 @pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
@@ -83,6 +88,7 @@ def test_the_attention_figure_has_a_panel_for_each_head_with_its_tokens():
         assert left == (tokens if i % 2 == 0 else [])
         (image,) = panel.get_images()  # a row of it is a query
         assert torch.equal(torch.from_numpy(image.get_array().data), probs[i // 2, i % 2])
+        assert image.get_clim() == (0, 1)  # one scale for all panels
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +117,28 @@ def test_an_encoder_without_a_head_fills_no_mask(tmp_path, capsys):
 def test_a_picture_into_a_folder_that_is_not_there_is_rejected_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"--out .*a\.png: its folder does not exist"):
         draw_text("no/such/model", "a b", str(tmp_path / "nowhere/a.png"))
+
+
+def test_a_picture_is_of_the_tokens_of_the_text(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(probs, tokens):
+        drawn.append((probs.shape, tokens))
+        return mock.Mock()
+
+    monkeypatch.setattr(extras.attention, "draw_attention", draw)
+    draw_text(str(publish(tmp_path)), "a b", str(tmp_path / "a.png"))
+    assert drawn == [((3, 2, 4, 4), ["[CLS]", "a", "b", "[SEP]"])]
+
+
+def test_a_mistyped_model_of_a_picture_is_one_line_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["attention", "no/such/place", "a"])
+    with pytest.raises(SystemExit) as ended:
+        extras.attention.main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: no/such/place is no directory")
+    assert printed.count("\n") == 1
 
 
 def in_this_process(monkeypatch, *arguments: str) -> None:
@@ -156,3 +184,52 @@ def test_the_command_explains_itself_and_ends_a_mistake_in_one_line(monkeypatch,
     printed = capsys.readouterr()
     assert printed.err.startswith("error: no/such/place is no directory")
     assert (printed.err.count("\n"), printed.out) == (1, "")
+
+
+# ---- The curves of a run ------------------------------------------------------------------------
+
+
+def write_validation(run: Path) -> None:
+    """Writes the lines of two learning rates, one of them with two seeds."""
+    values = [
+        (1e-3, 0, [1.0, 2.0]),
+        (1e-3, 1, [3.0, 5.0]),
+        (1e-4, 0, [9.0, 9.5]),
+    ]
+    rows = [
+        {"split": "validation", "learning_rate": rate, "seed": seed, "step": 10 * epoch,
+         "epoch": epoch, "loss": loss, "accuracy": loss / 10}
+        for rate, seed, losses in values
+        for epoch, loss in enumerate(losses, 1)
+    ]  # fmt: skip
+    write_rows(run / "metrics.jsonl", rows)
+
+
+def test_curves_are_means_over_the_seeds_of_a_learning_rate(tmp_path):
+    write_validation(tmp_path)
+    assert means_of_seeds(tmp_path, "validation", "loss", 1e-3) == ([10, 20], [2.0, 3.5])
+    assert means_of_seeds(tmp_path, "validation", "loss", 1e-4, "epoch") == ([1, 2], [9.0, 9.5])
+    assert means_of_seeds(tmp_path, "validation", "loss")[1] == pytest.approx([13 / 3, 16.5 / 3])
+
+
+def test_the_picture_of_a_run_has_a_curve_for_each_learning_rate(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    write_validation(tmp_path)
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda f, path, **_: drawn.append((f, path)))
+    draw_sst2(tmp_path)
+    ((picture, path),) = drawn
+    assert path == tmp_path / "curves.png"
+    _, accuracy = picture.axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in accuracy.get_lines()}
+    assert curves == {
+        "learning rate 0.0001": pytest.approx([0.9, 0.95]),
+        "learning rate 0.001": pytest.approx([0.2, 0.35]),
+    }
+
+
+def test_without_matplotlib_a_run_ends_without_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for draw in (draw_sst2, draw_pretraining):
+        draw(tmp_path)
+    assert not list(tmp_path.iterdir())

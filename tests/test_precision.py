@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import start, wait
-from strategies import CPU, PADDING, STILL, some_batches
+from strategies import CPU, PADDING, STILL, some_batches, write_reviews
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import support.devices
@@ -42,6 +42,17 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch):
     assert choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="--device cuda:2, but torch sees 2 GPUs here"):
         choose_device("cuda:2")
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
+    for is_there, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda is_there=is_there: is_there)
+        assert choose_device(None) == torch.device(expected)
+
+
+def test_another_c_library_keeps_memory_as_it_likes(monkeypatch):
+    monkeypatch.setattr(support.devices.ctypes, "CDLL", lambda name: object())  # has no mallopt
+    support.devices.keep_freed_memory()
 
 
 # ---- Precision ----------------------------------------------------------------------------------
@@ -109,6 +120,45 @@ def test_fine_tuning_obeys_the_precision():
     assert torch.equal(rounded, rounded.bfloat16().float())
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
+
+
+def test_every_forward_pass_of_pretraining_obeys_the_precision(options, monkeypatch):
+    used, forward = [], train_pretrain.forward
+
+    def noted(model, batch, precision="float32"):
+        used.append((model.training, precision))
+        return forward(model, batch, precision)
+
+    monkeypatch.setattr(train_pretrain, "forward", noted)
+    told = replace(options, precision="bfloat16")
+    pretrain(told)
+    assert set(used) == {(True, "bfloat16"), (False, "bfloat16")}
+    used.clear()
+    pretrain(replace(told, weights=f"{options.out}/model", steps=0))
+    assert used == [(False, "bfloat16")]
+
+
+def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(support.devices, "cpu_capabilities", lambda: {"avx512_bf16": True})
+    used, autocast = [], train_sst2.autocast
+
+    def noted(precision, device_type):
+        used.append(precision)
+        return autocast(precision, device_type)
+
+    monkeypatch.setattr(train_sst2, "autocast", noted)
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9, test=9)
+    out = tmp_path / "run"
+    options = train_sst2.SST2Options(
+        out=str(out), dataset=dataset, test_dataset=dataset, vocab_size=60, epochs=1, device="cpu"
+    )
+    train_sst2.main(options)
+    assert "precision bfloat16, dropout 0.1\n" in capsys.readouterr().out
+    assert json.loads((out / "config.json").read_text())["precision"] == "bfloat16"
+    train_sst2.main(replace(options, weights=f"{out}/model", predict=("a",)))
+    assert used == ["bfloat16"] * 4  # training, validation, test, prediction
 
 
 def test_weights_and_gradients_stay_float32(options):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ import support.checkpoints
 import support.processes
 import train_pretrain
 from bert import BertPretrainModel
-from support.processes import join_processes, process_group_backend
+from support.processes import join_processes, need_one_process, process_group_backend
 from train_pretrain import PretrainLosses, add_gradients, to_device
 
 # ---- The group of ranks -------------------------------------------------------------------------
@@ -86,6 +87,34 @@ def test_ranks_never_share_one_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--device cuda:0 would put all 2 ranks on one GPU"):
         join_processes("cuda:0")
+    with pytest.raises(ValueError, match="--device cuda:0 would put all 2 ranks on one GPU"):
+        train_pretrain.pretrain(train_pretrain.PretrainOptions(device="cuda:0"))
+
+
+def test_each_rank_takes_a_gpu_of_its_machine_and_waits_for_the_others_for_a_day(monkeypatch):
+    """On two machines with two GPUs each, rank 3 takes the second GPU of the second machine."""
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    taken, groups = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(
+        support.processes.dist, "init_process_group", lambda *a, **k: groups.append((*a, k))
+    )
+    assert join_processes("cuda") == (3, 4)
+    assert taken == [1]
+    assert groups == [("cpu:gloo,cuda:nccl", {"timeout": timedelta(days=1)})]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="--nproc_per_node: 2 GPUs for 3 ranks or more"):
+        join_processes()
+
+
+def test_what_runs_in_one_process_says_so(monkeypatch):
+    need_one_process()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="fine-tuning runs in one process, not in 2"):
+        need_one_process()
 
 
 @pytest.mark.slow
@@ -263,17 +292,18 @@ def test_data_workers_are_in_groups_of_their_own(streaming, options, tmp_path, m
     has saved.
     """
     corpus = write_many_documents(tmp_path / "corpus.jsonl")
-    groups = []
+    groups, others = [], set(multiprocessing.active_children())
 
     def note_groups(*arguments):
-        groups.extend((w.pid, os.getpgid(w.pid)) for w in multiprocessing.active_children())
+        workers = set(multiprocessing.active_children()) - others
+        groups.extend((worker.pid, os.getpgid(worker.pid)) for worker in workers)
         return update(*arguments)
 
     update = train_pretrain.update
     monkeypatch.setattr(train_pretrain, "update", note_groups)
     run(replace(options, dataset=corpus, streaming=streaming, workers=1, steps=1, eval_every=1))
-    assert groups
-    assert all(process == group for process, group in groups)
+    ((process, group),) = groups  # as many as --workers
+    assert process == group
 
 
 # ---- With GPUs ----------------------------------------------------------------------------------

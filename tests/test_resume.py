@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import OPTIONS, assert_same, child, half, in_process, run, start, state, wait
+from helpers import OPTIONS, assert_same, child, contents, half, in_process, run, start, state, wait
 from strategies import Malicious, write_many_documents
 
 import support.checkpoints
@@ -252,13 +252,31 @@ def test_another_corpus_is_rejected(finished):
     have changed places."""
     file = Path(finished.dataset)
     text = file.read_text()
-    assert "ab b aa" in text
-    file.write_text(text.replace("ab b aa", "b ab aa", 1))
+    trained_on = text.replace("ab b aa", "b ab aa", 1)
+    held_out = "m zm zz".join(text.rsplit("zm m zz", 1))  # near the end of the file
     try:
-        with pytest.raises(ValueError, match=r"has corpus_checksum \d+, not \d+$"):
-            run(finished)
+        for other, name in ((trained_on, "corpus"), (held_out, "validation")):
+            assert other != text
+            file.write_text(other)
+            with pytest.raises(ValueError, match=rf"has {name}_checksum \d+, not \d+$"):
+                run(finished)
     finally:
         file.write_text(text)
+
+
+def test_a_run_may_move_and_compute_otherwise_when_it_is_resumed(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **_: module)
+    moved = Path(finished.out).rename(tmp_path / "moved")
+    sorted((moved / "checkpoints").iterdir())[-1].unlink()
+    otherwise = {"device": None, "compile": True, "checkpoint_activations": True}
+    run(replace(finished, out=str(moved), **otherwise))
+    assert (moved / "checkpoints/step-000000006.pt").exists()
+
+
+def test_resuming_a_finished_run_writes_no_checkpoint(finished):
+    before = contents(Path(finished.out) / "checkpoints")
+    run(finished)
+    assert contents(Path(finished.out) / "checkpoints") == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, tmp_path, monkeypatch):
@@ -285,6 +303,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, tmp_
     for path in checkpoints(options):
         found = torch.load(path, weights_only=True)["model"]
         assert all(tensor.isfinite().all() for tensor in found.values())
+
+
+@pytest.mark.parametrize(
+    "due", [{"save_every": 2}, {"save_every": 1000, "export_steps": (2,)}], ids=["save", "export"]
+)
+def test_a_weight_that_is_not_finite_is_neither_saved_nor_exported(
+    due, corpus, tmp_path, monkeypatch
+):
+    options = replace(OPTIONS, dataset=corpus, out=str(tmp_path), log_every=1000, **due)
+    update, steps = train_pretrain.update, iter(range(100))
+
+    def spoiled(model, optimizer, rate):
+        norm = update(model, optimizer, rate)
+        if next(steps) == 1:
+            model.nsp.bias.data[0] = math.inf
+        return norm
+
+    monkeypatch.setattr(train_pretrain, "update", spoiled)
+    message = r"a weight in nsp\.bias is no longer finite; the last checkpoint is good"
+    with pytest.raises(ValueError, match=message):
+        run(options)
+    assert [path.name for path in checkpoints(options)] == ["step-000000000.pt"]
+    assert not (tmp_path / "models").exists()
 
 
 def with_a_killed_worker(options: PretrainOptions) -> None:

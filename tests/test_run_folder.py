@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def test_the_clock_and_the_count_of_tokens_of_a_resumed_run_go_on(options, monke
     clock = itertools.count(4600)
     run(replace(options, resume=True))
     resumed = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert lines[-1]["tokens"] > 2 * 16  # more than one step has: 2 pairs of at most 16 tokens
     assert [line["tokens"] for line in resumed] == [line["tokens"] for line in lines]
     seconds = [line["seconds"] for line in resumed]
     assert seconds == sorted(set(seconds))
@@ -184,6 +186,24 @@ def test_only_exact_names_are_checkpoints_and_foreign_files_are_left_alone(optio
     assert all((folder / name).read_bytes() == b"a foreign file" for name in FOREIGN)
 
 
+def test_a_run_resumes_on_another_device_and_without_its_metrics(options, monkeypatch):
+    """A checkpoint is read into the memory of the CPU, wherever it was written."""
+    run(options)
+    out, how, load = Path(options.out), [], torch.load
+    checkpoint_paths(out)[-1].unlink()
+    (out / "metrics.jsonl").unlink()
+
+    def noted(*arguments, **named):
+        how.append(named)
+        return load(*arguments, **named)
+
+    monkeypatch.setattr(torch, "load", noted)
+    run(replace(options, resume=True))
+    assert how == [{"map_location": "cpu", "weights_only": True}]
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 3, 4]
+
+
 @pytest.mark.parametrize("lost", ["run", "model", "own", "metrics_bytes"])
 def test_a_torch_file_without_our_keys_is_damaged(lost, options):
     """The checkpoint before it is used."""
@@ -262,9 +282,60 @@ def test_fine_tuning_holds_its_folder_too(options, hold):
         train_sst2.main(SST2Options(out=options.out, device="cpu"))
 
 
+def test_a_folder_is_made_with_those_above_it(options):
+    with run_folder(replace(options, out=f"{options.out}/a/b")) as out:
+        assert out.is_dir()
+
+
 def test_a_rank_that_does_not_write_makes_no_folder_and_no_lock(options):
     with run_folder(options, rank=1) as out:
         assert not out.exists()
+
+
+# ---- Several ranks, and the bar -----------------------------------------------------------------
+
+
+def test_ranks_that_see_different_checkpoints_do_not_start(options, tmp_path, monkeypatch):
+    """On several machines, --out may not be the same folder."""
+    monkeypatch.setattr(support.run, "total", lambda *_: [3])  # the other rank is at step 0
+    started = support.run.Run(tmp_path, rank=0, world_size=2, steps=9, identity={})
+    started.step = 3
+    with pytest.raises(ValueError, match="not all ranks see the checkpoint of step 3"):
+        started.begin(options)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_group_of_ranks_ends_with_the_run(tmp_path, monkeypatch):
+    """A group that is left makes the interpreter abort at its exit, in one run of a dozen."""
+    ended = []
+    monkeypatch.setattr(support.run.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(support.run.dist, "destroy_process_group", lambda: ended.append(True))
+    started = support.run.Run(tmp_path, rank=0, world_size=2, steps=9, identity={})
+    started.bar = support.run.progress_bar(9)
+    started.end()
+    assert ended == [True]
+
+
+def test_the_bar_of_a_resumed_run_starts_at_its_step_and_shows_the_speed(tmp_path):
+    """In a log file, it writes a line every 30 seconds."""
+    started = support.run.Run(tmp_path, rank=0, world_size=1, steps=10, identity={})
+    started.bar = support.run.progress_bar(10, initial=4)
+    assert (started.bar.n, started.bar.total, started.bar.mininterval) == (4, 10, 30.0)
+    started.tokens, started.started = 5000, time.perf_counter() - 2
+    started.show("loss 3.000")
+    assert re.fullmatch(r"loss 3\.000, 2,[345]\d\d tokens/s", started.bar.postfix)
+
+
+@pytest.mark.parametrize(("rank", "is_hidden"), [(0, False), (1, True)])
+def test_only_the_first_rank_shows_a_bar(rank, is_hidden, options, tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(support.run, "progress_bar", lambda *a, **how: bars.append((a, how)))
+    monkeypatch.setattr(support.run, "total", lambda step: [2 * step])
+    monkeypatch.setattr(support.run, "note_signals", list)
+    started = support.run.Run(tmp_path, rank, world_size=2, steps=10, identity={})
+    started.step = 4
+    started.begin(options)
+    assert bars == [((10,), {"initial": 4, "disable": is_hidden})]
 
 
 # ---- metrics.jsonl ------------------------------------------------------------------------------
@@ -350,11 +421,13 @@ def test_exports_are_the_models_of_their_steps(options):
     assert tokenizer.get_vocab() == small_tokenizer().get_vocab()
 
 
-def test_a_run_that_is_stopped_exports_its_model(options, monkeypatch):
+def test_a_run_that_is_stopped_exports_its_model_and_says_where(options, monkeypatch, capsys):
     asked = iter([False, False, False, True])
     monkeypatch.setattr(support.run.Run, "asked_to_stop", lambda run: next(asked))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         pretrain(options)
+    assert stopped.value.code == 128  # and the number of the signal, of which there was none
+    assert "stopped before step 3; --resume continues from there\n" in capsys.readouterr().err
     (exported,) = Path(options.out, "models").iterdir()
     assert exported.name == "step-3"
     newest = Path(options.out, "checkpoints/step-000000003.pt")

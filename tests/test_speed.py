@@ -27,6 +27,26 @@ from train_pretrain import (
     update,
 )
 
+# ---- To the device ------------------------------------------------------------------------------
+
+
+def test_a_batch_for_a_gpu_is_pinned_and_copied_without_waiting(monkeypatch):
+    (batch,), calls = some_batches(1), []
+
+    def pin_memory(tensor):
+        calls.append("pinned")
+        return tensor
+
+    def to(tensor, device, non_blocking=False):
+        calls.append((device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    to_device(batch, torch.device("cuda"))
+    assert calls == ["pinned", ("cuda", True)] * 6
+
+
 # ---- One graph ----------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import json
+import warnings
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -126,6 +127,20 @@ def test_a_block_continues_until_two_documents_have_a_next_sentence(folder):
     assert next(batches.batches([long, title, pair], 0, 0))
 
 
+def test_a_block_ends_after_so_many_characters_of_all_its_documents(monkeypatch):
+    """Each of these documents has 13."""
+    monkeypatch.setattr(streaming, "BLOCK", 50)
+    documents = iter([({"documents": i}, "aa bb. cc dd.") for i in range(1, 99)])
+    texts, behind = streaming.read_block(documents)
+    assert (len(texts), behind) == (4, {"documents": 4})
+
+
+def test_a_document_of_several_rows_has_a_next_sentence_in_the_next_row():
+    document = ["aa bb", "cc dd"]
+    epoch = [({}, document), ({}, document), ({}, streaming.END_OF_EPOCH)]
+    assert streaming.read_block(iter(epoch))[0] == [document] * 2
+
+
 def test_a_block_is_shuffled(folder):
     """In order, each batch would be of one document."""
     rows, _ = streaming.open_stream(str(folder), None, "text")
@@ -141,6 +156,8 @@ def test_a_block_is_shuffled(folder):
         list(batches.batches(texts, 0, block_index))
         offset = block_index * 2**20 * len(dataset)
         orders.append([index - offset for index in indices[: len(dataset)]])
+        # What fills the last batch is drawn anew.
+        assert len(set(indices)) == len(indices) > len(dataset)
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(len(dataset)))
     assert orders[0] != orders[1]
     assert sum(a + 1 == b for a, b in itertools.pairwise(orders[0])) < len(dataset) / 4
@@ -155,8 +172,23 @@ def test_workers_that_read_equal_documents_make_other_examples_of_them(tmp_path)
     first, second = next(batches), next(batches)
     for place in ("documents", "block", "batch"):
         assert first["bookmark"][place] == second["bookmark"][place]
-    first, second = ({tuple(row) for row in b["input_ids"].tolist()} for b in (first, second))
-    assert not first & second
+    of_ranks = [next(iter(loader(tmp_path, streaming.new_progress(0), r, 2))) for r in (0, 1)]
+    for one, other in ((first, second), of_ranks):
+        one, other = ({tuple(row) for row in b["input_ids"].tolist()} for b in (one, other))
+        assert not one & other
+
+
+def test_readers_with_unequal_numbers_of_shards_are_warned_of(folder):
+    with pytest.warns(UserWarning, match="5 shards for 2 workers: some have more to read"):
+        loader(folder, streaming.new_progress(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader(folder, streaming.new_progress(1))
+
+
+def test_a_stream_that_was_not_read_yet_may_get_other_readers():
+    fresh = [streaming.new_progress(1)]
+    assert streaming.same_readers([streaming.new_progress(2)], fresh) is fresh
 
 
 def test_a_worker_without_a_document_is_rejected(tmp_path):
@@ -228,15 +260,50 @@ def test_documents_are_held_out_where_there_is_no_validation_split(tmp_path):
     assert 5 <= len(held_out) <= 40  # 20 expected; outside is less likely than 1e-4
 
 
+def test_documents_are_held_out_where_the_validation_split_is_trained_on(tmp_path, monkeypatch):
+    """The configuration and the split are those that were asked for."""
+    texts = [f"{word(i % 200)} {i}. {i}." for i in range(400)]
+    write_texts(tmp_path / "train.jsonl", ["another one. not this."] * 2)
+    write_texts(tmp_path / "validation.jsonl", texts)
+    asked, get_dataset = [], data.get_dataset
+
+    def noted(path, name, **how):
+        asked.append(name)
+        return get_dataset(path, None, **how)
+
+    monkeypatch.setattr(data, "get_dataset", noted)
+    rows, held_out = streaming.open_stream(str(tmp_path), "plain", "text", train_split="validation")
+    assert sorted([row["text"] for row in rows] + held_out) == sorted(texts)
+    assert asked == ["plain"]
+
+
+def test_64_documents_are_enough_to_evaluate_on(tmp_path):
+    texts = [f"{word(i)} aa. {word(i)} ba." for i in range(70)]
+    for split in ("train", "validation"):
+        write_texts(tmp_path / f"{split}.jsonl", texts)
+    assert streaming.open_stream(str(tmp_path), None, "text")[1] == texts[:64]
+
+
 def test_rows_are_joined_to_documents(tmp_path):
     texts = ["aa ba. ca da.", "ea fa. ga ha.", "ia ja."] * 200
     for split in ("train", "validation"):
         write_texts(tmp_path / f"{split}.jsonl", texts)
     rows, _ = streaming.open_stream(str(tmp_path), None, "text", rows_per_document=3)
     assert next(iter(rows))["text"] == texts[:3]
+    rows, _ = streaming.open_stream(str(tmp_path), None, "text", rows_per_document=2)
+    assert next(iter(rows))["text"] == texts[:2]
     corpus = streaming.tokenize_block([texts[:3]] * 2, 0, small_tokenizer())
     assert len(corpus.document_starts) == 3
     assert len(corpus) == 2 * len(data.encode_plain(small_tokenizer(), [" ".join(texts[:3])])[0])
+
+
+def test_a_stream_of_another_number_of_shards_is_not_resumed(options, tmp_path):
+    folder = write_shards(tmp_path / "shards")
+    told = replace(options, dataset=str(folder), out=str(tmp_path / "run"), steps=2, workers=0)
+    run(told)
+    write_texts(folder / "train-5.jsonl", ["aa bb. cc dd."])
+    with pytest.raises(ValueError, match="has shards 5, not 6$"):
+        run(replace(told, resume=True))
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------

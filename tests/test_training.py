@@ -17,14 +17,17 @@ from strategies import (
     LETTERS,
     PADDING,
     SMALL,
+    TINY,
     dropouts_of,
     gradients,
+    publish,
     small_tokenizer,
     some_batches,
     write_texts,
 )
 
 import data
+import support.run
 import train_pretrain
 from bert import BertConfig, BertPretrainModel
 from support.command_line import parse_options
@@ -59,6 +62,7 @@ def test_without_warmup_the_first_step_has_the_peak():
 
 def test_by_default_the_rate_rises_for_a_tenth_of_the_steps():
     assert PretrainOptions(steps=70).warmup == 7
+    assert PretrainOptions(steps=79).warmup == 7
     assert PretrainOptions(steps=70, warmup_steps=0).warmup == 0
 
 
@@ -204,6 +208,13 @@ def test_masked_positions_are_where_the_labels_are():
     assert torch.equal(labels[moved["positions"]], moved["mlm_targets"])
 
 
+def test_all_tensors_of_a_batch_go_to_the_device():
+    (batch,) = some_batches(1)
+    moved = to_device(batch, torch.device("meta"))
+    assert moved.keys() == {*batch, "positions", "mlm_targets"}
+    assert {tensor.device.type for tensor in moved.values()} == {"meta"}
+
+
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
@@ -236,6 +247,8 @@ def test_metrics_are_means_over_all_masked_tokens_and_all_pairs():
     assert metrics["most_frequent_prediction"] == 1.0
     hits = sum(int(b["nsp_labels"][0]) + int((b["nsp_labels"][1:] == 0).sum()) for b in batches)
     assert metrics["nsp_accuracy"] == hits / 7
+    wrong = math.log1p(math.exp(2))  # of the logits 0 and 2, in nats
+    assert metrics["nsp_loss"] == pytest.approx(wrong - 2 * hits / 7)
 
 
 def test_evaluation_changes_nothing_and_repeats():
@@ -280,6 +293,59 @@ def test_steps_0_evaluates_the_weights_and_writes_nothing(options, tmp_path, cap
     assert names <= set(shown)
     for name, value in shown.items():
         assert value == pytest.approx(lines[name][-1], abs=5e-5)
+
+    # There are no more pairs than the split has, however many batches are asked for.
+    weights = f"{options.out}/model"
+    pretrain(replace(options, weights=weights, steps=0, batch_size=4, eval_batches=100))
+    assert ", 8 pairs of the validation split" in capsys.readouterr().out
+
+
+def test_steps_0_reads_no_training_text(options, tmp_path):
+    """A training split of one document would be rejected."""
+    write_texts(tmp_path / "corpus/train.jsonl", ["aa bb. cc dd."])
+    write_texts(tmp_path / "corpus/validation.jsonl", ["aa bb. cc dd.", "ee ff. gg hh."])
+    weights = str(publish(tmp_path / "model", TINY))
+    pretrain(replace(options, dataset=str(tmp_path / "corpus"), weights=weights, steps=0))
+
+
+def test_a_run_shows_its_losses_and_its_evaluations(options, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(support.run.Run, "show", lambda run, loss: shown.append((run.steps, loss)))
+    pretrain(options)
+    train, validation = (read_lines(Path(options.out), split) for split in ("train", "validation"))
+    sums = [m + n for m, n in zip(train["mlm_loss"], train["nsp_loss"], strict=True)]
+    assert shown == [(4, f"loss {loss:.3f}") for loss in sums]
+    printed = capsys.readouterr().out
+    assert f"step 4  mlm_loss {validation['mlm_loss'][-1]:.3f}  perplexity " in printed
+    assert printed.count("Predicted Tokens: ") == 2
+    assert f"unigram_entropy {validation['unigram_entropy'][0]:.3f} nats" in printed
+
+
+def test_tokens_are_counted_without_padding():
+    batches = some_batches(2)
+    expected = sum(int((batch["input_ids"] != PADDING).sum()) for batch in batches)
+    assert expected < sum(batch["input_ids"].numel() for batch in batches)
+    assert train_pretrain.count_tokens(batches, PADDING) == expected
+
+
+def test_the_examples_of_a_run_obey_its_options(options):
+    told = replace(options, seed=3, whole_word_masking=True)
+    corpus = train_pretrain.load_corpora(told, small_tokenizer())["train"]
+    found = train_pretrain.make_dataset(told, corpus, small_tokenizer())
+    assert (found.max_seq_length, found.seed, found.whole_word_masking) == (16, 3, True)
+
+
+def test_a_model_is_on_the_device_of_the_run(options, tmp_path, monkeypatch):
+    def tell(model, *_):
+        raise ValueError(f"on {model.nsp.weight.device.type}")
+
+    monkeypatch.setattr(train_pretrain, "choose_device", lambda name: torch.device("meta"))
+    for name in ("make_optimizer", "evaluate"):
+        monkeypatch.setattr(train_pretrain, name, tell)
+    weights = str(publish(tmp_path / "model", TINY))
+    for how in ({}, {"weights": weights, "steps": 0}):
+        with pytest.raises(ValueError, match="on meta"):
+            pretrain(replace(options, **how))
 
 
 def test_steps_0_needs_weights(options):

@@ -526,6 +526,9 @@ def test_a_tokenizer_that_lowercases_otherwise_is_not_that_of_the_weights(publis
     assert matching_tokenizer(str(published), None).encode("a").ids
     with pytest.raises(ValueError, match="is not the one .* was trained with"):
         matching_tokenizer(str(published), str(tmp_path / "cased.json"))
+    told = PretrainOptions(weights=str(published), tokenizer=str(tmp_path / "cased.json"))
+    with pytest.raises(ValueError, match=r"cased\.json is not the one .* was trained with"):
+        train_pretrain.load_tokenizer(told)
 
 
 def test_the_hash_of_older_models_is_accepted_for_their_vocabulary(published, tmp_path):
