@@ -174,7 +174,12 @@ def draw_afternoon(out: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     loss, bars = figure.subplots(1, 2)
     plot_loss(loss, out / "pretrain")
-    plot_gain(bars, out)
+    accuracies = {
+        (start, share): at_best_rate(out / f"{start}-{share}")
+        for share in SHARES
+        for start in STARTS
+    }
+    plot_gain(bars, accuracies)
     figure.savefig(out / "curves.png", dpi=120)
 
 
@@ -188,11 +193,11 @@ def plot_loss(axes: Any, pretrain: Path) -> None:
     axes.legend(fontsize=8)
 
 
-def plot_gain(axes: Any, out: Path) -> None:
-    """Draws the accuracy for each share of the labels, pretrained and from scratch."""
+def plot_gain(axes: Any, accuracies: dict[tuple[str, str], list[float]]) -> None:
+    """Draws the accuracies of each start and share of the labels, in percent, one for each seed."""
     for i, share in enumerate(SHARES):
         for j, (start, color) in enumerate(zip(STARTS, ("C2", "C0"), strict=True)):
-            values = at_best_rate(out / f"{start}-{share}")
+            values = accuracies[start, share]
             label = start if i == 0 else None
             x = i + (j - 0.5) * 0.36
             axes.bar(x, np.mean(values), 0.34, color=color, alpha=0.8, label=label)
