@@ -171,8 +171,9 @@ def test_the_smallest_value_is_accepted_and_one_below_it_is_rejected(
     assert f"{flag} must be at least {smallest}, got" in unboxed(capsys.readouterr().err)
 
 
-def test_without_flags_a_run_has_the_documented_options():
-    """As many epochs, and a rate and a batch size, as the paper recommends for fine-tuning."""
+def test_the_defaults_change_only_on_purpose():
+    """Those of fine-tuning are among the values that [BERT] A.3 tries: batch size, learning rate,
+    epochs."""
     pretraining, fine_tuning = PretrainOptions(), SST2Options()
     for options in (pretraining, fine_tuning):
         assert (options.device, options.precision) == (None, "auto")

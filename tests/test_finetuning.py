@@ -280,8 +280,11 @@ def test_a_wrong_test_split_is_noticed_before_the_training(tmp_path):
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_fine_tuning_stops_at_a_gradient_that_is_not_finite(options, tmp_path, monkeypatch):
-    """It stops at the end of the epoch at the latest, and writes no model."""
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_fine_tuning_stops_at_a_gradient_that_is_not_finite(
+    log_every, options, tmp_path, monkeypatch
+):
+    """It stops at the next log line or at the end of the epoch, and writes no line and no model."""
     dataset = write_reviews(tmp_path / "reviews", train=40, validation=10)
     update = train_sst2.update
 
@@ -295,7 +298,12 @@ def test_fine_tuning_stops_at_a_gradient_that_is_not_finite(options, tmp_path, m
     ):
         train_sst2.main(
             SST2Options(
-                out=options.out, dataset=dataset, vocab_size=60, epochs=1, device="cpu", log_every=1
+                out=options.out,
+                dataset=dataset,
+                vocab_size=60,
+                epochs=1,
+                device="cpu",
+                log_every=log_every,
             )
         )
     assert not (Path(options.out) / "model").exists()
@@ -322,12 +330,17 @@ def test_training_obeys_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device cuda, but torch sees no GPU here"):
         main(options)
+
+    def tell(model, *_):
+        raise ValueError(f"on {model.classifier.weight.device.type}")
+
     monkeypatch.setattr(train_sst2, "choose_device", lambda name: torch.device("meta"))
-    with pytest.raises(RuntimeError, match="fused=True"):  # the optimizer finds the model there
+    monkeypatch.setattr(train_sst2, "fine_tune", tell)
+    with pytest.raises(ValueError, match="on meta"):
         main(options)
 
 
-def test_batches_go_to_the_device_of_the_model(tmp_path, monkeypatch):
+def test_ids_and_labels_of_every_batch_are_moved(tmp_path, monkeypatch):
     moved, to = [], torch.Tensor.to
 
     def noted(tensor, *where, **how):
@@ -339,6 +352,20 @@ def test_batches_go_to_the_device_of_the_model(tmp_path, monkeypatch):
     tune(tmp_path, review_batches([3] * 4, 2, 0), epochs=1)
     # Two batches are trained on and evaluated.
     assert moved == [(torch.device("cpu"),)] * 8
+
+
+def test_an_evaluation_moves_ids_and_labels_to_its_device(monkeypatch):
+    moved = []
+
+    def noted(tensor, *where, **how):
+        if tensor.dtype == torch.int64:
+            moved.append(where)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    model = SST2BertModel(SMALL, PADDING)
+    evaluate(model, review_batches([3] * 4, 2, None), torch.device("meta"))
+    assert moved == [(torch.device("meta"),)] * 4
 
 
 # ---- From pretrained weights --------------------------------------------------------------------
@@ -396,9 +423,10 @@ def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, 
     main(SST2Options(out=str(scratch), tokenizer=tokenizer, size="mini", **how))
     weights = str(scratch / "model")
     main(SST2Options(out=str(tmp_path / "cut"), weights=weights, max_seq_length=4, **how))
-    (model, whole), (_, cut) = seen
-    assert model.config.d_model == 256
-    assert whole.padding_idx == ids["[PAD]"] == model.padding_idx
+    (model, whole), (loaded, cut) = seen
+    assert model.config.d_model == loaded.config.d_model == 256
+    assert whole.padding_idx == cut.padding_idx == model.padding_idx == ids["[PAD]"]
+    assert torch.equal(loaded.bert.embeddings.token.weight, model.bert.embeddings.token.weight)
     assert {len(row) for row in whole.rows} == {7}
     assert {len(row) for row in cut.rows} == {4}
 

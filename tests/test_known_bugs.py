@@ -311,7 +311,8 @@ BUGS = {
     ),
     "38 resuming without a checkpoint starts anew": (
         support.folder, "run_folder", "if resume and not checkpoint_paths(out):", "if False:",
-        test_run_folder.test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing, {},
+        test_run_folder.test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing,
+        {"has_folder": True},
     ),
     "39 a foreign file is the newest checkpoint": (
         support.checkpoints, "checkpoint_paths", "CHECKPOINT_NAME.fullmatch(path.name)",

@@ -50,8 +50,9 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
         assert choose_device(None) == torch.device(expected)
 
 
-def test_another_c_library_keeps_memory_as_it_likes(monkeypatch):
-    monkeypatch.setattr(support.devices.ctypes, "CDLL", lambda name: object())  # has no mallopt
+def test_without_mallopt_the_process_goes_on(monkeypatch):
+    """Another C library than glibc may have none."""
+    monkeypatch.setattr(support.devices.ctypes, "CDLL", lambda name: object())
     support.devices.keep_freed_memory()
 
 

@@ -110,7 +110,10 @@ def test_each_rank_takes_a_gpu_of_its_machine_and_waits_for_the_others_for_a_day
         join_processes()
 
 
-def test_what_runs_in_one_process_says_so(monkeypatch):
+def test_fine_tuning_accepts_one_rank_and_rejects_two(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    need_one_process()
+    monkeypatch.setenv("WORLD_SIZE", "1")
     need_one_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="fine-tuning runs in one process, not in 2"):

@@ -264,11 +264,15 @@ def test_another_corpus_is_rejected(finished):
         file.write_text(text)
 
 
-def test_a_run_may_move_and_compute_otherwise_when_it_is_resumed(finished, tmp_path, monkeypatch):
+def test_a_resumed_run_may_have_another_folder_and_device_and_other_ways_to_compute(
+    finished, tmp_path, monkeypatch
+):
+    """Namely --compile and --checkpoint-activations. The device is pretended."""
+    monkeypatch.setattr(train_pretrain, "choose_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(torch, "compile", lambda module, **_: module)
     moved = Path(finished.out).rename(tmp_path / "moved")
     sorted((moved / "checkpoints").iterdir())[-1].unlink()
-    otherwise = {"device": None, "compile": True, "checkpoint_activations": True}
+    otherwise = {"device": "cuda", "compile": True, "checkpoint_activations": True}
     run(replace(finished, out=str(moved), **otherwise))
     assert (moved / "checkpoints/step-000000006.pt").exists()
 
