@@ -194,7 +194,10 @@ def plot_loss(axes: Any, pretrain: Path) -> None:
 
 
 def plot_gain(axes: Any, accuracies: dict[tuple[str, str], list[float]]) -> None:
-    """Draws the accuracies of each start and share of the labels, in percent, one for each seed."""
+    """Draws a bar for each share of the labels and each start, its mean, and a dot for each seed.
+
+    accuracies: in percent, of each seed, by (start, share).
+    """
     for i, share in enumerate(SHARES):
         for j, (start, color) in enumerate(zip(STARTS, ("C2", "C0"), strict=True)):
             values = accuracies[start, share]
@@ -202,9 +205,10 @@ def plot_gain(axes: Any, accuracies: dict[tuple[str, str], list[float]]) -> None
             x = i + (j - 0.5) * 0.36
             axes.bar(x, np.mean(values), 0.34, color=color, alpha=0.8, label=label)
             axes.plot([x] * len(values), values, "k.", markersize=3)
-            axes.text(x, 51, mean_and_deviation(values), ha="center", fontsize=8)
-    axes.set_xticks(range(len(SHARES)), [f"{share} of the labels" for share in SHARES])
-    axes.set(ylim=(50, 92), ylabel="SST-2 dev accuracy, %", title="fine-tuning; a dot is a seed")
+            axes.text(x, max(values) + 0.6, f"{np.mean(values):.1f}", ha="center", fontsize=8)
+    axes.set_xticks(range(len(SHARES)), SHARES)
+    axes.set(ylim=(50, 92), xlabel="labelled sentences", ylabel="SST-2 dev accuracy, %",
+             title="fine-tuning; a dot is a seed")  # fmt: skip
     axes.legend(fontsize=8, loc="upper right")
 
 

@@ -16,18 +16,12 @@ from experiments.story import best_accuracies, mean_and_deviation
 
 RESULTS = Path(__file__).parents[1] / "results"
 SIX = "published_weights/"
-SST2 = {  # what was trained, and where its lines are
-    "tiny from scratch": ["sst2/scratch"],
-    "tiny, pretrained on the books": ["sst2/pretrained"],
-    "tiny, pretrained on the books, another tokenizer": ["sst2/wrong_tokenizer"],
-    "tiny from scratch, a tenth of the sentences": ["sst2/scratch_tenth"],
-    "tiny, pretrained on the books, a tenth of the sentences": ["sst2/pretrained_tenth"],
-    "mini from scratch": ["afternoon/scratch-all-3e-4-one.jsonl"],
-    "mini, pretrained on film reviews": ["afternoon/pretrained-all-1e-4.jsonl"],
+SIX_LAYERS = {  # what was trained, and where its lines are
     "6 layers from scratch": [f"{SIX}scratch-1epoch-{seed}.jsonl" for seed in range(3)],
     "6 layers, published weights": [f"{SIX}minilm-1epoch.jsonl", f"{SIX}minilm-1epoch-1.jsonl"],
     "6 layers, published weights, another tokenizer": [f"{SIX}wrong-tokenizer-1epoch.jsonl"],
 }
+MINI = {"scratch": "mini from scratch", "pretrained": "mini, pretrained on film reviews"}
 PUBLISHED = {"Google's tiny": 83.2, "Google's mini": 85.9, "BERT-base": 92.7}  # %; Google's: test
 BAG_OF_WORDS = {"bag of words": 80.4}  # %
 
@@ -41,27 +35,26 @@ def read(name: str, **wanted: Any) -> dict[str, np.ndarray]:
 
 def summary() -> list[str]:
     """Returns the rows of the README's table: what was measured, here, published."""
-    books = read_lines(RESULTS / "books", "validation")
-    minutes = books["seconds"][-1] / 60
-    loss, tokens = books["mlm_loss"][-1], books["tokens"][-1] / 1e6
+    run = read_lines(AFTERNOON / "pretrain", "validation")
+    minutes = run["seconds"][-1] / 60
+    loss, tokens = run["mlm_loss"][-1], run["tokens"][-1] / 1e6
     entropies = read("bigrams.jsonl")
     unigrams, bigrams = (entropies[f"{n}gram_cross_entropy"][0] for n in ("uni", "bi"))
     rows = [
-        (f"perplexity of masked tokens on the books: tiny, {tokens:.0f} million tokens, "
-         f"{minutes:.0f} minutes on a core", f"{np.exp(loss):.0f}",
+        (f"perplexity of masked tokens of film reviews: mini, {tokens:.0f} million tokens, "
+         f"{minutes:.0f} minutes on two cores", f"{np.exp(loss):.0f}",
          "BERT-base 3.99, toynlp 5.90 (other corpora)"),
         ("the same, of a model that knows only how often tokens occur",
          f"{np.exp(unigrams):.0f}", ""),
         ("the same, of one that knows the token before", f"{np.exp(bigrams):.0f}", ""),
     ]  # fmt: skip
     published = {
-        "tiny from scratch": "toynlp's base: about 80",
-        "tiny, pretrained on the books": "Google's tiny 83.2, mini 85.9 (test)",
+        MINI["scratch"]: "toynlp's base: about 80",
+        MINI["pretrained"]: "Google's tiny 83.2, mini 85.9 (test)",
         "6 layers, published weights":
             "Google's small 89.7 (test), BERT-base 92.7 to 92.9, toynlp 91.93",
     }  # fmt: skip
-    for name, files in SST2.items():
-        accuracies = [a for file in files for a in best_accuracies(RESULTS / file)]
+    for name, accuracies in sst2_accuracies().items():
         rows.append((f"SST-2 dev accuracy, %: {name}", mean_and_deviation(accuracies),
                      published.get(name, "")))  # fmt: skip
     bench = json.loads((RESULTS / "bench_avx2.json").read_text())
@@ -81,6 +74,20 @@ def summary() -> list[str]:
 AFTERNOON = RESULTS / "afternoon"
 
 
+def sst2_accuracies() -> dict[str, list[float]]:
+    """Returns what was trained, and the accuracy of each seed in percent."""
+    found = {}
+    for share in afternoon.SHARES:
+        labels = "" if share == "all" else f", a {share} of the sentences"
+        for start, name in MINI.items():
+            found[name + labels] = best_setting(start, share).accuracies
+    wrong_tokenizer = best_accuracies(AFTERNOON / "wrong-tokenizer.jsonl")
+    found[f"{MINI['pretrained']}, another tokenizer"] = wrong_tokenizer
+    for name, files in SIX_LAYERS.items():
+        found[name] = [a for file in files for a in best_accuracies(RESULTS / file)]
+    return found
+
+
 class FineTuned(NamedTuple):
     """The models of one setting of an afternoon's fine-tuning."""
 
@@ -98,18 +105,20 @@ def fine_tuned() -> list[FineTuned]:
         for file in sorted(AFTERNOON.glob(f"{start}-{share}*.jsonl")):
             lines = read_lines(file, "validation")
             for rate in sorted(set(lines["learning_rate"])):
-                accuracies = best_accuracies(file, rate)
-                found.append(FineTuned(share, start, rate, max(lines["epoch"]), accuracies))
+                of_rate = np.array(lines["learning_rate"]) == rate
+                epochs = int(np.array(lines["epoch"])[of_rate].max())
+                found.append(FineTuned(share, start, rate, epochs, best_accuracies(file, rate)))
     return found
 
 
 def best_setting(start: str, share: str) -> FineTuned:
-    """Returns the setting with the highest mean, of those that were tried with three seeds."""
-    settings = [s for s in fine_tuned() if (s.start, s.share) == (start, share)]
-    return max(
-        (setting for setting in settings if len(setting.accuracies) >= 3),
-        key=lambda setting: np.mean(setting.accuracies),
-    )
+    """Returns the setting with the highest mean, of those with three seeds or more."""
+    settings = [
+        s for s in fine_tuned() if (s.start, s.share) == (start, share) and len(s.accuracies) >= 3
+    ]
+    if not settings:
+        raise ValueError(f"{AFTERNOON} has no {start}-{share} with three seeds")
+    return max(settings, key=lambda setting: np.mean(setting.accuracies))
 
 
 def afternoon_rows() -> list[str]:
@@ -153,7 +162,7 @@ def draw_afternoon() -> Any:
     pretraining = read_lines(AFTERNOON / "pretrain", "validation")
     seeds = best_accuracies(AFTERNOON / "pretrained-all-1e-4.jsonl")
     end = [pretraining["tokens"][-1] / 1e6] * len(seeds)
-    accuracy.plot(end, seeds, "C2*", markersize=9, label="at the end, three seeds")
+    accuracy.plot(end, seeds, "C2*", markersize=9, label="at the end, same settings, three seeds")
     scratch = np.mean(accuracies["scratch", "all"])
     accuracy.axhline(scratch, color="C0", label=f"from scratch: {scratch:.1f}")
     for name, value in {**BAG_OF_WORDS, **PUBLISHED}.items():
@@ -183,7 +192,7 @@ def curves(axes: Any, run: str, split: str, name: str, rate: float, **style: Any
 
 
 def draw_phases() -> Any:
-    """Draws the phases of pretraining on the books: first single tokens, then context."""
+    """Draws the phases of pretraining on film reviews: first single tokens, then context."""
     figure = new_figure((11, 4.2))
     left, right = figure.subplots(1, 2)
     entropies = read("bigrams.jsonl")
@@ -191,13 +200,14 @@ def draw_phases() -> Any:
         "unigrams: how often tokens occur": entropies["unigram_cross_entropy"][0],
         "bigrams: and after which": entropies["bigram_cross_entropy"][0],
     }
-    plot_pretraining(left, right, RESULTS / "books", known)
+    plot_pretraining(left, right, AFTERNOON / "pretrain", known)
     for axes in (left, right):
         axes.set_xscale("symlog", linthresh=100)
         axes.set_xlim(left=0)
-        axes.set_xticks([0, 50, 100, 300, 1000, 3000], ["0", "50", "100", "300", "1000", "3000"])
+        ticks = (0, 50, 100, 300, 1000, 3000, 10000)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     left.legend(fontsize=8)
-    right.legend(fontsize=8, loc=(0.02, 0.3))  # where no curve runs
+    right.legend(fontsize=8, loc="upper left")  # where no curve runs
     return figure
 
 
@@ -214,18 +224,18 @@ def draw_sst2() -> Any:
     loss.set(xlabel="step", ylabel="loss, nats", title="from scratch: training (pale) and dev")
     accuracy.set(xlabel="step", ylabel="dev accuracy", title="from scratch")
     accuracy.legend(fontsize=8)
-    for i, (name, files) in enumerate(SST2.items()):
-        values = [accuracy for file in files for accuracy in best_accuracies(RESULTS / file)]
+    accuracies = sst2_accuracies()
+    for i, (name, values) in enumerate(accuracies.items()):
         deviation = np.std(values, ddof=1) if len(values) > 1 else 0
         color = "C1" if "another" in name else "C0" if "scratch" in name else "C2"
         bars.barh(i, np.mean(values), xerr=deviation, color=color, alpha=0.8, capsize=3)
         bars.text(96, i, mean_and_deviation(values), va="center", fontsize=8)
-    names = [name.replace(", ", ",\n", 1) for name in SST2]
-    bars.set_yticks(range(len(SST2)), names, fontsize=7)
+    names = [name.replace(", ", ",\n", 1) for name in accuracies]
+    bars.set_yticks(range(len(names)), names, fontsize=7)
     bars.invert_yaxis()
     for name, value in PUBLISHED.items():
         bars.axvline(value, color="black", linestyle=":", linewidth=1)
-        bars.text(value, len(SST2) - 0.4, name, rotation=90, ha="right", va="bottom", fontsize=6)
+        bars.text(value, len(names) - 0.4, name, rotation=90, ha="right", va="bottom", fontsize=6)
     bars.set(xlim=(50, 106), xlabel="dev accuracy, %", title="mean ± sd over the seeds")
     return figure
 

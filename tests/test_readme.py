@@ -6,6 +6,7 @@ import shlex
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.bench import useful_flops
@@ -101,7 +102,7 @@ def test_the_results_are_those_of_the_raw_lines():
     for row in figures.summary():
         assert row in README
     page = (ROOT / "results/README.md").read_text(encoding="utf-8")
-    for files in figures.SST2.values():
+    for files in figures.SIX_LAYERS.values():
         accuracies = [a for file in files for a in story.best_accuracies(figures.RESULTS / file)]
         shown = story.mean_and_deviation(accuracies)
         assert f"| {shown} |" in page or all(f"{accuracy:.1f}" in page for accuracy in accuracies)
@@ -110,11 +111,19 @@ def test_the_results_are_those_of_the_raw_lines():
 def test_the_results_of_the_afternoon_are_those_of_the_raw_lines():
     page = (ROOT / "results/README.md").read_text(encoding="utf-8")
     rows = figures.afternoon_rows()
-    assert len(rows) >= 4
+    assert len(rows) >= 10
     for row in rows:
         assert row in page
     for tokens, accuracy in zip(*figures.exports(), strict=True):
         assert f"| {tokens:.1f} | {accuracy:.1f} |" in page
+
+
+def test_the_first_screen_has_the_gain_at_each_share_of_the_labels():
+    for share in afternoon.SHARES:
+        pretrained, scratch = (
+            np.mean(figures.best_setting(start, share).accuracies) for start in afternoon.STARTS
+        )
+        assert f"**{pretrained:.1f}% against {scratch:.1f}%**" in README.split("\n## ")[0]
 
 
 def test_the_expected_losses_are_those_of_the_recorded_run():
