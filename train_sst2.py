@@ -64,7 +64,8 @@ class SST2Options:
     out: str = "runs/sst2"
     """Folder of the run: a new one."""
     predict: tuple[str, ...] | None = None
-    """Texts to classify with --weights, instead of training; - reads lines of standard input."""
+    """Texts to classify with --weights, instead of training. The text "-" stands for the lines of
+    standard input."""
     seeds: int = 1
     """Models to train for each learning rate, for a mean and a deviation."""
     seed: int = 0
@@ -187,7 +188,8 @@ def fine_tune(
     """Trains one model on all sentences of `training`, `epochs` times.
 
     rate: the peak learning rate. out: the folder whose metrics.jsonl gets the lines; "step" in them
-    is the number of steps that were taken.
+    is the number of steps that were taken, so the first is 1. (The training lines of
+    train_pretrain.py, and the messages of `FiniteGuard`, count from 0.)
     Returns the model as it was after its best epoch, and the validation accuracy of that epoch.
     """
     device = next(model.parameters()).device
@@ -295,7 +297,7 @@ def train(options: SST2Options) -> None:
 
 def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> None:
     """Trains a model for each learning rate and seed, writes the best one, and tests it once."""
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed)  # of the model that is only checked; each has its own below
     print(f"precision {options.precision}, dropout {options.dropout:g}")
     tokenizer = make_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]

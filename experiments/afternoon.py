@@ -7,6 +7,7 @@ a break the same line goes on: what is finished is not run again, and pretrainin
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,13 +22,13 @@ import numpy as np
 from experiments.story import best_accuracies, mean_and_deviation
 from support.curves import optional, read_lines, unigrams
 
-# The models that are exported on the way have seen 1, 3, 10 and 30 million tokens.
+# Exported on the way: the models after 1, 3, 10 and 30 million tokens with padding.
 PRETRAINING = """
     --vocab-size 8192 --size mini --max-seq-length 64 --batch-size 64 --dropout 0
     --learning-rate 1e-3 --warmup-steps 400 --steps 15000 --export-steps 244 732 2441 7324
 """.split()
 FINE_TUNING = "--learning-rate 1e-4 3e-4 --seeds 3".split()
-SHARES = {  # of the labelled sentences: which are trained on, and how many times
+SHARES = {  # of the labelled sentences: one in how many is trained on, and for how many epochs
     "all": (1, 2),
     "tenth": (10, 6),  # every tenth
     "hundredth": (100, 30),
@@ -79,18 +80,20 @@ def stages(corpus: str, sst2: str, out: Path) -> tuple[list[Stage], list[Stage]]
 def run_stage(stage: Stage, log: Path | None = None) -> None:
     """Runs the command of a stage, unless it is finished.
 
-    A folder appears under its name when it is finished. Until then it has another one, and what an
-    interrupted command left there is deleted. (A folder that resumes is its own from the start.)
-    log: the file for what the command prints; by default the terminal.
+    A command writes into FOLDER.unfinished, which is renamed at its end; what an interrupted one
+    left there is deleted first. A stage that resumes writes into FOLDER itself.
+    log: for a command that runs beside others: it has one thread, and prints into this file. By
+    default it has all cores, and the terminal.
     Raises RuntimeError if the command fails.
     """
     if stage.is_finished():
         return
     folder = stage.folder if stage.resumes else Path(f"{stage.folder}.unfinished")
     words = [*stage.command, str(folder)]
-    if stage.resumes and (folder / "checkpoints").exists():
-        words.append("--resume")
-    elif folder.exists() and not stage.resumes:
+    if stage.resumes:
+        if (folder / "checkpoints").exists():
+            words.append("--resume")
+    elif folder.exists():
         shutil.rmtree(folder)
     print("python", *words, flush=True)
 
@@ -141,14 +144,23 @@ def at_best_rate(run: Path) -> list[float]:
     return max((best_accuracies(run, rate) for rate in sorted(rates)), key=np.mean)
 
 
+def accuracies(out: Path) -> dict[tuple[str, str], list[float]]:
+    """Returns the accuracy of each seed, in percent, by start and share of the labels."""
+    return {
+        (start, share): at_best_rate(out / f"{start}-{share}")
+        for start, share in itertools.product(STARTS, SHARES)
+    }
+
+
 def gain_table(out: Path) -> list[str]:
     """Returns the rows of a table: SST-2 dev accuracy by share of the labels."""
     rows = [
         "| labelled sentences | pretrained | from scratch | gain, points |",
         "|---|---|---|---|",
     ]
+    found = accuracies(out)
     for share in SHARES:
-        pretrained, scratch = (at_best_rate(out / f"{start}-{share}") for start in STARTS)
+        pretrained, scratch = (found[start, share] for start in STARTS)
         gain = np.mean(pretrained) - np.mean(scratch)
         means = " | ".join(f"{mean_and_deviation(values)}%" for values in (pretrained, scratch))
         rows.append(f"| {share} | {means} | {gain:+.1f} |")
@@ -174,12 +186,7 @@ def draw_afternoon(out: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     loss, bars = figure.subplots(1, 2)
     plot_loss(loss, out / "pretrain")
-    accuracies = {
-        (start, share): at_best_rate(out / f"{start}-{share}")
-        for share in SHARES
-        for start in STARTS
-    }
-    plot_gain(bars, accuracies)
+    plot_gain(bars, accuracies(out))
     figure.savefig(out / "curves.png", dpi=120)
 
 
@@ -193,14 +200,14 @@ def plot_loss(axes: Any, pretrain: Path) -> None:
     axes.legend(fontsize=8)
 
 
-def plot_gain(axes: Any, accuracies: dict[tuple[str, str], list[float]]) -> None:
+def plot_gain(axes: Any, found: dict[tuple[str, str], list[float]]) -> None:
     """Draws a bar for each share of the labels and each start, its mean, and a dot for each seed.
 
-    accuracies: in percent, of each seed, by (start, share).
+    found: what `accuracies` returns.
     """
     for i, share in enumerate(SHARES):
         for j, (start, color) in enumerate(zip(STARTS, ("C2", "C0"), strict=True)):
-            values = accuracies[start, share]
+            values = found[start, share]
             label = start if i == 0 else None
             x = i + (j - 0.5) * 0.36
             axes.bar(x, np.mean(values), 0.34, color=color, alpha=0.8, label=label)

@@ -1,4 +1,5 @@
-"""Draws every figure of results/, and prints the README's table, from the raw lines beside it.
+"""Draws the figures of results/, but for scaling.png and sample/curves.png, and prints the README's
+table, from the raw lines beside them.
 
 python -m experiments.figures
 """
@@ -15,11 +16,18 @@ from experiments import afternoon
 from experiments.story import best_accuracies, mean_and_deviation
 
 RESULTS = Path(__file__).parents[1] / "results"
-SIX = "published_weights/"
+AFTERNOON = RESULTS / "afternoon"
 SIX_LAYERS = {  # what was trained, and where its lines are
-    "6 layers from scratch": [f"{SIX}scratch-1epoch-{seed}.jsonl" for seed in range(3)],
-    "6 layers, published weights": [f"{SIX}minilm-1epoch.jsonl", f"{SIX}minilm-1epoch-1.jsonl"],
-    "6 layers, published weights, another tokenizer": [f"{SIX}wrong-tokenizer-1epoch.jsonl"],
+    "6 layers from scratch": [
+        f"published_weights/scratch-1epoch-{seed}.jsonl" for seed in range(3)
+    ],
+    "6 layers, published weights": [
+        "published_weights/minilm-1epoch.jsonl",
+        "published_weights/minilm-1epoch-1.jsonl",
+    ],
+    "6 layers, published weights, another tokenizer": [
+        "published_weights/wrong-tokenizer-1epoch.jsonl"
+    ],
 }
 MINI = {"scratch": "mini from scratch", "pretrained": "mini, pretrained on film reviews"}
 PUBLISHED = {"Google's tiny": 83.2, "Google's mini": 85.9, "BERT-base": 92.7}  # %; Google's: test
@@ -58,20 +66,17 @@ def summary() -> list[str]:
         rows.append((f"SST-2 dev accuracy, %: {name}", mean_and_deviation(accuracies),
                      published.get(name, "")))  # fmt: skip
     bench = json.loads((RESULTS / "bench_avx2.json").read_text())
-    for settings in ("", ", both float32 with our allocator"):
+    for settings, with_what in {
+        "": " with its default settings",
+        ", both float32 with our allocator": ", both in float32 and with freed memory kept",
+    }.items():
         times = [
             bench[f"{step}: times as fast as transformers{settings}"]
             for step in ("mini, 16 x 128", "base, 4 x 128")
         ]
-        with_what = " with its default settings"
-        if settings:
-            with_what = ", both in float32 and with freed memory kept"
         rows.append((f"a training step, times as fast as transformers{with_what}: mini; base",
                      "; ".join(f"{ratio:.2f}" for ratio in times), ""))  # fmt: skip
     return [f"| {' | '.join(row)} |" for row in rows]
-
-
-AFTERNOON = RESULTS / "afternoon"
 
 
 def sst2_accuracies() -> dict[str, list[float]]:
@@ -184,7 +189,8 @@ def new_figure(inches: tuple[float, float]) -> Any:
 
 
 def curves(axes: Any, run: str, split: str, name: str, rate: float, **style: Any) -> None:
-    """A quantity by step, its mean over the seeds; many lines are joined by tens."""
+    """A quantity by step, its mean over the seeds; more than about a hundred lines are joined in
+    groups."""
     steps, means = means_of_seeds(RESULTS / run, split, name, rate)
     part = max(1, len(steps) // 60)
     groups = [slice(i, i + part) for i in range(0, len(steps), part)]

@@ -25,8 +25,8 @@ def set_seed(*numbers: int) -> None:
 
 
 def progress_bar(steps: int, name: str | None = None, **more: Any) -> tqdm:
-    """Returns a bar of the steps done, steps per second and time left. In a log file, which is not
-    a terminal, it writes a line every 30 seconds.
+    """Returns a bar of the steps done, steps per second and time left. In a log file, or wherever
+    there is no terminal, it is drawn every 30 seconds at most.
     """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(
@@ -69,7 +69,7 @@ class Run:
         """identity: everything that must be the same when the run is resumed."""
         self.out, self.rank, self.world_size, self.steps = out, rank, world_size, steps
         self.identity = identity
-        self.step = 0  # the first one of this process
+        self.step = 0  # at which this process starts; the loop counts on by itself
         self.tokens = 0  # that have been trained on, by all ranks
         self.saved_step = -1  # of the newest checkpoint; -1 without one
         self.seconds_before = 0.0  # that earlier processes of the run took
@@ -133,7 +133,7 @@ class Run:
             state: dict = {"step": step, "tokens": self.tokens, "seconds": self.seconds}
             state |= {"run": self.identity, "own": gathered}
             state |= {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(self.out, state, self.saved_step)
+            save_checkpoint(self.out, state, self.saved_step)  # adds "metrics_bytes"
         self.saved_step = step
 
     def asked_to_stop(self) -> bool:
