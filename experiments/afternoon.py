@@ -22,11 +22,12 @@ import numpy as np
 from experiments.story import best_accuracies, mean_and_deviation
 from support.curves import optional, read_lines, unigrams
 
-# Exported on the way: the models after 1, 3, 10 and 30 million tokens with padding.
-PRETRAINING = """
+RECIPE = """
     --vocab-size 8192 --size mini --max-seq-length 64 --batch-size 64 --dropout 0
-    --learning-rate 1e-3 --warmup-steps 400 --steps 15000 --export-steps 244 732 2441 7324
+    --learning-rate 1e-3 --warmup-steps 400
 """.split()
+# Exported on the way: the models after 1, 3, 10 and 30 million tokens with padding.
+PRETRAINING = [*RECIPE, *"--steps 15000 --export-steps 244 732 2441 7324".split()]
 FINE_TUNING = "--learning-rate 1e-4 3e-4 --seeds 3".split()
 SHARES = {  # of the labelled sentences: one in how many is trained on, and for how many epochs
     "all": (1, 2),
@@ -118,15 +119,27 @@ def run_stage(stage: Stage, log: Path | None = None) -> None:
 
 
 def run(corpus: str, sst2: str, out: Path) -> None:
-    """Runs all stages. Those at the end run at the same time, each on a core of its own: their
-    batches are too small for several.
+    """Runs all stages. Those at the end run at the same time: their batches are too small for
+    several cores.
     """
     one_by_one, together = stages(corpus, sst2, out)
     out.mkdir(parents=True, exist_ok=True)
     for stage in one_by_one:
         run_stage(stage)
+    run_at_the_same_time([[stage] for stage in together])
+
+
+def run_at_the_same_time(chains: list[list[Stage]]) -> None:
+    """Runs as many chains as there are cores at the same time, each on a core of its own. The
+    stages of a chain run one after the other.
+    """
+
+    def run_chain(chain: list[Stage]) -> None:
+        for stage in chain:
+            run_stage(stage, Path(f"{stage.folder}.log"))
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        runs = [pool.submit(run_stage, stage, Path(f"{stage.folder}.log")) for stage in together]
+        runs = [pool.submit(run_chain, chain) for chain in chains]
         try:
             for ended in runs:
                 ended.result()
