@@ -880,8 +880,8 @@ class SST2Batches:
 
     1. Shuffle the sentences, by (seed, `epoch`). Whoever trains sets `epoch`.
     2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
-       is padding (67%, if every sentence were padded to the longest of all), and every epoch still
-       groups other sentences.
+       is padding (67% in a plain random order, each batch padded to its longest), and every epoch
+       still groups other sentences.
     3. Cut the pools into batches, and shuffle the batches.
 
     Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is

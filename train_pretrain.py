@@ -285,8 +285,8 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     because Adam's first estimates of the moments are poor, and because the gradients of a post-LN
     model are large at the start.
 
-    A rate that is too large is a trap. At 1e-2 a model of the size mini or larger does not even
-    overfit one sample, with warmup or without (WALKTHROUGH.md, section 12). The first huge steps
+    A rate that is too large is a trap. At 1e-2 a model of the size mini does not even overfit one
+    sample (WALKTHROUGH.md, section 12). The first huge steps
     leave every position with the same hidden state, so the model predicts the same token
     everywhere. If the n masked tokens all differ, the best it can do is to give each of them the
     probability 1/n, and the loss stays at ln n. (If some tokens repeat, it stays at the entropy

@@ -2,7 +2,7 @@
 
     make bench
     python -m benchmarks.bench --corpus DIR --reviews DIR --tokenizer vocab.txt     # real text
-    python -m benchmarks.bench --only steps epoch
+    python -m benchmarks.bench --only mini epoch
 
 Contestants take turns, and a ratio is the median over all rounds: single times drift with the
 machine. Prints a table, then the same as one line of JSON. With a GPU, its part is added.
@@ -558,6 +558,9 @@ def main() -> None:
             "gpu-512": lambda: gpu_steps("base", 64, 512),
             "gpu-waiting": lambda: waiting(corpus, tokenizer, {"size": "base"}, 256, 128, "cuda"),
         }
+    for name in options.only or ():
+        if name not in parts:
+            parser.error(f"--only {name}: the parts are {' '.join(parts)}")
     results: dict = {"cores": os.cpu_count(), "torch": torch.__version__}
     warnings.filterwarnings("ignore", "This DataLoader will create")
     for name, part in parts.items():

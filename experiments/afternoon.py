@@ -1,4 +1,4 @@
-"""An afternoon on two cores: does pretraining on film reviews pay on SST-2, the labelled ones?
+"""An afternoon on two cores: does pretraining on film reviews raise the accuracy on SST-2?
 
 python -m experiments.afternoon stanfordnlp/imdb stanfordnlp/sst2 runs/afternoon
 

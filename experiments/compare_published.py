@@ -1,6 +1,7 @@
 """A published model here and in transformers: the same tokens, the same hidden states.
 
-    python -m experiments.compare_published MODEL_DIR CORPUS >> results/published_weights.jsonl
+    python -m experiments.compare_published MODEL_DIR CORPUS \
+        >> results/published_weights/compare.jsonl
 
 500 sentences of the corpus, of mixed lengths, in padded batches of 32, in float32; 20,000 of its
 lines for the tokens. One JSON line each.

@@ -37,7 +37,8 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     - float32: all matrix products in float32.
     - medium: float32 in memory, but matrix products may round their factors to bfloat16.
     - bfloat16: autocast, see `autocast`.
-    - auto: the fastest of them. Other CPUs than the two here emulate bfloat16, forty times slower.
+    - auto: the fastest of them. Other CPUs than the two here emulate bfloat16: a step of mini
+      is forty times slower.
 
     How many times as fast as in float32 a training step is:
 

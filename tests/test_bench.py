@@ -50,6 +50,7 @@ def counted(path: Path, factor: int):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_contestants_take_turns_in_processes_of_their_own(tmp_path):
     notes = tmp_path / "notes"
     found = contest({"quick": (counted, notes, 1), "slow": (counted, notes, 20)}, 3, warm_up=1)
@@ -87,3 +88,11 @@ def test_the_parts_that_measure_data_run_on_the_sample():
     assert 0 < found["batches, padding"] < 0.5
     assert 0 <= found["tiny, 2 x 32: waiting for data, share of a step"] < 1
     assert all(value > 0 for name, value in found.items() if "/s" in name)
+
+
+def test_a_part_of_the_benchmark_that_does_not_exist_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "--only", "mini", "steps"])
+    monkeypatch.setattr(bench, "training_steps", lambda *_: pytest.fail("a part was run"))
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "--only steps: the parts are tokenizing batches" in capsys.readouterr().err

@@ -5,7 +5,7 @@
 Both scripts on the sample: tiny, 30 steps, float32, one thread. They cover everything between the
 text and the loss: tokenizer, pairs, masks, order, initial weights, dropout, model, loss, schedule,
 optimizer. Rewriting code must not move these numbers. They may be renewed only where a result is
-meant to change, with an entry in CHANGELOG.md that says so.
+meant to change; then the commit and CHANGELOG.md say why.
 
 Tolerance: another CPU sums in another order. On one CPU, with torch's kernels for SSE and for AVX2
 and with one thread and two, these losses differ by 5e-6 of themselves at most; four times that is

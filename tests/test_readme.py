@@ -1,6 +1,8 @@
 """The documents say what is there, and no more: their commands, links, tests and numbers."""
 
 import configparser
+import importlib
+import inspect
 import re
 import shlex
 from itertools import pairwise
@@ -25,17 +27,19 @@ LINKING += ["results/README.md", "benchmarks/README.md"]
 NAMING = ["README.md", "tests/README.md", "tests/REGRESSIONS.md"]  # pages that name tests
 
 
-def commands() -> list[list[str]]:
-    """Returns the indented lines that start a program, words apart, continued lines joined."""
-    text = README.replace("\\\n", " ")
+def commands(page: str = "README.md") -> list[list[str]]:
+    """Returns the indented lines of a page that start a program, words apart, continued lines
+    joined.
+    """
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     lines = re.findall(r"^    ((?:python|torchrun|make|[A-Z_]+=\w+ make|\.venv)\b.*)$", text, re.M)
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_every_training_command_of_the_readme_is_understood():
+def test_every_training_command_of_the_readme_and_of_the_results_is_understood():
     """Each flag exists and takes its value; an ellipsis stands for other flags."""
     understood = 0
-    for words in commands():
+    for words in [*commands(), *commands("results/README.md")]:
         options = {"train_pretrain.py": PretrainOptions, "train_sst2.py": SST2Options}
         for script in options.keys() & set(words):
             flags = [word for word in words[words.index(script) + 1 :] if word != "..."]
@@ -52,6 +56,27 @@ def test_every_other_command_of_the_readme_is_there():
                 assert following in targets
             if following.endswith(".py"):
                 assert (ROOT / following).exists()
+
+
+def experiment_commands() -> list[list[str]]:
+    """Returns what follows `python -m experiments.` on the pages and in the experiments themselves:
+    the name of the experiment, and its words.
+    """
+    files = [*(ROOT / page for page in LINKING), *(ROOT / "experiments").glob("*.py")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    text = re.sub(r" *(\\\n *)?>>.*", "", text)  # where the output goes
+    found = re.findall(r"python -m experiments\.([^`#\n]*)", text)
+    return [shlex.split(command) for command in found]
+
+
+def test_every_command_of_an_experiment_has_the_words_that_it_takes():
+    for name, *words in experiment_commands():
+        module = importlib.import_module(f"experiments.{name}")
+        takes_words = getattr(module, "main", None) or getattr(module, name)
+        inspect.signature(takes_words).bind(*words)
+    shown = {name for name, *_ in experiment_commands()}
+    there = {path.stem for path in (ROOT / "experiments").glob("*.py")}
+    assert there - shown == {"lines"}  # which the others import
 
 
 @pytest.mark.parametrize("page", LINKING)

@@ -32,6 +32,7 @@ from train_sst2 import SST2Options
 # ---- Checkpoints and the clock ------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_a_checkpoint_is_on_disk_before_it_is_renamed_and_others_deleted(tmp_path, monkeypatch):
     """A computer that loses its power keeps what was forced to disk, and perhaps nothing else."""
     happened = []
