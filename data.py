@@ -105,6 +105,9 @@ def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> T
 
     normalizer: options, with their defaults: `lowercase` (True), `strip_accents` (the same as
     lowercase), `handle_chinese_chars` (True).
+
+    Differs: a word of more than 100 characters is [UNK], as in transformers; in [Code] one of more
+    than 200.
     """
     # A plain Tokenizer can do more than this wrapper of it.
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
@@ -564,6 +567,9 @@ MASKED_SHARE = 0.15
 def masked_count(candidates: np.ndarray) -> int:
     """Returns how many of the candidates are masked: 15%, and at least one. [BERT] §3.1 task 1.
 
+    Differs: [Code] takes 15% of all tokens, though [CLS] and [SEP] cannot be masked, and at most
+    max_predictions_per_seq. So it masks one position more in an example of 64 tokens.
+
     An example without a masked position would teach the masked language model nothing, and a batch
     of such examples would have a mean loss of 0 / 0.
     """
@@ -995,7 +1001,8 @@ def get_dataset(
 
     path: "sample", a hub id, or a directory or file of parquet, jsonl or text; a .txt is one
     document. File names that contain train, validation or test make those splits, as `datasets` has
-    it; without such names, all is train. Raises ValueError if there is nothing to read.
+    it; without such names, all is train. Raises ValueError if there is nothing to read, or if
+    texts would be left out.
     """
     where = SAMPLE / "corpus" if path == "sample" else Path(path)
     if where.exists():
@@ -1006,8 +1013,10 @@ def get_dataset(
     else:
         raise ValueError(f"{path} does not exist")
     try:
+        if where.exists():
+            check_texts_are_read(where, datasets.load_dataset_builder(source, name, **options))
         return datasets.load_dataset(source, name, split=split, streaming=streaming, **options)
-    except (OSError, ValueError, StopIteration, DatasetGenerationError) as error:
+    except (OSError, ValueError, RuntimeError, StopIteration, DatasetGenerationError) as error:
         cause = error.__cause__ or str(error) or "it is empty"
         raise ValueError(f"cannot read {path}: {cause}") from error
 
@@ -1023,16 +1032,12 @@ def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
     caches a file under its path and time. Here the size counts too, by a cache directory of its
     own: a file that was overwritten within a second must not be read from the cache.
     """
-    folder = where.parent.resolve() if where.is_file() else where
+    # An absolute path: "text" and "json" are names of kinds to `datasets`, though folders may have
+    # them.
+    folder = where.parent.resolve() if where.is_file() else where.absolute()
     if set("[]*?") & set(str(folder)):
         raise ValueError(f"{folder}: the library takes [ ] * ? in a folder's name for a pattern")
-    files = [where] if where.is_file() else sorted(where.glob("**/*"))
-    visible = [
-        file
-        for file in files
-        if file.suffix in KINDS
-        and not any(part.startswith((".", "__")) for part in file.relative_to(where).parts)
-    ]
+    visible = visible_files(where)
     kinds = Counter(".json" if file.suffix == ".jsonl" else file.suffix for file in visible)
     ranked = kinds.most_common()
     if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
@@ -1050,6 +1055,41 @@ def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
     if where.is_file():
         options["data_files"] = {"train": glob.escape(where.name)}
     return str(folder), options
+
+
+def visible_files(where: Path) -> list[Path]:
+    """Returns the files of a directory, or the file itself, that `datasets` may read."""
+    files = [where] if where.is_file() else sorted(where.glob("**/*"))
+    return [
+        file
+        for file in files
+        if file.suffix in KINDS
+        and not any(part.startswith((".", "__")) for part in file.relative_to(where).parts)
+    ]
+
+
+def check_texts_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
+    """Raises ValueError if the builder of a directory's data set would read texts by the line, or
+    would read some of them and not the others.
+
+    `datasets` leaves out a text whose name makes no split, once another one's does: a single
+    night-train.txt hides a folder of books. And it has rules of its own for what kind a directory
+    is, where several kinds of files lie in it. A dataset card (README.md) may choose files.
+    """
+    if builder.name != "text":
+        return
+    if getattr(builder.config, "sample_by", None) != "document":
+        raise ValueError("its texts would be read by the line: name a folder of .txt files alone")
+    if where.is_file() or (where / "README.md").exists():
+        return
+    read = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
+    texts = [file for file in visible_files(where) if file.suffix == ".txt"]
+    left_out = [file for file in texts if file.resolve() not in read]
+    if left_out:
+        raise ValueError(
+            f"{len(left_out)} of {len(texts)} texts, such as {left_out[0].name}, would be left out,"
+            f" because names like {min(read).name} make splits: rename either"
+        )
 
 
 def is_hub_id(source: str) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,11 @@ import data
 import train_pretrain
 from data import PretrainDataset, TokenizedCorpus
 from train_pretrain import PretrainOptions, pretrain
+
+
+def write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def entropy(tokens: np.ndarray) -> float:
@@ -397,6 +403,69 @@ def test_a_file_is_read_whatever_its_name(name, tmp_path):
     write_rows(folder / "azb.jsonl", [{"text": "another"}])
     path = write_rows(folder / name, [{"text": text} for text in TEXTS])
     assert list(data.get_dataset(path)["text"]) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["text", "json", "parquet", "./csv", ".", "a/../json"])
+def test_a_folder_is_read_whatever_its_name(name, tmp_path, monkeypatch):
+    """The library takes some names for a kind of files, and read all of the current directory."""
+    write_texts(tmp_path / "elsewhere.jsonl", ["another"])
+    (tmp_path / "here/a").mkdir(parents=True)
+    write_texts(tmp_path / "here" / name / "corpus.jsonl", TEXTS)
+    monkeypatch.chdir(tmp_path / "here")
+    if name != ".":
+        write_texts(tmp_path / "here/beside.jsonl", ["another"])
+    assert list(data.get_dataset(name)["text"]) == TEXTS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("strays", ["info/{}.json", "{}.txt.gz"])
+def test_texts_that_would_be_read_by_the_line_are_rejected(strays, streaming, tmp_path):
+    """The library chooses the kind by other rules, and takes a line for a document of that kind."""
+    for i in range(2):
+        write_whole(tmp_path / f"train/{i}.txt", "One.\nTwo.")
+    for i in range(3):
+        write_whole(tmp_path / strays.format(i), '{"text": "stray"}')
+    if strays.endswith(".gz"):
+        shutil.rmtree(tmp_path / "train")
+    with pytest.raises(ValueError, match=r"read by the line: name a folder of \.txt files alone"):
+        data.get_dataset(str(tmp_path), streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_title_that_contains_train_does_not_hide_the_other_texts(streaming, tmp_path):
+    """The library makes it the only text of the split."""
+    for name in ("emma", "night-train", "persuasion"):
+        write_whole(tmp_path / f"{name}.txt", name)
+    message = (
+        "2 of 3 texts, such as emma.txt, would be left out, because names like night-train.txt"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        data.get_dataset(str(tmp_path), streaming=streaming)
+
+
+def test_texts_in_folders_of_splits_are_read(tmp_path, monkeypatch):
+    """By a path with links and dots, too. A dataset card may leave a text out."""
+    for name in ("train/a", "train/b", "validation/c"):
+        write_whole(tmp_path / f"here/{name}.txt", name)
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", "../link", "../here/../link", str(tmp_path / "link")):
+        splits = data.get_dataset(path, split=None)
+        assert {name: list(rows["text"]) for name, rows in splits.items()} == {
+            "train": ["train/a", "train/b"],
+            "validation": ["validation/c"],
+        }
+    card = "---\nconfigs:\n- config_name: default\n  data_files: train/a.txt\n---\n"
+    (tmp_path / "here/README.md").write_text(card)
+    assert list(data.get_dataset(".")["text"]) == ["train/a"]
+
+
+def test_a_folder_with_a_script_of_its_own_name_is_rejected_in_one_line(tmp_path):
+    """The library took such scripts once, and says that it does not any more."""
+    write_texts(tmp_path / "books/corpus.jsonl", TEXTS)
+    (tmp_path / "books/books.py").write_text("")
+    with pytest.raises(ValueError, match=r"cannot read .*books: Dataset scripts are no longer"):
+        data.get_dataset(str(tmp_path / "books"))
 
 
 @pytest.mark.parametrize("file", ["", "corpus.jsonl"])

@@ -51,6 +51,12 @@ def test_a_vocabulary_has_a_token_for_each_line(tmp_path, end):
     assert data.load_tokenizer(tmp_path / "vocab.txt").get_vocab() == expected
 
 
+def test_a_word_of_more_than_100_characters_is_unknown():
+    tokenizer = small_tokenizer()
+    assert tokenizer.encode("a" * 101).tokens == ["[CLS]", "[UNK]", "[SEP]"]
+    assert len(data.wordpiece({**tokenizer.get_vocab(), "##a": 99}).encode("a" * 100).ids) == 102
+
+
 def test_a_vocabulary_without_a_special_token_is_rejected(tmp_path):
     kept = [token for token in VOCABULARY if token not in ("[MASK]", "[PAD]")]
     (tmp_path / "vocab.txt").write_text("\n".join(kept))
