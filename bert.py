@@ -34,7 +34,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Container
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,21 +81,24 @@ class BertConfig:
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
             if not isinstance(value, int | float):
                 raise ValueError(f"{name} must be a number, got {value!r}")
-            is_size = self.__annotations__[name] is int
+            is_size = field.type is int
             is_dropout = name.endswith("dropout")
             if is_size and type(value) is not int:
                 raise ValueError(f"{name} must be an integer, got {value!r}")
             if is_size and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-            if name.startswith("attention_d_") and value % max(1, self.head_num):
-                raise ValueError(f"{name}={value} is not divisible by head_num={self.head_num}")
             if is_dropout and not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
             if name in ("layer_norm_eps", "initializer_range") and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        for name in ("attention_d_k", "attention_d_v"):
+            value = getattr(self, name)
+            if value % self.head_num:
+                raise ValueError(f"{name}={value} is not divisible by head_num={self.head_num}")
 
     @classmethod
     def named(cls, size: str, **changes: Any) -> Self:
@@ -106,7 +109,7 @@ class BertConfig:
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
         layers, d_model = SIZES[size]
-        fields: dict[str, Any] = {
+        sizes: dict[str, Any] = {
             "d_model": d_model,
             "attention_d_k": d_model,
             "attention_d_v": d_model,
@@ -114,7 +117,7 @@ class BertConfig:
             "d_feed_forward": 4 * d_model,
             "encoder_layers": layers,
         }
-        return cls(**{**fields, **changes})
+        return cls(**{**sizes, **changes})
 
 
 # ---- The encoder -------------------------------------------------------------
@@ -471,11 +474,11 @@ FIXED_FIELDS = {  # what config.json says of every BERT; other values mean anoth
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-REDUNDANT_TENSORS = {  # published copies of other tensors, and a table of 0, 1, 2, ...
-    "embeddings.position_ids",
-    "cls.predictions.decoder.weight",
-    "cls.predictions.decoder.bias",
+COPIES = {  # a tensor that many published files have twice: its second name, and its first
+    "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
+REDUNDANT_TENSORS = {*COPIES, "embeddings.position_ids"}  # which is a table of 0, 1, 2, ...
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 
 
@@ -519,6 +522,8 @@ def load_pretrained(cls: type[PretrainedModel], source: str | Path, changes: dic
             published_name(name).removeprefix("bert."): name for name in model.state_dict()
         }
         tensors = read_tensors(directory)
+        if "cls.predictions.bias" in our_names:
+            check_copies(tensors)
         unused_heads = check_tensors(tensors, our_names)
         state = {our_names[name]: tensors[name] for name in tensors if name in our_names}
         model.missing_parameters = model.load_state_dict(state, strict=False).missing_keys
@@ -573,8 +578,11 @@ def fetch(source: str | Path) -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """Returns the content of a JSON file. Raises ValueError or OSError if it cannot be read."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Returns the object in a JSON file. Raises ValueError or OSError if it cannot be read."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return content
 
 
 def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, int]:
@@ -590,15 +598,15 @@ def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, i
         raise ValueError("config.json has no 'hidden_size'")
 
     hidden_size = published["hidden_size"]
-    fields = {"attention_d_k": hidden_size, "attention_d_v": hidden_size}  # unless it has its own
-    for name in BertConfig.__annotations__:
-        key = PUBLISHED_FIELDS.get(name, name)
+    sizes = {"attention_d_k": hidden_size, "attention_d_v": hidden_size}  # unless it has its own
+    for field in fields(BertConfig):
+        key = PUBLISHED_FIELDS.get(field.name, field.name)
         if key in published:
-            fields[name] = published[key]
-    config = BertConfig(**{**fields, **changes})
+            sizes[field.name] = published[key]
+    config = BertConfig(**{**sizes, **changes})
 
     padding_idx = published.get("pad_token_id") or 0
-    if not 0 <= padding_idx < config.vocab_size:
+    if padding_idx not in range(config.vocab_size):
         raise ValueError(f"pad_token_id is {padding_idx}, of {config.vocab_size} tokens")
     return config, padding_idx
 
@@ -618,7 +626,9 @@ def find_weights(directory: Path) -> list[Path]:
         stem, _, suffix = name.rpartition(".")
         shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
         if index.exists():
-            shard_names = set(read_json(index)["weight_map"].values())
+            shard_names = set(read_json(index).get("weight_map", {}).values())
+            if not shard_names:
+                raise ValueError(f"{index.name} names no shards")
             shards = sorted(directory / shard for shard in shard_names)
         missing = [shard.name for shard in shards if not shard.exists()]
         if missing:
@@ -643,7 +653,10 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             if file.suffix == ".safetensors":
                 tensors |= load_file(file)
             else:
-                tensors |= torch.load(file, map_location="cpu", weights_only=True)
+                content = torch.load(file, map_location="cpu", weights_only=True)
+                if not isinstance(content, dict):
+                    raise ValueError(f"{file.name} holds no tensors by name")
+                tensors |= {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
         except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
             raise ValueError(f"{file.name}: {str(error) or type(error).__name__}") from error
 
@@ -653,6 +666,20 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         return re.sub(r"\.beta$", ".bias", name)
 
     return {current_name(name): tensor for name, tensor in tensors.items()}
+
+
+def check_copies(tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError if the file holds a decoder of its own. Here the decoder is the matrix of
+    the embeddings: one tensor, which a published file may have under both names.
+
+    A tensor that has only its second name gets its first one, too.
+    """
+    for copy, original in COPIES.items():
+        if copy not in tensors:
+            continue
+        tensors.setdefault(original, tensors[copy])
+        if not torch.equal(tensors[copy], tensors[original]):
+            raise ValueError(f"{copy} is no copy of {original}")
 
 
 def check_tensors(tensors: dict[str, Tensor], known: Container[str]) -> list[str]:
@@ -707,11 +734,18 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
     tokenizer.save(str(directory / "tokenizer.json"))
-    tokenizer.model.save(str(directory))  # vocab.txt
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    if vocabulary[tokens[-1]] == len(tokens) - 1:  # else ids are left out: no line can be one
+        lines = "".join(f"{token}\n" for token in tokens)
+        (directory / "vocab.txt").write_text(lines, encoding="utf-8")
+    normalizer = tokenizer.normalizer
     tokenizer_config = {
         "tokenizer_class": "BertTokenizer",
         "model_max_length": config.max_seq_length,
-        "do_lower_case": getattr(tokenizer.normalizer, "lowercase", False),
+        "do_lower_case": getattr(normalizer, "lowercase", False),
+        "strip_accents": getattr(normalizer, "strip_accents", None),
+        "tokenize_chinese_chars": getattr(normalizer, "handle_chinese_chars", True),
     }
     write_json(directory / "tokenizer_config.json", tokenizer_config)
 
@@ -799,16 +833,21 @@ def fill_masks(
 ) -> list[dict[str, float]]:
     """Returns, for each [MASK] in a text, the k most probable tokens and their probabilities.
 
-    The model is in evaluation mode afterwards.
+    The model is in evaluation mode afterwards. Raises ValueError if the tokenizer has a token that
+    the model has no embedding of. (The model may have more: their names are not known.)
     """
-    input_ids = torch.tensor([tokenizer.encode(text).ids])  # (1, seq), with [CLS] and [SEP]
+    vocabulary = {id: token for token, id in tokenizer.get_vocab().items()}
+    if max(vocabulary) >= model.config.vocab_size:
+        raise ValueError(f"more tokens than the {model.config.vocab_size} of the weights")
+    device = model.mlm_bias.device
+    input_ids = torch.tensor([tokenizer.encode(text).ids], device=device)  # (1, seq), with [CLS]
     positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
     mlm_logits, _ = model.eval()(input_ids, positions=positions)  # (masked, vocab)
-    top = mlm_logits.softmax(dim=-1).topk(k)  # values and indices, both (masked, k)
+    probabilities = mlm_logits.softmax(dim=-1)
     guesses = []
-    for ids, probs in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-        tokens = [tokenizer.id_to_token(id) for id in ids]
-        guesses.append(dict(zip(tokens, probs, strict=True)))
+    for row in probabilities.tolist():
+        best = sorted(vocabulary, key=lambda id: -row[id])[:k]
+        guesses.append({vocabulary[id]: row[id] for id in best})
     return guesses
 
 

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import data
-from bert import BertConfig, SST2BertModel, check_padding
+from bert import BertConfig, SST2BertModel, check_padding, fetch, read_json
 from support.command_line import LARGEST_SEED, LARGEST_SIZE, check_limits, run_script
 from support.curves import draw_sst2
 from support.devices import (
@@ -374,6 +374,16 @@ def texts_to_predict(texts: Sequence[str]) -> Iterator[str]:
                 ) from error
 
 
+def label_names(weights: str) -> Sequence[str]:
+    """Returns the names of the two classes: those in the config.json of a published model, if it
+    has any. In a model of somebody else class 0 need not be the negative one.
+    """
+    published = read_json(fetch(weights) / "config.json").get("id2label", {})
+    names = [published.get(str(i), "") for i in range(len(LABELS))]
+    has_names = all(names) and names != ["LABEL_0", "LABEL_1"]  # which mean that none were given
+    return names if has_names else LABELS
+
+
 @torch.no_grad()
 def predict(options: SST2Options) -> None:
     """Prints a line for each text: its label, the probability of that label, the text."""
@@ -389,11 +399,12 @@ def predict(options: SST2Options) -> None:
             f" {', '.join(model.missing_parameters)}"
         )
     longest = options.max_seq_length or model.config.max_seq_length
+    labels = label_names(str(options.weights))
     for text in texts_to_predict(options.predict or ()):
         rows = data.encode_sentences(tokenizer, [text], longest)
         logits = forward(model, torch.tensor(rows, device=device), precision)  # (1, 2)
         probs = logits.softmax(dim=-1)[0]
-        print(f"{LABELS[probs.argmax()]}  {probs.max():.3f}  {text}")
+        print(f"{labels[int(probs.argmax())]}  {probs.max():.3f}  {text}")
 
 
 def main(options: SST2Options) -> None:

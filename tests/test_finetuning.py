@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from strategies import (
     PADDING,
     SMALL,
@@ -444,6 +445,29 @@ def test_the_saved_model_predicts_with_its_own_tokenizer(run, capsys, monkeypatc
         ("negative", "w x y z"),
     ]
     assert all(0.5 <= float(probability) <= 1 for _, probability, _ in lines)
+
+
+@pytest.mark.parametrize(
+    ("published", "shown"),
+    [
+        ({"0": "POSITIVE", "1": "NEGATIVE"}, ["POSITIVE", "NEGATIVE"]),
+        ({"0": "LABEL_0", "1": "LABEL_1"}, ["negative", "positive"]),
+        ({}, ["negative", "positive"]),
+    ],
+)
+def test_predictions_use_the_names_of_the_classes_in_a_published_config(
+    published, shown, tmp_path, capsys
+):
+    """Class 0 of somebody else's model may be the positive one."""
+    publish(tmp_path, TINY, SST2BertModel)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": published}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for i, name in enumerate(shown):
+        tensors["classifier.bias"] = 9.0 * torch.nn.functional.one_hot(torch.tensor(i), 2)
+        save_file(tensors, tmp_path / "model.safetensors")
+        predict(SST2Options(weights=str(tmp_path), predict=("a b",), device="cpu"))
+        assert capsys.readouterr().out.startswith(f"{name}  ")
 
 
 @pytest.mark.filterwarnings("ignore")

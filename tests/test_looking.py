@@ -10,7 +10,16 @@ from unittest import mock
 import pytest
 import torch
 from helpers import run_in_process
-from strategies import FIXED, PADDING, PUBLISHABLE, build, publish, small_tokenizer, write_rows
+from strategies import (
+    FIXED,
+    PADDING,
+    PUBLISHABLE,
+    VOCABULARY,
+    build,
+    publish,
+    small_tokenizer,
+    write_rows,
+)
 
 import bert
 import extras.attention
@@ -57,6 +66,35 @@ def test_masks_are_filled_with_the_most_likely_tokens():
         tokens = [small_tokenizer().token_to_id(token) for token in row]
         assert tokens == probs[column].topk(3).indices.tolist()
         assert list(row.values()) == pytest.approx(probs[column].topk(3).values.tolist())
+
+
+def test_guesses_are_tokens_of_the_tokenizer():
+    """Weights may have more rows than there are tokens: these have no name."""
+    rows = len(VOCABULARY) + 7
+    model = build(BertPretrainModel, dataclasses.replace(PUBLISHABLE, vocab_size=rows))
+    torch.nn.init.constant_(model.mlm_bias[len(VOCABULARY) :], 9.0)
+    (best,) = fill_masks(model, small_tokenizer(), "a [MASK]", k=100)
+    assert set(best) == set(VOCABULARY)
+    assert list(best.values()) == sorted(best.values(), reverse=True)
+    fewer = build(BertPretrainModel, dataclasses.replace(PUBLISHABLE, vocab_size=40))
+    with pytest.raises(ValueError, match="more tokens than the 40 of the weights"):
+        fill_masks(fewer, small_tokenizer(), "a [MASK]")
+
+
+def test_masks_are_filled_on_the_device_of_the_model():
+    """The device meta stands for a GPU: a tensor of the CPU does not go with it."""
+    asked = []
+
+    class Noted(BertPretrainModel):
+        def forward(self, input_ids, *_, positions):
+            asked.append((input_ids.device.type, positions.device.type))
+            return torch.zeros(1, len(VOCABULARY)), None  # logits that have numbers
+
+    model = Noted(PUBLISHABLE, PADDING).to("meta")
+    where = torch.zeros(1, 1, device="meta")  # the mask is; nobody knows on this device
+    with mock.patch.object(torch.Tensor, "nonzero", return_value=where):
+        fill_masks(model, small_tokenizer(), "a [MASK]")
+    assert asked == [("meta", "meta")]
 
 
 def test_attention_is_shown_as_it_is_in_every_layer_and_head():

@@ -53,6 +53,22 @@ def test_inconsistent_sizes_are_rejected_with_their_values(changes, words):
         dataclasses.replace(FIXED, **changes)
 
 
+def test_a_config_with_further_fields_checks_all_of_them():
+    """Someone who copies bert.py may add a field. (It must not be read from the annotations of the
+    object, which Python 3.14 has not.)
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Wider(BertConfig):
+        experts: int = 2
+
+    assert Wider(experts=3).d_model == 768
+    with pytest.raises(ValueError, match="experts must be at least 1, got 0"):
+        Wider(experts=0)
+    with pytest.raises(ValueError, match="d_model must be an integer"):
+        Wider(d_model=2.5)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 @pytest.mark.parametrize("name", ["layer_norm_eps", "initializer_range"])
 def test_a_config_needs_positive_numbers(name, value):

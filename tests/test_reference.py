@@ -27,7 +27,6 @@ from strategies import (
     small_tokenizer,
     some_batches,
 )
-from tokenizers.normalizers import BertNormalizer
 
 import data
 from bert import SIZES, Bert, BertConfig, BertPretrainModel, SST2BertModel, published_name
@@ -266,16 +265,30 @@ def test_attention_probabilities_equal_those_of_transformers(config, seed):
     compare(attention_probs(model, input_ids), torch.cat(expected), 1e-9)
 
 
-def test_a_cased_tokenizer_is_cased_in_transformers_too(tmp_path):
-    """transformers does not look for the casing in tokenizer.json."""
-    names = [*VOCABULARY, "A", "É"]
-    tokenizer = data.wordpiece({token: i for i, token in enumerate(names)})
-    tokenizer.normalizer = BertNormalizer(lowercase=False)
-    config = dataclasses.replace(FIXED, attention_d_k=12, attention_d_v=12, vocab_size=len(names))
+@pytest.mark.parametrize("lowercase", [True, False])
+@pytest.mark.parametrize("strip_accents", [True, False, None])
+@pytest.mark.parametrize("chinese", [True, False])
+def test_what_a_normalizer_does_is_done_in_transformers_too(
+    lowercase, strip_accents, chinese, tmp_path
+):
+    """transformers does not look for it in tokenizer.json."""
+    names = [*VOCABULARY, "A", "É", "E", "é", "e", "a", "中", "##文", "文"]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(names))}
+    tokenizer = data.wordpiece(
+        vocabulary,
+        lowercase=lowercase,
+        strip_accents=strip_accents,
+        handle_chinese_chars=chinese,
+    )
+    size = len(vocabulary)
+    config = dataclasses.replace(FIXED, attention_d_k=12, attention_d_v=12, vocab_size=size)
     Bert(config, PADDING).save_pretrained(tmp_path, tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert theirs("A b É")["input_ids"] == tokenizer.encode("A b É").ids
-    assert tokenizer.token_to_id("A") in tokenizer.encode("A b É").ids
+    ids = tokenizer.encode("A é É 中文").ids
+    assert theirs("A é É 中文")["input_ids"] == ids
+    assert (vocabulary["A"] in ids) == (not lowercase)
+    assert (vocabulary["##文"] in ids) == (not chinese)
+    assert data.load_tokenizer(tmp_path / "vocab.txt").encode("A é É 中文").ids == ids
 
 
 # ---- The tokenizer ------------------------------------------------------------------------------

@@ -144,7 +144,10 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
         "tokenizer_hash": tokenizer_hash(tokenizer),
     }  # fmt: skip
     assert (folder / "config.json").read_text() == json.dumps(config, indent=2)
-    about = {"tokenizer_class": "BertTokenizer", "model_max_length": 17, "do_lower_case": True}
+    about = {
+        "tokenizer_class": "BertTokenizer", "model_max_length": 17, "do_lower_case": True,
+        "strip_accents": None, "tokenize_chinese_chars": True,
+    }  # fmt: skip
     assert (folder / "tokenizer_config.json").read_text() == json.dumps(about, indent=2)
     assert data.load_tokenizer(folder / "tokenizer.json").get_vocab() == tokenizer.get_vocab()
     assert (folder / "vocab.txt").read_text().split() == VOCABULARY
@@ -159,6 +162,27 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
         }  # fmt: skip
         assert published < set(file.keys())
         assert len(file.keys()) == 5 + 3 * 16 + 2 + 5 + 2
+
+
+@pytest.mark.parametrize("added", [[], ["<url>", "é"]])
+def test_vocab_txt_has_every_token_on_the_line_of_its_id(added, tmp_path):
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens(added)
+    config = dataclasses.replace(FIXED, vocab_size=tokenizer.get_vocab_size())
+    Bert(config, PADDING).save_pretrained(tmp_path, tokenizer)
+    lines = (tmp_path / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    assert {token: i for i, token in enumerate(lines)} == tokenizer.get_vocab()
+    assert lines[len(VOCABULARY) :] == added
+
+
+def test_a_vocabulary_that_leaves_out_an_id_has_no_vocab_txt(tmp_path):
+    """A line could not be an id; tokenizer.json has them all."""
+    vocabulary = {**{token: i for i, token in enumerate(VOCABULARY)}, "more": len(VOCABULARY) + 1}
+    tokenizer = data.wordpiece(vocabulary)
+    config = dataclasses.replace(FIXED, vocab_size=len(VOCABULARY) + 2)
+    Bert(config, PADDING).save_pretrained(tmp_path, tokenizer)
+    assert not (tmp_path / "vocab.txt").exists()
+    assert data.load_tokenizer(tmp_path).get_vocab() == vocabulary
 
 
 @pytest.mark.parametrize("lowercase", [True, False, None])
@@ -284,6 +308,31 @@ def test_damaged_files_are_rejected_in_one_line(name, damage, tmp_path):
     assert "\n" not in str(rejected.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "[1]", "config.json holds no JSON object"),
+        ("model.safetensors.index.json", "[]", "index.json holds no JSON object"),
+        ("model.safetensors.index.json", "{}", "index.json names no shards"),
+        ("pytorch_model.bin", [torch.ones(2)], "pytorch_model.bin holds no tensors by name"),
+        ("pytorch_model.bin", torch.ones(2), "pytorch_model.bin holds no tensors by name"),
+        ("pytorch_model.bin", {"bert.pooler.dense.weight": "text"}, "of the encoder is missing"),
+        ("pytorch_model.bin", {1: torch.ones(2)}, "of the encoder is missing"),
+    ],
+)
+def test_files_of_another_structure_are_rejected_in_one_line(name, content, message, tmp_path):
+    Bert(FIXED, PADDING).save_pretrained(tmp_path, small_tokenizer())
+    if name != "config.json":
+        (tmp_path / "model.safetensors").unlink()
+    if name.endswith(".json"):
+        (tmp_path / name).write_text(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(ValueError, match=f"no BERT can be read from .*{message}") as rejected:
+        Bert.from_pretrained(tmp_path)
+    assert "\n" not in str(rejected.value)
+
+
 def test_an_error_without_a_text_is_named_by_its_type(tmp_path, monkeypatch):
     def load(*_, **__):
         raise EOFError
@@ -365,6 +414,41 @@ def test_position_ids_are_no_part_of_the_model(published):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BertPretrainModel.from_pretrained(published)
+
+
+DECODER = "cls.predictions.decoder"
+
+
+@pytest.mark.parametrize("cls", [Bert, BertPretrainModel])
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+def test_a_decoder_that_is_no_copy_of_the_embeddings_is_rejected(tensor, cls, published):
+    """transformers would use it. A model without that head does not ask."""
+    tensors = load_file(published / "model.safetensors")
+    weight = tensors["bert.embeddings.word_embeddings.weight"]
+    own = {"weight": weight.clone(), "bias": tensors["cls.predictions.bias"].clone()}
+    copies = {f"{DECODER}.{name}": copy for name, copy in own.items()}
+    change_tensors(published, **copies)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Bert has no use for the heads
+        cls.from_pretrained(published)
+        own[tensor][-1] += 1
+        change_tensors(published, **copies)
+        if cls is Bert:
+            cls.from_pretrained(published)
+        else:
+            with pytest.raises(ValueError, match=rf"{DECODER}\.{tensor} is no copy of "):
+                cls.from_pretrained(published)
+
+
+def test_the_bias_of_the_decoder_may_have_its_second_name_alone(published):
+    tensors = load_file(published / "model.safetensors")
+    del tensors["cls.predictions.bias"]
+    tensors[f"{DECODER}.bias"] = torch.arange(41.0)
+    save_file(tensors, published / "model.safetensors", metadata={"format": "pt"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = BertPretrainModel.from_pretrained(published)
+    assert torch.equal(model.mlm_bias, torch.arange(41.0))
 
 
 def test_heads_that_are_not_used_are_one_warning(published):
@@ -462,7 +546,10 @@ def test_a_model_that_is_not_bert_is_rejected_by_what_differs(field, value, tmp_
         ({"pad_token_id": 41}, "pad_token_id is 41, of 41 tokens"),
         ({"pad_token_id": -1}, "pad_token_id is -1, of 41 tokens"),
         ({"layer_norm_eps": -1e-12}, "layer_norm_eps must be positive and finite, got -1e-12"),
+        ({"pad_token_id": "0"}, "pad_token_id is 0, of 41 tokens"),
         ({"hidden_size": "12"}, "d_model must be a number, got '12'"),
+        ({"num_attention_heads": "2"}, "head_num must be a number, got '2'"),
+        ({"num_attention_heads": None}, "head_num must be a number, got None"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_rejected(changes, message, published):
