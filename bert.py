@@ -718,8 +718,9 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     """Writes a model and its tokenizer in the published format, for `from_pretrained` and others.
 
     transformers opens the directory too, unless d_k or d_v differs from d_model: its BERT has no
-    such option.
+    such option. Raises OSError if the disk is full.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     config = model.config
@@ -731,7 +732,10 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
         published_name(name): tensor.cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{directory} cannot be written: {error}") from error
 
     tokenizer.save(str(directory / "tokenizer.json"))
     vocabulary = tokenizer.get_vocab()

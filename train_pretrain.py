@@ -58,7 +58,7 @@ from support.devices import (
     choose_precision,
     keep_freed_memory,
 )
-from support.folder import run_folder
+from support.folder import check_lies_outside, run_folder
 from support.processes import first_process_first, join_processes, leave_group, total
 from support.run import FiniteGuard, Run, set_seed
 
@@ -387,7 +387,10 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> T
 # ---- The loop ----------------------------------------------------------------
 
 
-ADVICE = "the last checkpoint is good; try a lower --learning-rate or more --warmup-steps"
+ADVICE = (
+    "the last checkpoint is good, but --resume would come to the same step: start a new run with a"
+    " lower --learning-rate or more --warmup-steps"
+)
 
 
 def train(
@@ -503,7 +506,9 @@ def evaluate(
     occurrences = torch.cat(predictions).bincount()  # of each token among the predictions
     return {
         "mlm_loss": mlm_loss,
-        "perplexity": math.exp(mlm_loss),
+        "perplexity": math.exp(mlm_loss)
+        if mlm_loss < 700
+        else math.inf,  # float64 ends at exp(709)
         "mlm_accuracy": sums["mlm_correct"] / sums["masked"],
         "nsp_loss": sums["nsp_loss"] / sums["pairs"],
         "nsp_accuracy": sums["nsp_correct"] / sums["pairs"],
@@ -539,6 +544,8 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
     tokenizer = load_tokenizer(options)
     corpus = load_corpora(options, tokenizer, ["validation"])["validation"]
     model = make_model(options, tokenizer).to(device)
+    if model.missing_parameters:  # a new, random head would be evaluated
+        raise ValueError(f"{options.weights} has no {', '.join(model.missing_parameters)}")
     validation = make_validation(options, corpus, tokenizer, device)
     metrics = evaluate(model, validation, options.precision)
     pairs = sum(len(batch["nsp_labels"]) for batch in validation)
@@ -772,6 +779,7 @@ def pretrain(options: PretrainOptions) -> None:
             evaluate_weights(options, device)
         return
     keep_freed_memory()
+    check_lies_outside(options.out, options.dataset, "--dataset")
     with run_folder(options, rank) as out:
         run_pretraining(options, out, device, rank, world_size)
 
@@ -809,6 +817,9 @@ def run_pretraining(
                 print(f"{split}: {corpus.describe()}")
         print(*(f"{name} {value:.3f} nats" for name, value in baselines.items()))
         print(f"precision {options.precision}, dropout {options.dropout:g}")
+        for step in options.export_steps or ():
+            if step < run.step and not (out / "models" / f"step-{step}").exists():
+                print(f"--export-steps {step}: the run is past it; models/step-{step} is not made")
 
     def report(step: int) -> None:
         metrics = evaluate(model, validation, options.precision)

@@ -17,6 +17,7 @@ Dimensions: batch, seq.
 import copy
 import json
 import math
+import shutil
 import sys
 import time
 import warnings
@@ -42,7 +43,7 @@ from support.devices import (
     choose_precision,
     keep_freed_memory,
 )
-from support.folder import run_folder, write_line, write_whole
+from support.folder import check_lies_outside, run_folder, write_line, write_whole
 from support.processes import need_one_process
 from support.run import FiniteGuard, progress_bar, set_seed
 from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
@@ -291,6 +292,8 @@ def train(options: SST2Options) -> None:
     device = choose_device(options.device)
     options = replace(options, precision=choose_precision(options.precision, device))
     keep_freed_memory()
+    check_lies_outside(options.out, options.dataset, "--dataset")
+    check_lies_outside(options.out, options.test_dataset, "--test-dataset")
     with run_folder(options) as out:
         run_fine_tuning(options, out, device)
 
@@ -341,19 +344,27 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
             accuracies.append(accuracy)
             if accuracy > best_accuracy:
                 best_model, best_accuracy = model, accuracy
+                save(best_model, tokenizer, out)  # now: the next one may diverge, or be killed
         deviation = np.std(accuracies, ddof=1) if options.seeds > 1 else 0.0
         print(
             f"learning rate {rate:g}: validation accuracy {np.mean(accuracies):.4f} "
             f"± {deviation:.4f}, seeds {options.seeds}"
         )
 
-    best_model.save_pretrained(out / "model", tokenizer)
-    draw_sst2(out)
     if test:
         metrics = evaluate(best_model, test, device, options.precision)
         write_line(out, split="test", **metrics)
         print(f"test accuracy {metrics['accuracy']:.4f} (validation {best_accuracy:.4f})")
+    draw_sst2(out)
     print(f"{out}/model holds the best weights and their tokenizer")
+
+
+def save(model: SST2BertModel, tokenizer: Tokenizer, out: Path) -> None:
+    """Writes a model into the run's folder, in place of the one before, once it is complete."""
+    complete = out / "model.unfinished"
+    model.save_pretrained(complete, tokenizer)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    complete.rename(out / "model")
 
 
 # ---- Prediction --------------------------------------------------------------
@@ -363,8 +374,14 @@ def texts_to_predict(texts: Sequence[str]) -> Iterator[str]:
     """Yields the texts; in place of "-", the lines of standard input."""
     for text in texts:
         if text != "-":
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"--predict: the text {text!r} is not UTF-8") from error
             yield text
             continue
+        if sys.stdin is None:
+            raise ValueError("--predict -: there is no standard input")
         for line_number, line in enumerate(sys.stdin.buffer, start=1):
             try:
                 yield line.decode().rstrip("\n")

@@ -34,6 +34,11 @@ def is_held_out(text: Any) -> bool:
     return zlib.crc32(str(text).encode()) % 100 == 0
 
 
+def is_trained_on(text: Any) -> bool:
+    """Not a lambda: workers that are not forked are sent it by its name."""
+    return not is_held_out(text)
+
+
 def open_stream(
     path: str,
     name: str | None,
@@ -63,7 +68,7 @@ def open_stream(
     held_out = rows.get("validation")
     if held_out is None or train_split == "validation":
         held_out = train.filter(is_held_out, input_columns=column)
-        train = train.filter(lambda text: not is_held_out(text), input_columns=column)
+        train = train.filter(is_trained_on, input_columns=column)
     texts = [row[column] for row in islice(held_out, HELD_OUT_DOCUMENTS)]
     if len(texts) < 2:
         raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 CHECKPOINT_NAME = re.compile(r"step-[0-9]{9}\.pt")  # other files are left alone
+UNFINISHED_NAME = re.compile(r"step-[0-9]{9}\.unfinished")
 
 
 def checkpoint_paths(out: Path) -> list[Path]:
@@ -31,6 +32,7 @@ def save_checkpoint(out: Path, state: dict, previous_step: int) -> None:
     3. Rename it, and force the folder to disk, which holds the new name.
     4. Delete the others of earlier steps. Those between the two kept ones are damaged, or the run
        would have been resumed from them. So are those of later steps, which are left alone.
+       Temporary files that a killed process left are deleted, too.
     """
     folder = out / "checkpoints"
     folder.mkdir(exist_ok=True)
@@ -54,6 +56,9 @@ def save_checkpoint(out: Path, state: dict, previous_step: int) -> None:
     kept = checkpoint_path(out, previous_step)
     for other in checkpoint_paths(out):
         if other < path and other != kept:
+            other.unlink()
+    for other in folder.glob("*"):
+        if UNFINISHED_NAME.fullmatch(other.name):
             other.unlink()
 
 

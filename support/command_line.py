@@ -28,8 +28,12 @@ def parse_options(cls: type, arguments: Sequence[str] | None = None) -> Any:
 
 def check_limits(options: Any, limits: Mapping[str, tuple[float, float]]) -> None:
     """Raises ValueError if a number in `options` is below the smallest or above the largest that
-    `limits` has for it, if it is infinite or NaN. None passes: the option was not given.
+    `limits` has for it, if it is infinite or NaN, or if a text is empty, as --weights "$MODEL" is
+    when the shell has no such variable. None passes: the option was not given.
     """
+    for name, value in vars(options).items():
+        if value == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty")
     for name, (smallest, largest) in limits.items():
         given = getattr(options, name)
         values = given if isinstance(given, list | tuple) else [given]

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,17 @@ import numpy as np
 def read_lines(run: Path, split: str) -> dict[str, list]:
     """Returns the lines of a run that have this split (train, validation or test), as columns.
 
-    run: the folder of a run, or the file itself.
+    run: the folder of a run, or the file itself. A number that is not finite, for which JSON has
+    null, is NaN.
     """
     file = run / "metrics.jsonl" if run.is_dir() else run
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines = [line for line in lines if line["split"] == split]
-    return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
+    columns = {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
+    return {
+        name: [math.nan if value is None else value for value in values]
+        for name, values in columns.items()
+    }
 
 
 def optional(draw: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -51,7 +57,8 @@ def plot_pretraining(loss: Any, shares: Any, run: Path, known: dict[str, float])
     prediction. known: losses, in nats, of models that do not read the text, as horizontal lines.
     """
     train, validation = read_lines(run, "train"), read_lines(run, "validation")
-    loss.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
+    if train:
+        loss.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
     loss.plot(validation["step"], validation["mlm_loss"], label="validation")
     known = {"ln V: nothing is known": validation["ln_vocab_size"][0], **known}
     for (label, nats), style in zip(known.items(), (":", "--", "-."), strict=False):

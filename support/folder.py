@@ -35,7 +35,7 @@ def run_folder(options: Any, rank: int = 0) -> Iterator[Path]:
             except OSError as error:
                 raise ValueError(f"--out {out} cannot be written: {error}") from error
             if not resume:
-                check_holds_no_run(out)
+                check_holds_no_run(out, can_resume=hasattr(options, "resume"))
         yield out
 
 
@@ -54,12 +54,39 @@ def lock(out: Path) -> Iterator[None]:
         yield
 
 
-def check_holds_no_run(out: Path) -> None:
-    """Raises ValueError if a folder has anything that a new run would overwrite."""
+def check_lies_outside(out: str, source: str | None, flag: str) -> None:
+    """Raises ValueError if a run's folder lies inside a folder of its data: the files of the run
+    would be read as data when it is resumed.
+    """
+    if not source or not Path(source).is_dir():
+        return
+    if Path(out).resolve().is_relative_to(Path(source).resolve()):
+        raise ValueError(f"--out {out} lies inside {flag} {source}, and would become a part of it")
+
+
+def check_holds_no_run(out: Path, can_resume: bool) -> None:
+    """Raises ValueError if a folder has anything that a new run would overwrite.
+
+    A config.json alone may stay from a run that died early. That of a model, or of something else,
+    is not overwritten.
+    """
     metrics = out / "metrics.jsonl"
     has_metrics = metrics.exists() and metrics.stat().st_size > 0
     if has_metrics or (out / "model").exists() or checkpoint_paths(out):
-        raise ValueError(f"--out {out} holds another run; name a new folder, or --resume")
+        advice = "name a new folder, or --resume" if can_resume else "name a new folder"
+        raise ValueError(f"--out {out} holds another run; {advice}")
+    config = out / "config.json"
+    if config.exists() and not is_of_a_run(config):
+        raise ValueError(f"--out {out} has a config.json that no run wrote; name a new folder")
+
+
+def is_of_a_run(config: Path) -> bool:
+    """Returns whether a config.json has the options of a run."""
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(content, dict) and "out" in content
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import signal
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -200,6 +200,16 @@ def test_a_list_without_a_value_is_rejected(options, flag, capsys):
         parse_options(options, [flag, "--seed", "1"])
     assert stopped.value.code == 2
     assert f"{flag} needs a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cls", [PretrainOptions, SST2Options])
+def test_an_empty_option_is_rejected_by_its_name(cls):
+    """It is a variable of the shell that is not set: --weights "$MODEL" trained from scratch."""
+    texts = [field.name for field in fields(cls) if field.type in (str, str | None)]
+    assert {"out", "dataset", "weights", "tokenizer", "device"} <= set(texts)
+    for name in texts:
+        with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is empty"):
+            cls(**{name: ""})
 
 
 def test_a_dropout_of_one_is_rejected(options):

@@ -274,7 +274,7 @@ def test_evaluation_is_a_mean_over_sentences_not_batches():
 
 def test_a_wrong_test_split_is_noticed_before_the_training(tmp_path):
     """After it, the weights would be lost."""
-    dataset = write_reviews(tmp_path, train=3, validation=3)
+    dataset = write_reviews(tmp_path / "reviews", train=3, validation=3)
     options = SST2Options(out=str(tmp_path / "run"), dataset=dataset, test_dataset="no/such/place")
     with pytest.raises(ValueError, match="no/such/place does not exist"):
         main(options)
@@ -309,6 +309,51 @@ def test_fine_tuning_stops_at_a_gradient_that_is_not_finite(
         )
     assert not (Path(options.out) / "model").exists()
     assert not (Path(options.out) / "metrics.jsonl").exists()
+
+
+def test_a_learning_rate_that_diverges_leaves_the_best_model_before_it(options, tmp_path):
+    """It was kept in memory until the last one had ended."""
+    dataset = write_reviews(tmp_path / "reviews", train=40, validation=10)
+    told = SST2Options(
+        out=options.out, dataset=dataset, vocab_size=60, epochs=2, learning_rate=(1e-3, 1e30),
+        seeds=2, device="cpu",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="not finite"):
+        main(told)
+    assert SST2BertModel.from_pretrained(f"{options.out}/model")
+    assert not (Path(options.out) / "model.unfinished").exists()
+
+
+def test_the_best_model_is_replaced_by_a_better_one_once_that_is_complete(tmp_path, monkeypatch):
+    first, second = (SST2BertModel(TINY, PADDING) for _ in range(2))
+    train_sst2.save(first, small_tokenizer(), tmp_path)
+    (tmp_path / "model.unfinished").mkdir()  # of a process that was killed
+    train_sst2.save(second, small_tokenizer(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    found = SST2BertModel.from_pretrained(tmp_path / "model").classifier.weight
+    assert torch.equal(found, second.classifier.weight)
+
+    def full_disk(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(SST2BertModel, "save_pretrained", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        train_sst2.save(first, small_tokenizer(), tmp_path)
+    found = SST2BertModel.from_pretrained(tmp_path / "model").classifier.weight
+    assert torch.equal(found, second.classifier.weight)
+
+
+def test_the_test_split_is_scored_before_anything_is_drawn(options, tmp_path, monkeypatch):
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9, test=9)
+
+    def fails(_):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(train_sst2, "draw_sst2", fails)
+    told = SST2Options(out=options.out, dataset=dataset, test_dataset=dataset, vocab_size=60)
+    with pytest.raises(RuntimeError, match="no picture"):
+        main(replace(told, epochs=1, device="cpu"))
+    assert len(read_lines(Path(options.out), "test")["accuracy"]) == 1
 
 
 def test_fine_tuning_stops_at_a_weight_that_is_not_finite(tmp_path, monkeypatch):
@@ -507,6 +552,19 @@ def test_predictions_obey_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(train_sst2, "choose_device", lambda name: torch.device("meta"))
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # it has gone there
         predict(options)
+
+
+def test_an_argument_that_is_not_utf_8_and_a_closed_standard_input_are_named(
+    tmp_path, monkeypatch, capsys
+):
+    weights = str(publish(tmp_path, TINY, SST2BertModel))
+    options = SST2Options(weights=weights, predict=("a b", "\udcff bad"), device="cpu")
+    with pytest.raises(ValueError, match=r"--predict: the text '\\udcff bad' is not UTF-8"):
+        predict(options)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="--predict -: there is no standard input"):
+        predict(replace(options, predict=("a b", "-")))
+    assert capsys.readouterr().out.count("a b") == 2
 
 
 def test_a_line_of_standard_input_that_is_not_utf_8_is_named(tmp_path, monkeypatch, capsys):

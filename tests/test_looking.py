@@ -266,6 +266,34 @@ def test_the_picture_of_a_run_has_a_curve_for_each_learning_rate(tmp_path, monke
     }
 
 
+def test_a_run_without_its_training_lines_or_with_a_loss_that_is_null_is_drawn(tmp_path):
+    """metrics.jsonl may have been moved away before the last step of a resumed run."""
+    pytest.importorskip("matplotlib")
+    known = {"unigram_entropy": 3.0, "ln_vocab_size": 4.0, "most_frequent_prediction": 0.5,
+             "mlm_accuracy": 0.5, "nsp_accuracy": 0.5}  # fmt: skip
+    write_rows(
+        tmp_path / "metrics.jsonl", [{"split": "validation", "step": 4, "mlm_loss": None, **known}]
+    )
+    draw_pretraining(tmp_path)
+    assert (tmp_path / "curves.png").exists()
+    tuned = [
+        {"split": split, "step": 4, "learning_rate": 1e-3, "seed": 0, "loss": None, "accuracy": 0.5}
+        for split in ("train", "validation")
+    ]
+    write_rows(tmp_path / "tuned/metrics.jsonl", tuned)
+    draw_sst2(tmp_path / "tuned")
+    assert (tmp_path / "tuned/curves.png").exists()
+
+
+def test_a_picture_needs_a_tokenizer_that_fits(tmp_path):
+    publish(tmp_path)
+    tokenizer = small_tokenizer()
+    tokenizer.add_tokens(["more"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=f"more tokens than the {len(VOCABULARY)} of the weights"):
+        draw_text(str(tmp_path), "a more", str(tmp_path / "a.png"))
+
+
 def test_without_matplotlib_a_run_ends_without_a_picture(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     for draw in (draw_sst2, draw_pretraining):

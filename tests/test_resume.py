@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import OPTIONS, assert_same, child, contents, half, in_process, run, start, state, wait
-from strategies import Malicious, write_many_documents
+from strategies import Malicious, publish, write_many_documents
 
 import support.checkpoints
 import support.command_line
 import train_pretrain
+from support.command_line import run_script
 from train_pretrain import PretrainOptions, pretrain
 
 
@@ -228,6 +229,31 @@ def test_a_full_disk_leaves_the_previous_checkpoint(corpus, uninterrupted, tmp_p
     assert_same(state(tmp_path / "run"), uninterrupted)
 
 
+def to_a_small_disk(folder: Path, limit: int) -> None:
+    """Writes a model to a disk with room for `limit` bytes in a file, as a script would."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    run_script(lambda _: publish(folder), PretrainOptions, [])
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_a_model_is_written_is_one_line(tmp_path):
+    process = start(to_a_small_disk, tmp_path / "model", 5_000, output=tmp_path / "log")
+    assert wait(process) == [2]
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert line.startswith(f"error: {tmp_path}/model cannot be written: ")
+
+
+def test_an_export_that_the_run_has_passed_is_named(corpus, tmp_path, capsys):
+    options = replace(OPTIONS, dataset=corpus, out=str(tmp_path), steps=4, export_steps=(1, 4))
+    pretrain(options)
+    assert "--export-steps" not in capsys.readouterr().out
+    pretrain(replace(options, resume=True, export_steps=(1, 2, 4)))
+    printed = capsys.readouterr().out
+    assert "--export-steps 2: the run is past it; models/step-2 is not made" in printed
+    assert printed.count("--export-steps") == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -297,7 +323,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(corpus, tmp_
     monkeypatch.setattr(train_pretrain, "update", poisoned)
     with pytest.raises(
         ValueError,
-        match="step 4: the gradient was not finite.*try a lower --learning-rate",
+        match="step 4: the gradient was not finite.*start a new run with a lower --learning-rate",
     ):
         run(options)
     assert [path.name for path in checkpoints(options)] == [

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, contents, run, weights_of
-from strategies import LETTERS, small_tokenizer
+from strategies import LETTERS, small_tokenizer, write_corpus
 
 import data
 import support.run
@@ -155,11 +156,63 @@ def test_a_run_that_died_before_its_first_checkpoint_can_be_started_again(option
     """Its options, an empty metrics.jsonl and half a checkpoint are nothing to lose."""
     out = Path(options.out)
     (out / "checkpoints").mkdir(parents=True)
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text('{"out": "elsewhere", "steps": 9}')
     (out / "metrics.jsonl").touch()
     (out / "checkpoints/step-000000000.unfinished").write_bytes(b"half")
     run(options)
     assert json.loads((out / "config.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("content", ['{"hidden_size": 12}', "{}", "[1]", "no JSON"])
+def test_the_config_of_a_model_or_of_something_else_is_not_overwritten(content, options):
+    """--out that is the folder of --weights would destroy the model."""
+    out = Path(options.out)
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(content)
+    for start in (run, lambda o: train_sst2.main(SST2Options(out=o.out))):
+        with pytest.raises(
+            ValueError, match=r"run has a config\.json that no run wrote; name a new"
+        ):
+            start(options)
+    assert contents(out) == {"config.json": content.encode()}
+
+
+@pytest.mark.parametrize("out", ["corpus", "corpus/runs/x", "corpus/../corpus/x", "link/x"])
+def test_a_run_inside_its_own_corpus_is_rejected(out, options, tmp_path, monkeypatch):
+    """What it writes would be read as text when it is resumed."""
+    write_corpus(tmp_path / "corpus")
+    (tmp_path / "link").symlink_to("corpus")
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path / "corpus")
+    for dataset in ("corpus", str(tmp_path / "corpus"), "link"):
+        message = f"--out {out} lies inside --dataset {dataset}, and would become a part of it"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            run(replace(options, out=out, dataset=dataset))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train_sst2.main(SST2Options(out=out, dataset=dataset))
+        with pytest.raises(ValueError, match=re.escape(message.replace("data", "test-data"))):
+            train_sst2.main(SST2Options(out=out, test_dataset=dataset))
+    assert contents(tmp_path / "corpus") == before
+    run(replace(options, out="corpus-runs/x", dataset="corpus/corpus.jsonl", steps=1))
+    run(replace(options, out="corpus/x", dataset="corpus/corpus.jsonl", steps=1))  # a file alone
+
+
+def test_fine_tuning_does_not_advise_a_flag_that_it_lacks(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(ValueError, match="holds another run; name a new folder$"):
+        train_sst2.main(SST2Options(out=str(tmp_path)))
+
+
+def test_a_half_written_checkpoint_is_removed_by_the_next_one(tmp_path):
+    """A process that is killed leaves it, and with base it has more than a gigabyte."""
+    save_checkpoint(tmp_path, {"step": 0}, -1)
+    half = tmp_path / "checkpoints/step-000000007.unfinished"
+    others = [half.with_name("best.unfinished"), half.with_name("step-7.unfinished")]
+    for path in (half, *others):
+        path.touch()
+    save_checkpoint(tmp_path, {"step": 8}, 0)
+    assert not half.exists()
+    assert all(path.exists() for path in others)
 
 
 def test_a_run_cannot_be_written_below_a_file(tmp_path):

@@ -105,6 +105,19 @@ def test_every_document_is_read_once_in_an_epoch(world_size, workers, folder):
     assert seen.total() > 41
 
 
+@pytest.mark.slow
+def test_a_stream_with_held_out_documents_reaches_a_spawned_worker(tmp_path):
+    """On macOS, and by default from Python 3.14 on, workers are not forked."""
+    texts = [f"{word(i % 81)} {word(i % 81)}. " * (3 + i // 81) for i in range(800)]
+    assert sum(map(streaming.is_held_out, texts)) >= 4
+    for shard in range(2):  # no split named validation: documents are held out of these
+        write_texts(tmp_path / f"train-{shard}.jsonl", texts[shard::2])
+    alone, spawned = (loader(tmp_path, streaming.new_progress(n)) for n in (1, 1))
+    spawned.multiprocessing_context = "spawn"
+    for one, other in zip(islice(alone, 2), islice(spawned, 2), strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+
+
 def test_more_readers_than_shards_are_rejected(folder):
     for world_size, workers in ((1, 6), (2, 3), (6, 0)):
         with pytest.raises(ValueError, match=r"read 6 shards at a time, and the corpus has 5: use"):

@@ -29,9 +29,10 @@ from strategies import (
 import data
 import support.run
 import train_pretrain
-from bert import BertConfig, BertPretrainModel
+from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel
 from support.command_line import parse_options
 from support.curves import read_lines
+from support.folder import write_line
 from support.run import FiniteGuard, set_seed
 from train_pretrain import (
     PretrainLosses,
@@ -251,6 +252,22 @@ def test_metrics_are_means_over_all_masked_tokens_and_all_pairs():
     assert metrics["nsp_loss"] == pytest.approx(wrong - 2 * hits / 7)
 
 
+def test_the_perplexity_of_a_huge_loss_is_infinite_and_no_error(tmp_path):
+    """float64 ends at exp(709). In metrics.jsonl it is null."""
+
+    class Shouting(Parrot):
+        def forward(self, *inputs, **named):
+            mlm_logits, nsp_logits = super().forward(*inputs, **named)
+            return mlm_logits * 1e4, nsp_logits
+
+    batches = [to_device(b, torch.device("cpu")) for b in some_batches(2)]
+    metrics = evaluate(Shouting(0), batches)
+    assert metrics["mlm_loss"] == pytest.approx(5e4)
+    assert metrics["perplexity"] == math.inf
+    write_line(tmp_path, split="validation", **metrics)
+    assert math.isnan(read_lines(tmp_path, "validation")["perplexity"][0])
+
+
 def test_evaluation_changes_nothing_and_repeats():
     model = BertPretrainModel(dataclasses.replace(SMALL, dropout=0.5), PADDING).train()
     before = copy.deepcopy(model.state_dict())
@@ -299,6 +316,15 @@ def test_steps_0_evaluates_the_weights_and_writes_nothing(options, tmp_path, cap
     weights = f"{options.out}/model"
     pretrain(replace(options, weights=weights, steps=0, batch_size=4, eval_batches=100))
     assert ", 8 pairs of the validation split" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cls", [Bert, SST2BertModel])
+@pytest.mark.filterwarnings("ignore")
+def test_steps_0_needs_the_heads_that_it_evaluates(cls, options, tmp_path):
+    """A new, random head was evaluated."""
+    weights = str(publish(tmp_path / "model", TINY, cls))
+    with pytest.raises(ValueError, match=r"model has no mlm_bias, mlm_dense\.weight, .*nsp\.bias$"):
+        pretrain(replace(options, weights=weights, steps=0))
 
 
 def test_steps_0_reads_no_training_text(options, tmp_path):
