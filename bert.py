@@ -801,7 +801,7 @@ def is_tokenizer_of(tokenizer: Any, saved_hash: str) -> bool:
     return vocabulary_hash(tokenizer) == saved_hash
 
 
-def check_padding(model: PretrainedModel, tokenizer: Any) -> None:
+def check_tokenizer(model: PretrainedModel, tokenizer: Any) -> None:
     """Raises ValueError if model and tokenizer have different padding ids.
 
     Otherwise the model would attend to padding, and ignore an ordinary token.
@@ -864,7 +864,7 @@ def look(source: str, text: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # missing heads are handled below
         model = BertPretrainModel.from_pretrained(directory)
-    check_padding(model, tokenizer)
+    check_tokenizer(model, tokenizer)
 
     has_mlm_head = not any(name.startswith("mlm_") for name in model.missing_parameters)
     counts = parameter_counts(model if has_mlm_head else model.bert)

@@ -43,7 +43,7 @@ import data
 from bert import (
     BertConfig,
     BertPretrainModel,
-    check_padding,
+    check_tokenizer,
     fetch,
     is_tokenizer_of,
     read_json,
@@ -665,7 +665,7 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
             **dropouts,
         )
         model = BertPretrainModel(config, vocabulary[data.PAD])
-    check_padding(model, tokenizer)
+    check_tokenizer(model, tokenizer)
 
     if options.checkpoint_activations:  # only the input of each layer is kept for the backward pass
         for layer in model.bert.layers:

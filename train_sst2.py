@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import data
-from bert import BertConfig, SST2BertModel, check_padding, fetch, read_json
+from bert import BertConfig, SST2BertModel, check_tokenizer, fetch, read_json
 from support.command_line import LARGEST_SEED, LARGEST_SIZE, check_limits, run_script
 from support.curves import draw_sst2
 from support.devices import (
@@ -277,7 +277,7 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
             **dropouts,
         )
         model = SST2BertModel(config, vocabulary[data.PAD])
-    check_padding(model, tokenizer)
+    check_tokenizer(model, tokenizer)
     if (options.max_seq_length or 0) > model.config.max_seq_length:
         raise ValueError(
             f"--max-seq-length {options.max_seq_length}: the weights have "

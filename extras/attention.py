@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import data
-from bert import Bert, MultiHeadAttention, attention, check_padding, fetch
+from bert import Bert, MultiHeadAttention, attention, check_tokenizer, fetch
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def draw_text(source: str, text: str, out: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # heads that are not used
         model = Bert.from_pretrained(directory)
-    check_padding(model, tokenizer)
+    check_tokenizer(model, tokenizer)
     if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
         raise ValueError(f"more tokens than the {model.config.vocab_size} of the weights")
     ids = tokenizer.encode(text).ids  # with [CLS] and [SEP]

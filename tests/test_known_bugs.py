@@ -297,7 +297,7 @@ BUGS = {
         {"device": None, "has_cuda": True, "backend": "cpu:gloo,cuda:nccl"},
     ),
     "35 the model's padding id is not that of the batches": (
-        bert, "check_padding", "model.padding_idx != padding_id", "False",
+        bert, "check_tokenizer", "model.padding_idx != padding_id", "False",
         test_weights.test_two_padding_ids_are_an_error_that_names_both, {},
     ),
     "36 a cased checkpoint without tokenizer.json is lowercased": (
