@@ -478,7 +478,7 @@ COPIES = {  # a tensor that many published files have twice: its second name, an
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-REDUNDANT_TENSORS = {*COPIES, "embeddings.position_ids"}  # which is a table of 0, 1, 2, ...
+REDUNDANT_TENSORS = {*COPIES, "embeddings.position_ids"}  # position_ids: a table of 0, 1, 2, ...
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
 
 
@@ -522,9 +522,9 @@ def load_pretrained(cls: type[PretrainedModel], source: str | Path, changes: dic
             published_name(name).removeprefix("bert."): name for name in model.state_dict()
         }
         tensors = read_tensors(directory)
-        if "cls.predictions.bias" in our_names:
-            check_copies(tensors)
         unused_heads = check_tensors(tensors, our_names)
+        if "cls.predictions.bias" in our_names:
+            check_decoder(tensors)
         state = {our_names[name]: tensors[name] for name in tensors if name in our_names}
         model.missing_parameters = model.load_state_dict(state, strict=False).missing_keys
         check_encoder_is_complete(model.missing_parameters)
@@ -606,8 +606,8 @@ def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, i
     config = BertConfig(**{**sizes, **changes})
 
     padding_idx = published.get("pad_token_id") or 0
-    if padding_idx not in range(config.vocab_size):
-        raise ValueError(f"pad_token_id is {padding_idx}, of {config.vocab_size} tokens")
+    if type(padding_idx) is not int or not 0 <= padding_idx < config.vocab_size:
+        raise ValueError(f"pad_token_id is {padding_idx!r}, of {config.vocab_size} tokens")
     return config, padding_idx
 
 
@@ -626,10 +626,10 @@ def find_weights(directory: Path) -> list[Path]:
         stem, _, suffix = name.rpartition(".")
         shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
         if index.exists():
-            shard_names = set(read_json(index).get("weight_map", {}).values())
-            if not shard_names:
+            weight_map = read_json(index).get("weight_map")  # from each tensor to its file
+            if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index.name} names no shards")
-            shards = sorted(directory / shard for shard in shard_names)
+            shards = sorted(directory / str(shard) for shard in set(weight_map.values()))
         missing = [shard.name for shard in shards if not shard.exists()]
         if missing:
             names = ", ".join(missing)
@@ -641,6 +641,8 @@ def find_weights(directory: Path) -> list[Path]:
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Returns all tensors of a model, by published name without the prefix `bert.`.
+
+    A tensor that the files have only under its second name gets its first one, too.
 
     An old .bin file is a pickle. `weights_only` reads tensors from it and runs no code.
     """
@@ -665,21 +667,11 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         name = re.sub(r"\.gamma$", ".weight", name)  # TensorFlow's names of LayerNorm
         return re.sub(r"\.beta$", ".bias", name)
 
-    return {current_name(name): tensor for name, tensor in tensors.items()}
-
-
-def check_copies(tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError if the file holds a decoder of its own. Here the decoder is the matrix of
-    the embeddings: one tensor, which a published file may have under both names.
-
-    A tensor that has only its second name gets its first one, too.
-    """
+    tensors = {current_name(name): tensor for name, tensor in tensors.items()}
     for copy, original in COPIES.items():
-        if copy not in tensors:
-            continue
-        tensors.setdefault(original, tensors[copy])
-        if not torch.equal(tensors[copy], tensors[original]):
-            raise ValueError(f"{copy} is no copy of {original}")
+        if copy in tensors:
+            tensors.setdefault(original, tensors[copy])
+    return tensors
 
 
 def check_tensors(tensors: dict[str, Tensor], known: Container[str]) -> list[str]:
@@ -702,6 +694,15 @@ def check_tensors(tensors: dict[str, Tensor], known: Container[str]) -> list[str
 
     heads = {".".join(name.split(".")[:2]) for name in unknown}
     return sorted(heads)
+
+
+def check_decoder(tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError if the files hold a decoder of its own. Here the decoder is the matrix of
+    the embeddings: one tensor, which published files may have under two names.
+    """
+    for copy, original in COPIES.items():
+        if copy in tensors and not torch.equal(tensors[copy], tensors[original]):
+            raise ValueError(f"it has a decoder of its own: {copy} differs from {original}")
 
 
 def check_encoder_is_complete(missing: list[str]) -> None:
@@ -737,12 +738,9 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     except SafetensorError as error:  # a full disk
         raise OSError(f"{directory} cannot be written: {error}") from error
 
-    tokenizer.save(str(directory / "tokenizer.json"))
-    vocabulary = tokenizer.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    if vocabulary[tokens[-1]] == len(tokens) - 1:  # else ids are left out: no line can be one
-        lines = "".join(f"{token}\n" for token in tokens)
-        (directory / "vocab.txt").write_text(lines, encoding="utf-8")
+    tokenizer_json = tokenizer.to_str(pretty=True)
+    (directory / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    write_vocabulary(directory / "vocab.txt", tokenizer.get_vocab())
     normalizer = tokenizer.normalizer
     tokenizer_config = {
         "tokenizer_class": "BertTokenizer",
@@ -759,6 +757,18 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     published["pad_token_id"] = model.padding_idx
     published["tokenizer_hash"] = tokenizer_hash(tokenizer)
     write_json(directory / "config.json", published)
+
+
+def write_vocabulary(path: Path, vocabulary: dict[str, int]) -> None:
+    """Writes vocab.txt: the id of a token is the number of its line, from 0. A vocabulary that
+    leaves out an id, or has a token with a line break, cannot be written so, and is not.
+    """
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    has_all_ids = [vocabulary[token] for token in tokens] == list(range(len(tokens)))
+    if has_all_ids and not any(set("\n\r") & set(token) for token in tokens):
+        path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)  # of a tokenizer that was there before
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -802,11 +812,16 @@ def is_tokenizer_of(tokenizer: Any, saved_hash: str) -> bool:
 
 
 def check_tokenizer(model: PretrainedModel, tokenizer: Any) -> None:
-    """Raises ValueError if model and tokenizer have different padding ids.
+    """Raises ValueError if the tokenizer has an id that the model has no embedding of.
 
-    Otherwise the model would attend to padding, and ignore an ordinary token.
+    Raises it, too, if they have different padding ids. Otherwise the model would attend to padding,
+    and ignore an ordinary token.
     """
-    padding_id = tokenizer.get_vocab()["[PAD]"]
+    vocabulary = tokenizer.get_vocab()
+    largest_id, rows = max(vocabulary.values()), model.config.vocab_size
+    if largest_id >= rows:
+        raise ValueError(f"the tokenizer has the id {largest_id}, the weights have {rows} tokens")
+    padding_id = vocabulary["[PAD]"]
     if model.padding_idx != padding_id:
         raise ValueError(
             f"the model takes id {model.padding_idx} for padding (pad_token_id in config.json), the"
@@ -837,21 +852,19 @@ def fill_masks(
 ) -> list[dict[str, float]]:
     """Returns, for each [MASK] in a text, the k most probable tokens and their probabilities.
 
-    The model is in evaluation mode afterwards. Raises ValueError if the tokenizer has a token that
-    the model has no embedding of. (The model may have more: their names are not known.)
+    The model is in evaluation mode afterwards. Raises ValueError if the tokenizer does not fit.
     """
-    vocabulary = {id: token for token, id in tokenizer.get_vocab().items()}
-    if max(vocabulary) >= model.config.vocab_size:
-        raise ValueError(f"more tokens than the {model.config.vocab_size} of the weights")
+    check_tokenizer(model, tokenizer)
     device = model.mlm_bias.device
-    input_ids = torch.tensor([tokenizer.encode(text).ids], device=device)  # (1, seq), with [CLS]
+    ids = tokenizer.encode(text).ids  # with [CLS] and [SEP]
+    input_ids = torch.tensor([ids], device=device)  # (1, seq)
     positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
     mlm_logits, _ = model.eval()(input_ids, positions=positions)  # (masked, vocab)
-    probabilities = mlm_logits.softmax(dim=-1)
+    vocabulary = tokenizer.get_vocab()  # the weights may have more rows: those have no name
     guesses = []
-    for row in probabilities.tolist():
-        best = sorted(vocabulary, key=lambda id: -row[id])[:k]
-        guesses.append({vocabulary[id]: row[id] for id in best})
+    for probs in mlm_logits.softmax(dim=-1).tolist():
+        best = sorted(vocabulary, key=lambda token: -probs[vocabulary[token]])[:k]
+        guesses.append({token: probs[vocabulary[token]] for token in best})
     return guesses
 
 

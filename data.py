@@ -567,8 +567,8 @@ MASKED_SHARE = 0.15
 def masked_count(candidates: np.ndarray) -> int:
     """Returns how many of the candidates are masked: 15%, and at least one. [BERT] §3.1 task 1.
 
-    Differs: [Code] takes 15% of all tokens, though [CLS] and [SEP] cannot be masked, and at most
-    max_predictions_per_seq. So it masks one position more in an example of 64 tokens.
+    Differs: [Code] takes 15% of all tokens, [CLS] and [SEP] included, though it masks none of
+    these: one position more in an example of 64 tokens. It masks max_predictions_per_seq at most.
 
     An example without a masked position would teach the masked language model nothing, and a batch
     of such examples would have a mean loss of 0 / 0.
@@ -1001,8 +1001,8 @@ def get_dataset(
 
     path: "sample", a hub id, or a directory or file of parquet, jsonl or text; a .txt is one
     document. File names that contain train, validation or test make those splits, as `datasets` has
-    it; without such names, all is train. Raises ValueError if there is nothing to read, or if
-    texts would be left out.
+    it; without such names, all is train. Raises ValueError if there is nothing to read, or if most
+    .txt files would not be.
     """
     where = SAMPLE / "corpus" if path == "sample" else Path(path)
     if where.exists():
@@ -1013,9 +1013,13 @@ def get_dataset(
     else:
         raise ValueError(f"{path} does not exist")
     try:
+        builder = datasets.load_dataset_builder(source, name, **options)
         if where.exists():
-            check_texts_are_read(where, datasets.load_dataset_builder(source, name, **options))
-        return datasets.load_dataset(source, name, split=split, streaming=streaming, **options)
+            check_texts_are_read(where, builder)
+        if streaming:
+            return builder.as_streaming_dataset(split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split)
     except (OSError, ValueError, RuntimeError, StopIteration, DatasetGenerationError) as error:
         cause = error.__cause__ or str(error) or "it is empty"
         raise ValueError(f"cannot read {path}: {cause}") from error
@@ -1025,8 +1029,8 @@ KINDS = {".txt", ".json", ".jsonl", ".parquet"}
 
 
 def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
-    """Returns the arguments of `datasets.load_dataset` for a file or a directory: the path to load,
-    and options.
+    """Returns the arguments of `datasets.load_dataset_builder` for a file or a directory: the path
+    to load, and options.
 
     The kind of a directory is the kind of most of its files; hidden files are ignored. `datasets`
     caches a file under its path and time. Here the size counts too, by a cache directory of its
@@ -1070,9 +1074,9 @@ def visible_files(where: Path) -> list[Path]:
 
 def check_texts_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
     """Raises ValueError if the builder of a directory's data set would read texts by the line, or
-    would read some of them and not the others.
+    would read less than half of them. If it reads most, those that it does not read are announced.
 
-    `datasets` leaves out a text whose name makes no split, once another one's does: a single
+    `datasets` leaves out a text whose path makes no split, once another one's does: a single
     night-train.txt hides a folder of books. And it has rules of its own for what kind a directory
     is, where several kinds of files lie in it. A dataset card (README.md) may choose files.
     """
@@ -1080,16 +1084,22 @@ def check_texts_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
         return
     if getattr(builder.config, "sample_by", None) != "document":
         raise ValueError("its texts would be read by the line: name a folder of .txt files alone")
-    if where.is_file() or (where / "README.md").exists():
+    card = where / "README.md"
+    if where.is_file() or (card.exists() and "data_files" in card.read_text(encoding="utf-8")):
         return
     read = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
     texts = [file for file in visible_files(where) if file.suffix == ".txt"]
     left_out = [file for file in texts if file.resolve() not in read]
-    if left_out:
-        raise ValueError(
-            f"{len(left_out)} of {len(texts)} texts, such as {left_out[0].name}, would be left out,"
-            f" because names like {min(read).name} make splits: rename either"
-        )
+    if not left_out:
+        return
+    example = min(read).relative_to(where.resolve())
+    reason = (
+        f"{len(left_out)} of {len(texts)} texts, such as {left_out[0].name}, are not read, because"
+        f" a name like {example} makes a split"
+    )
+    if len(left_out) > len(texts) / 2:
+        raise ValueError(f"{reason}: rename it, or move it away")
+    print(f"{where}: {reason}", file=sys.stderr)
 
 
 def is_hub_id(source: str) -> bool:

@@ -286,11 +286,10 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     model are large at the start.
 
     A rate that is too large is a trap. At 1e-2 a model of the size mini does not even overfit one
-    sample (WALKTHROUGH.md, section 12). The first huge steps
-    leave every position with the same hidden state, so the model predicts the same token
-    everywhere. If the n masked tokens all differ, the best it can do is to give each of them the
-    probability 1/n, and the loss stays at ln n. (If some tokens repeat, it stays at the entropy
-    of their frequencies.)
+    sample (WALKTHROUGH.md, section 12). The first huge steps leave every position with the same
+    hidden state, so the model predicts the same token everywhere. If the n masked tokens all
+    differ, the best it can do is to give each of them the probability 1/n, and the loss stays at
+    ln n. (If some tokens repeat, it stays at the entropy of their frequencies.)
 
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
@@ -388,7 +387,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> T
 
 
 ADVICE = (
-    "the last checkpoint is good, but --resume would come to the same step: start a new run with a"
+    "the last checkpoint is good, but --resume would fail at the same step: start a new run with a"
     " lower --learning-rate or more --warmup-steps"
 )
 
@@ -503,12 +502,11 @@ def evaluate(
     model.train()
 
     mlm_loss = sums["mlm_loss"] / sums["masked"]
+    perplexity = torch.tensor(mlm_loss, dtype=torch.float64).exp().item()  # inf, not an error
     occurrences = torch.cat(predictions).bincount()  # of each token among the predictions
     return {
         "mlm_loss": mlm_loss,
-        "perplexity": math.exp(mlm_loss)
-        if mlm_loss < 700
-        else math.inf,  # float64 ends at exp(709)
+        "perplexity": perplexity,
         "mlm_accuracy": sums["mlm_correct"] / sums["masked"],
         "nsp_loss": sums["nsp_loss"] / sums["pairs"],
         "nsp_accuracy": sums["nsp_correct"] / sums["pairs"],
@@ -544,10 +542,14 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
     tokenizer = load_tokenizer(options)
     corpus = load_corpora(options, tokenizer, ["validation"])["validation"]
     model = make_model(options, tokenizer).to(device)
-    if model.missing_parameters:  # a new, random head would be evaluated
-        raise ValueError(f"{options.weights} has no {', '.join(model.missing_parameters)}")
+    # A head that the weights lack is new and random.
+    missing = ", ".join(model.missing_parameters)
+    if "mlm_" in missing:
+        raise ValueError(f"--steps 0: {options.weights} has no head to evaluate: {missing}")
     validation = make_validation(options, corpus, tokenizer, device)
     metrics = evaluate(model, validation, options.precision)
+    if "nsp." in missing or "pooler." in missing:
+        metrics = {name: v for name, v in metrics.items() if not name.startswith("nsp_")}
     pairs = sum(len(batch["nsp_labels"]) for batch in validation)
     print(f"{options.weights}, {pairs} pairs of the validation split, {options.precision}")
     for name, value in metrics.items():
@@ -569,6 +571,7 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
     saved = data.load_tokenizer(directory)
     path = directory / "config.json"
     config = read_json(path) if path.exists() else {}
+    # Checked now, since to tokenize a corpus may take hours.
     if saved.get_vocab_size() > config.get("vocab_size", math.inf):
         raise ValueError(f"{weights}: more tokens than the {config['vocab_size']} of the weights")
 

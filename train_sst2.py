@@ -395,10 +395,17 @@ def label_names(weights: str) -> Sequence[str]:
     """Returns the names of the two classes: those in the config.json of a published model, if it
     has any. In a model of somebody else class 0 need not be the negative one.
     """
-    published = read_json(fetch(weights) / "config.json").get("id2label", {})
-    names = [published.get(str(i), "") for i in range(len(LABELS))]
-    has_names = all(names) and names != ["LABEL_0", "LABEL_1"]  # which mean that none were given
-    return names if has_names else LABELS
+    published = read_json(fetch(weights) / "config.json").get("id2label")
+    if not isinstance(published, dict):
+        return LABELS
+    names = [published.get(str(i)) for i in range(len(LABELS))]
+    given = [name for name in names if isinstance(name, str) and name]
+    if len(given) < len(LABELS) or given == [
+        "LABEL_0",
+        "LABEL_1",
+    ]:  # those mean that none was given
+        return LABELS
+    return given
 
 
 @torch.no_grad()

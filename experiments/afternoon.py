@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,20 +132,27 @@ def run(corpus: str, sst2: str, out: Path) -> None:
 
 def run_at_the_same_time(chains: list[list[Stage]]) -> None:
     """Runs as many chains as there are cores at the same time, each on a core of its own. The
-    stages of a chain run one after the other.
+    stages of a chain run one after the other. Once one fails, no other stage starts.
     """
+    must_stop = threading.Event()
 
     def run_chain(chain: list[Stage]) -> None:
         for stage in chain:
-            run_stage(stage, Path(f"{stage.folder}.log"))
+            if must_stop.is_set():
+                return
+            try:
+                run_stage(stage, Path(f"{stage.folder}.log"))
+            except BaseException:
+                must_stop.set()
+                raise
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         runs = [pool.submit(run_chain, chain) for chain in chains]
         try:
             for ended in runs:
                 ended.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # those that have not started
+        except BaseException:  # Ctrl-C, too
+            must_stop.set()
             raise
 
 

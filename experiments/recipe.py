@@ -64,6 +64,8 @@ def stages(
 def table(out: Path) -> list[str]:
     """Returns the rows of a table: what was changed, and what came of it. The accuracy is
     that after fine-tuning with a hundredth of the labels.
+
+    MLM losses of different vocabularies are not comparable, those of different lengths hardly.
     """
     rows = [
         "| changed | million tokens | MLM loss | NSP accuracy | SST-2 dev accuracy, % |",

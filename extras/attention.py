@@ -80,8 +80,6 @@ def draw_text(source: str, text: str, out: str) -> None:
         warnings.simplefilter("ignore")  # heads that are not used
         model = Bert.from_pretrained(directory)
     check_tokenizer(model, tokenizer)
-    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
-        raise ValueError(f"more tokens than the {model.config.vocab_size} of the weights")
     ids = tokenizer.encode(text).ids  # with [CLS] and [SEP]
     probs = attention_probs(model, torch.tensor([ids]))
     tokens = [str(tokenizer.id_to_token(id)) for id in ids]

@@ -29,13 +29,16 @@ def run_folder(options: Any, rank: int = 0) -> Iterator[Path]:
         )
     with contextlib.ExitStack() as stack:
         if rank == 0:
+            can_resume = hasattr(options, "resume")
+            if not resume:
+                check_holds_no_run(out, can_resume)
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock(out))
             except OSError as error:
                 raise ValueError(f"--out {out} cannot be written: {error}") from error
-            if not resume:
-                check_holds_no_run(out, can_resume=hasattr(options, "resume"))
+            if not resume:  # again, since another process may have been faster
+                check_holds_no_run(out, can_resume)
         yield out
 
 
@@ -56,9 +59,11 @@ def lock(out: Path) -> Iterator[None]:
 
 def check_lies_outside(out: str, source: str | None, flag: str) -> None:
     """Raises ValueError if a run's folder lies inside a folder of its data: the files of the run
-    would be read as data when it is resumed.
+    would be read as data by the next run, and when this one is resumed.
+
+    source: a directory, or a name of data that is not one, such as "sample".
     """
-    if not source or not Path(source).is_dir():
+    if source in (None, "sample") or not Path(source).is_dir():
         return
     if Path(out).resolve().is_relative_to(Path(source).resolve()):
         raise ValueError(f"--out {out} lies inside {flag} {source}, and would become a part of it")

@@ -163,6 +163,16 @@ def test_the_stages_of_a_chain_run_one_after_the_other(tmp_path):
     assert all((tmp_path / name).exists() for name in ("slow", "last", "other"))
 
 
+def test_no_other_stage_starts_once_one_has_failed(tmp_path):
+    """Of a chain that runs beside the one that fails, too."""
+    late = "import os, sys, time; time.sleep(1); os.mkdir(sys.argv[1])"
+    chain = [Stage(tmp_path / "running", ["-c", late]), Stage(tmp_path / "never", ["-c", late])]
+    with pytest.raises(RuntimeError, match="this command failed"):
+        run_at_the_same_time([chain, [Stage(tmp_path / "bad", ["-c", "import sys; sys.exit(3)"])]])
+    assert (tmp_path / "running").exists()
+    assert not (tmp_path / "never").exists()
+
+
 def in_a_group_of_its_own(folder: str) -> None:
     """Runs an afternoon of one stage, as a terminal would: Ctrl-C reaches every process."""
     os.setpgrp()

@@ -10,6 +10,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -436,16 +437,17 @@ def test_a_title_that_contains_train_does_not_hide_the_other_texts(streaming, tm
     """The library makes it the only text of the split."""
     for name in ("emma", "night-train", "persuasion"):
         write_whole(tmp_path / f"{name}.txt", name)
+    (tmp_path / "README.md").write_text("# My books")
     message = (
-        "2 of 3 texts, such as emma.txt, would be left out, because names like night-train.txt"
+        "2 of 3 texts, such as emma.txt, are not read, because a name like night-train.txt makes"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         data.get_dataset(str(tmp_path), streaming=streaming)
 
 
-def test_texts_in_folders_of_splits_are_read(tmp_path, monkeypatch):
+def test_texts_in_folders_of_splits_are_read_and_others_announced(tmp_path, monkeypatch, capsys):
     """By a path with links and dots, too. A dataset card may leave a text out."""
-    for name in ("train/a", "train/b", "validation/c"):
+    for name in ("train/a", "train/b", "validation/c", "LICENSE"):
         write_whole(tmp_path / f"here/{name}.txt", name)
     (tmp_path / "link").symlink_to("here")
     monkeypatch.chdir(tmp_path / "here")
@@ -455,9 +457,15 @@ def test_texts_in_folders_of_splits_are_read(tmp_path, monkeypatch):
             "train": ["train/a", "train/b"],
             "validation": ["validation/c"],
         }
+        announced = (
+            f"{path}: 1 of 4 texts, such as LICENSE.txt, are not read, because a name like"
+            " train/a.txt makes a split"
+        )
+        assert announced in capsys.readouterr().err.splitlines()
     card = "---\nconfigs:\n- config_name: default\n  data_files: train/a.txt\n---\n"
     (tmp_path / "here/README.md").write_text(card)
     assert list(data.get_dataset(".")["text"]) == ["train/a"]
+    assert "not read" not in capsys.readouterr().err
 
 
 def test_a_folder_with_a_script_of_its_own_name_is_rejected_in_one_line(tmp_path):
@@ -499,15 +507,17 @@ def test_the_cause_of_a_file_that_cannot_be_read_is_reported(tmp_path):
 
 def test_the_hub_is_asked_for_what_is_not_a_path(monkeypatch, capsys):
     """With its configuration, split and streaming as given; `owner/name` and `name` are ids."""
-    asked = []
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **named: asked.append((args, named))
-    )
+    asked = mock.Mock()
+    monkeypatch.setattr(datasets, "load_dataset_builder", asked)
     data.get_dataset("owner/some-name.v2", "plain", "test", streaming=True)
     data.get_dataset("name")
-    assert asked == [
-        (("owner/some-name.v2", "plain"), {"split": "test", "streaming": True}),
-        (("name", None), {"split": "train", "streaming": False}),
+    call = mock.call
+    assert asked.mock_calls == [
+        call("owner/some-name.v2", "plain"),
+        call().as_streaming_dataset("test"),
+        call("name", None),
+        call().download_and_prepare(),
+        call().as_dataset("train"),
     ]
     said = capsys.readouterr()
     assert said.err == "fetching owner/some-name.v2 from the hub\nfetching name from the hub\n"

@@ -320,7 +320,10 @@ def test_a_learning_rate_that_diverges_leaves_the_best_model_before_it(options, 
     )  # fmt: skip
     with pytest.raises(ValueError, match="not finite"):
         main(told)
-    assert SST2BertModel.from_pretrained(f"{options.out}/model")
+    good = replace(told, out=str(tmp_path / "good"), learning_rate=(1e-3,))
+    main(good)
+    found, expected = (load_file(Path(o.out) / "model/model.safetensors") for o in (told, good))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not (Path(options.out) / "model.unfinished").exists()
 
 
@@ -498,6 +501,9 @@ def test_the_saved_model_predicts_with_its_own_tokenizer(run, capsys, monkeypatc
         ({"0": "POSITIVE", "1": "NEGATIVE"}, ["POSITIVE", "NEGATIVE"]),
         ({"0": "LABEL_0", "1": "LABEL_1"}, ["negative", "positive"]),
         ({}, ["negative", "positive"]),
+        (None, ["negative", "positive"]),
+        (["a", "b"], ["negative", "positive"]),
+        ({"0": 0, "1": 1}, ["negative", "positive"]),
     ],
 )
 def test_predictions_use_the_names_of_the_classes_in_a_published_config(

@@ -25,7 +25,7 @@ import support.run
 import train_pretrain
 import train_sst2
 from support.checkpoints import checkpoint_paths, save_checkpoint
-from support.folder import run_folder, write_line
+from support.folder import check_lies_outside, run_folder, write_line
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options
 
@@ -175,6 +175,7 @@ def test_the_config_of_a_model_or_of_something_else_is_not_overwritten(content, 
         ):
             start(options)
     assert contents(out) == {"config.json": content.encode()}
+    assert [path.name for path in out.iterdir()] == ["config.json"]  # not even a lock
 
 
 @pytest.mark.parametrize("out", ["corpus", "corpus/runs/x", "corpus/../corpus/x", "link/x"])
@@ -190,9 +191,13 @@ def test_a_run_inside_its_own_corpus_is_rejected(out, options, tmp_path, monkeyp
             run(replace(options, out=out, dataset=dataset))
         with pytest.raises(ValueError, match=re.escape(message)):
             train_sst2.main(SST2Options(out=out, dataset=dataset))
-        with pytest.raises(ValueError, match=re.escape(message.replace("data", "test-data"))):
+        with pytest.raises(
+            ValueError, match=re.escape(message.replace("--dataset", "--test-dataset"))
+        ):
             train_sst2.main(SST2Options(out=out, test_dataset=dataset))
     assert contents(tmp_path / "corpus") == before
+    (tmp_path / "sample").mkdir()
+    check_lies_outside("sample/run", "sample", "--dataset")  # a name, and not this folder
     run(replace(options, out="corpus-runs/x", dataset="corpus/corpus.jsonl", steps=1))
     run(replace(options, out="corpus/x", dataset="corpus/corpus.jsonl", steps=1))  # a file alone
 
