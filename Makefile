@@ -16,18 +16,18 @@ SST2 ?= stanfordnlp/sst2
 .PHONY: run afternoon test bench lint wheel mutants clean
 
 run: $(VENV)/ready
-	rm -rf $(RUN)
-	$(BIN)/python train_pretrain.py --steps $(STEPS) --max-seq-length 48 --batch-size 64 --learning-rate 2e-3 --eval-every 50 --dropout 0 --out $(RUN)/pretrain
-	$(BIN)/python bert.py $(RUN)/pretrain/model "The plot is wonderfully [MASK] and the [MASK] looks sublime."
-	$(BIN)/python bert.py $(RUN)/pretrain/model "The plot is painfully [MASK] and the [MASK] looks tedious."
-	$(BIN)/python train_sst2.py --weights $(RUN)/pretrain/model $(FINE) --out $(RUN)/pretrained
-	$(BIN)/python train_sst2.py --tokenizer $(RUN)/pretrain/model --max-seq-length 48 $(FINE) --out $(RUN)/scratch
-	$(BIN)/python train_sst2.py --weights $(RUN)/pretrained/model --predict "The plot is delicate and the canyon looks tender." "What about the canyon? That is murky, dear listeners."
-	$(BIN)/python -m experiments.story $(RUN)
+	rm -rf "$(RUN)"
+	$(BIN)/python train_pretrain.py --steps $(STEPS) --max-seq-length 48 --batch-size 64 --learning-rate 2e-3 --eval-every 50 --dropout 0 --out "$(RUN)/pretrain"
+	$(BIN)/python bert.py "$(RUN)/pretrain/model" "The plot is wonderfully [MASK] and the [MASK] looks sublime."
+	$(BIN)/python bert.py "$(RUN)/pretrain/model" "The plot is painfully [MASK] and the [MASK] looks tedious."
+	$(BIN)/python train_sst2.py --weights "$(RUN)/pretrain/model" $(FINE) --out "$(RUN)/pretrained"
+	$(BIN)/python train_sst2.py --tokenizer "$(RUN)/pretrain/model" --max-seq-length 48 $(FINE) --out "$(RUN)/scratch"
+	$(BIN)/python train_sst2.py --weights "$(RUN)/pretrained/model" --predict "The plot is delicate and the canyon looks tender." "What about the canyon? That is murky, dear listeners."
+	$(BIN)/python -m experiments.story "$(RUN)"
 
 # Three hours on two cores. After a break, the same line goes on.
 afternoon: $(VENV)/ready
-	$(BIN)/python -m experiments.afternoon $(CORPUS) $(SST2) runs/afternoon
+	$(BIN)/python -m experiments.afternoon "$(CORPUS)" "$(SST2)" runs/afternoon
 
 # Two processes share the tests. With one thread each, they do not wait for one another.
 test: $(VENV)/ready
@@ -59,4 +59,4 @@ $(VENV)/ready: setup.cfg constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(RUN) *.egg-info
+	rm -rf $(VENV) "$(RUN)" *.egg-info

@@ -1041,7 +1041,7 @@ def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
     folder = where.parent.resolve() if where.is_file() else where.absolute()
     if set("[]*?") & set(str(folder)):
         raise ValueError(f"{folder}: the library takes [ ] * ? in a folder's name for a pattern")
-    visible = visible_files(where)
+    visible = [file for file in visible_files(where) if file.suffix in KINDS]
     kinds = Counter(".json" if file.suffix == ".jsonl" else file.suffix for file in visible)
     ranked = kinds.most_common()
     if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
@@ -1062,12 +1062,12 @@ def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
 
 
 def visible_files(where: Path) -> list[Path]:
-    """Returns the files of a directory, or the file itself, that `datasets` may read."""
+    """Returns the files of a directory, or the file itself, that a user may want to be read."""
     files = [where] if where.is_file() else sorted(where.glob("**/*"))
     return [
         file
         for file in files
-        if file.suffix in KINDS
+        if file.suffix.lower() in KINDS
         and not any(part.startswith((".", "__")) for part in file.relative_to(where).parts)
     ]
 
@@ -1085,17 +1085,18 @@ def check_texts_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
     if getattr(builder.config, "sample_by", None) != "document":
         raise ValueError("its texts would be read by the line: name a folder of .txt files alone")
     card = where / "README.md"
-    if where.is_file() or (card.exists() and "data_files" in card.read_text(encoding="utf-8")):
+    if where.is_file() or (card.exists() and b"data_files" in card.read_bytes()):
         return
-    read = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
-    texts = [file for file in visible_files(where) if file.suffix == ".txt"]
-    left_out = [file for file in texts if file.resolve() not in read]
+    used = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
+    texts = [file for file in visible_files(where) if file.suffix.lower() == ".txt"]
+    read = [file for file in texts if file.resolve() in used]
+    left_out = [file for file in texts if file.resolve() not in used]
     if not left_out:
         return
-    example = min(read).relative_to(where.resolve())
+    example = read[0].relative_to(where)
     reason = (
-        f"{len(left_out)} of {len(texts)} texts, such as {left_out[0].name}, are not read, because"
-        f" a name like {example} makes a split"
+        f"{len(left_out)} of {len(texts)} texts, such as {left_out[0].name}, are not read,"
+        f" because a name like {example} makes a split, or because they do not end in .txt"
     )
     if len(left_out) > len(texts) / 2:
         raise ValueError(f"{reason}: rename it, or move it away")
@@ -1131,9 +1132,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if path.suffix == ".txt":
             tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             vocabulary = {token: i for i, token in enumerate(tokens)}
-            tokenizer = wordpiece(
-                vocabulary, **read_normalizer(path.with_name("tokenizer_config.json"))
-            )
+            about = path.with_name("tokenizer_config.json")
+            if not about.exists():
+                check_is_uncased(tokens)
+            tokenizer = wordpiece(vocabulary, **read_normalizer(about))
         else:
             tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
@@ -1144,6 +1146,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def check_is_uncased(tokens: list[str]) -> None:
+    """Raises ValueError if a token has upper case: text would be lowercased, and never match it."""
+    cased = [token for token in tokens if token != token.lower() and not token.startswith("[")]
+    if cased:
+        raise ValueError(
+            f'it has cased tokens, such as {cased[0]}: write {{"do_lower_case": false}} into a'
+            " tokenizer_config.json beside it"
+        )
 
 
 def read_normalizer(path: Path) -> dict[str, bool | None]:

@@ -58,7 +58,7 @@ from support.devices import (
     choose_precision,
     keep_freed_memory,
 )
-from support.folder import check_lies_outside, run_folder
+from support.folder import check_lies_outside, run_folder, write_model
 from support.processes import first_process_first, join_processes, leave_group, total
 from support.run import FiniteGuard, Run, set_seed
 
@@ -95,7 +95,8 @@ class PretrainOptions:
     streaming: bool = False
     """Read the corpus without storing it, instead of tokenizing it once to disk."""
     tokenizer: str | None = None
-    """vocab.txt, tokenizer.json, directory or hub id. Without one, a vocabulary is learned."""
+    """vocab.txt, tokenizer.json, directory or hub id. Without one, a vocabulary is learned, for
+    lowercased text without accents."""
     vocab_size: int = 2000
     """Size of the vocabulary that is learned without --tokenizer."""
 
@@ -832,11 +833,11 @@ def run_pretraining(
         run.bar.write(f"step {step}  {numbers}\n{example}")
 
     def export(step: int) -> None:
-        model.save_pretrained(out / "models" / f"step-{step}", tokenizer)
+        write_model(model, tokenizer, out / "models" / f"step-{step}")
 
     train(options, run, model, optimizer, batches, progress, report, export)
     if rank == 0:
-        model.save_pretrained(out / "model", tokenizer)
+        write_model(model, tokenizer, out / "model")
         draw_pretraining(out)
     run.end()
 

@@ -17,7 +17,6 @@ Dimensions: batch, seq.
 import copy
 import json
 import math
-import shutil
 import sys
 import time
 import warnings
@@ -43,7 +42,13 @@ from support.devices import (
     choose_precision,
     keep_freed_memory,
 )
-from support.folder import check_lies_outside, run_folder, write_line, write_whole
+from support.folder import (
+    check_lies_outside,
+    run_folder,
+    write_line,
+    write_model,
+    write_whole,
+)
 from support.processes import need_one_process
 from support.run import FiniteGuard, progress_bar, set_seed
 from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
@@ -344,7 +349,8 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
             accuracies.append(accuracy)
             if accuracy > best_accuracy:
                 best_model, best_accuracy = model, accuracy
-                save(best_model, tokenizer, out)  # now: the next one may diverge, or be killed
+                # Now, since the next one may diverge, or be killed.
+                write_model(best_model, tokenizer, out / "model")
         deviation = np.std(accuracies, ddof=1) if options.seeds > 1 else 0.0
         print(
             f"learning rate {rate:g}: validation accuracy {np.mean(accuracies):.4f} "
@@ -357,14 +363,6 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
         print(f"test accuracy {metrics['accuracy']:.4f} (validation {best_accuracy:.4f})")
     draw_sst2(out)
     print(f"{out}/model holds the best weights and their tokenizer")
-
-
-def save(model: SST2BertModel, tokenizer: Tokenizer, out: Path) -> None:
-    """Writes a model into the run's folder, in place of the one before, once it is complete."""
-    complete = out / "model.unfinished"
-    model.save_pretrained(complete, tokenizer)
-    shutil.rmtree(out / "model", ignore_errors=True)
-    complete.rename(out / "model")
 
 
 # ---- Prediction --------------------------------------------------------------

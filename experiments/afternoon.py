@@ -9,10 +9,12 @@ a break the same line goes on: what is finished is not run again, and pretrainin
 import contextlib
 import itertools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,9 @@ from typing import Any
 import numpy as np
 
 from experiments.story import best_accuracies, mean_and_deviation
+from support.checkpoints import checkpoint_paths
 from support.curves import optional, read_lines, unigrams
+from support.folder import lock, write_whole
 
 RECIPE = """
     --vocab-size 8192 --size mini --max-seq-length 64 --batch-size 64 --dropout 0
@@ -50,6 +54,20 @@ class Stage:
 
     def is_finished(self) -> bool:
         return (self.folder / "model").exists() if self.resumes else self.folder.exists()
+
+    def check_command(self) -> None:
+        """Notes the command beside the folder, for the next time. Raises RuntimeError if the folder
+        is there and was made by another command: with another corpus, or in an older version.
+        """
+        noted = Path(f"{self.folder}.command")
+        command = shlex.join([*self.command, str(self.folder)])
+        before = noted.read_text(encoding="utf-8") if noted.exists() else "an unknown one"
+        if self.folder.exists() and before != command:
+            raise RuntimeError(
+                f"{self.folder} was made by another command than this: name another folder, or"
+                f" delete it\n  then: {before}\n  now:  {command}"
+            )
+        write_whole(noted, command)
 
 
 def stages(corpus: str, sst2: str, out: Path) -> tuple[list[Stage], list[Stage]]:
@@ -86,17 +104,19 @@ def run_stage(stage: Stage, log: Path | None = None) -> None:
     left there is deleted first. A stage that resumes writes into FOLDER itself.
     log: for a command that runs beside others: it has one thread, and prints into this file. By
     default it has all cores, and the terminal.
-    Raises RuntimeError if the command fails.
+    Raises RuntimeError if the command fails, and if another command made the folder.
     """
+    stage.check_command()
     if stage.is_finished():
         return
     folder = stage.folder if stage.resumes else Path(f"{stage.folder}.unfinished")
     words = [*stage.command, str(folder)]
     if stage.resumes:
-        if (folder / "checkpoints").exists():
+        if checkpoint_paths(folder):
             words.append("--resume")
     elif folder.exists():
-        shutil.rmtree(folder)
+        with lock(folder):  # or a command that outlived its afternoon still writes there
+            shutil.rmtree(folder)
     print("python", *words, flush=True)
 
     environment, output = dict(os.environ), None
@@ -125,9 +145,10 @@ def run(corpus: str, sst2: str, out: Path) -> None:
     """
     one_by_one, together = stages(corpus, sst2, out)
     out.mkdir(parents=True, exist_ok=True)
-    for stage in one_by_one:
-        run_stage(stage)
-    run_at_the_same_time([[stage] for stage in together])
+    with lock(out):
+        for stage in one_by_one:
+            run_stage(stage)
+        run_at_the_same_time([[stage] for stage in together])
 
 
 def run_at_the_same_time(chains: list[list[Stage]]) -> None:
@@ -240,13 +261,20 @@ def plot_gain(axes: Any, found: dict[tuple[str, str], list[float]]) -> None:
     axes.legend(fontsize=8, loc="upper right")
 
 
-def main(corpus: str, sst2: str, out: str) -> None:
+@contextlib.contextmanager
+def ends_in_one_message() -> Iterator[None]:
+    """Ends the process without a traceback at Ctrl-C and when a command has failed."""
     try:
-        run(corpus, sst2, Path(out))
+        yield
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
+
+
+def main(corpus: str, sst2: str, out: str) -> None:
+    with ends_in_one_message():
+        run(corpus, sst2, Path(out))
     print(*gain_table(Path(out)), sep="\n")
     draw_afternoon(Path(out))
     if (Path(out) / "curves.png").exists():

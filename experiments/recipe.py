@@ -9,9 +9,16 @@ the same line goes on, as `make afternoon` does.
 import sys
 from pathlib import Path
 
-from experiments.afternoon import RECIPE, Stage, run_at_the_same_time, run_stage
+from experiments.afternoon import (
+    RECIPE,
+    Stage,
+    ends_in_one_message,
+    run_at_the_same_time,
+    run_stage,
+)
 from experiments.story import best_accuracies, mean_and_deviation
 from support.curves import read_lines
+from support.folder import lock
 
 # 2,500 steps of 64 x 64 are 10 million tokens with padding, at whose end the learning rate is 0.
 LENGTH = ["--steps", "2500"]
@@ -30,6 +37,7 @@ def changes(vocabulary: str) -> dict[str, tuple[str, list[str]]]:
         "length-128": ("32 examples of 128 tokens", LONGER),
         "batch-32": ("batches of 32, twice the steps", MORE_STEPS),
         "rate-2e-3": ("peak rate 2e-3", ["--learning-rate", "2e-3"]),
+        "rate-5e-4": ("peak rate 5e-4", ["--learning-rate", "5e-4"]),
         "dropout": ("dropout 0.1", ["--dropout", "0.1"]),
         "vocabulary-30522": ("the published vocabulary", ["--tokenizer", vocabulary]),
     }
@@ -86,11 +94,12 @@ def table(out: Path) -> list[str]:
 def main(corpus: str, sst2: str, vocabulary: str, out: str) -> None:
     first, chains = stages(corpus, sst2, vocabulary, Path(out))
     Path(out).mkdir(parents=True, exist_ok=True)
-    for stage in first:
-        run_stage(stage)
-    for chain in chains:
-        chain[0].folder.parent.mkdir(exist_ok=True)
-    run_at_the_same_time(chains)
+    with ends_in_one_message(), lock(Path(out)):
+        for stage in first:
+            run_stage(stage)
+        for chain in chains:
+            chain[0].folder.parent.mkdir(exist_ok=True)
+        run_at_the_same_time(chains)
     print(*table(Path(out)), sep="\n")
 
 

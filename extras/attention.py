@@ -70,6 +70,9 @@ def draw_attention(probs: Tensor, tokens: list[str]) -> Any:
     return figure
 
 
+LARGEST_PICTURE = 12 * 12 * 100**2  # 100 tokens with base, which take 1.5 GiB
+
+
 def draw_text(source: str, text: str, out: str) -> None:
     """Draws a model's attention in a text to a file. source: a directory or a hub id."""
     if not Path(out).resolve().parent.is_dir():
@@ -81,6 +84,8 @@ def draw_text(source: str, text: str, out: str) -> None:
         model = Bert.from_pretrained(directory)
     check_tokenizer(model, tokenizer)
     ids = tokenizer.encode(text).ids  # with [CLS] and [SEP]
+    if model.config.encoder_layers * model.config.head_num * len(ids) ** 2 > LARGEST_PICTURE:
+        raise ValueError(f"{len(ids)} tokens make too large a picture: take a shorter text")
     probs = attention_probs(model, torch.tensor([ids]))
     tokens = [str(tokenizer.id_to_token(id)) for id in ids]
     draw_attention(probs, tokens).savefig(out, dpi=120)

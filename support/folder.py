@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,14 @@ def is_of_a_run(config: Path) -> bool:
     except ValueError:
         return False
     return isinstance(content, dict) and "out" in content
+
+
+def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Writes a model with its tokenizer. Until it is complete, the one before it stays."""
+    complete = folder.with_name(folder.name + ".unfinished")
+    model.save_pretrained(complete, tokenizer)
+    shutil.rmtree(folder, ignore_errors=True)
+    complete.rename(folder)
 
 
 def write_whole(path: Path, text: str) -> None:

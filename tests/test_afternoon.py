@@ -2,14 +2,19 @@
 finished is not run again, and the tables are computed from the lines of the runs.
 """
 
+import contextlib
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pytest
-from helpers import start, wait
+from helpers import ROOT, start, wait
 from strategies import write_rows
 
 import data
@@ -79,6 +84,7 @@ def test_each_change_of_the_recipe_changes_what_it_names_and_sees_as_many_tokens
             "batch_size": 32, "steps": 5000, "warmup_steps": 800, "eval_every": 500,
         },
         "rate-2e-3": {"learning_rate": 2e-3},
+        "rate-5e-4": {"learning_rate": 5e-4},
         "dropout": {"dropout": 0.1},
         "vocabulary-30522": {"tokenizer": "vocabulary"},
     }  # fmt: skip
@@ -110,7 +116,83 @@ def test_a_finished_stage_is_not_run_again(tmp_path):
     for _ in range(2):
         run_stage(stage)
     assert (tmp_path / "a/log").read_text() == "once\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.command"]
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_finished_stage_of_another_command_is_rejected(resumes, tmp_path):
+    """With another corpus, the results of the one before were shown as new ones."""
+    folder = tmp_path / "a"
+    run_stage(Stage(folder, writing("before"), resumes))
+    other = Stage(folder, writing("after"), resumes)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a was made by another command than this"):
+            run_stage(other)
+    (tmp_path / "a.command").unlink()  # a folder of an older version has none
+    with pytest.raises(RuntimeError, match="then: an unknown one"):
+        run_stage(other)
+    assert (folder / "log").read_text() == "before\n"
+
+
+@contextlib.contextmanager
+def held_by_another_process(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    code = """
+import pathlib, sys
+from support.folder import lock
+with lock(pathlib.Path(sys.argv[1])): print("locked", flush=True); sys.stdin.read()
+"""
+    line = [sys.executable, "-c", code, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, cwd=ROOT, **pipes) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield
+        process.communicate()
+
+
+def test_a_second_afternoon_in_the_same_folder_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(afternoon, "stages", lambda *_: ([Stage(tmp_path / "a", ["-c", ""])], []))
+    with (
+        held_by_another_process(tmp_path),
+        pytest.raises(SystemExit, match="in use by another process"),
+    ):
+        afternoon.main("corpus", "sst2", str(tmp_path))
+    assert not (tmp_path / "a.command").exists()
+
+
+def test_a_folder_that_a_command_still_writes_into_is_not_deleted(tmp_path):
+    """The command may outlive the afternoon that started it, if that was killed."""
+    unfinished = tmp_path / "a.unfinished"
+    with (
+        held_by_another_process(unfinished),
+        pytest.raises(ValueError, match="a.unfinished is in use by another process"),
+    ):
+        run_stage(Stage(tmp_path / "a", writing("second")))
+    assert unfinished.exists()
+
+
+def test_an_empty_folder_of_checkpoints_is_started_anew(tmp_path):
+    """It stays where the disk was full at the first checkpoint, and there is nothing to resume."""
+    stage = Stage(
+        tmp_path / "a", ["-c", "import sys; sys.exit('--resume' in sys.argv)"], resumes=True
+    )
+    stage.check_command()
+    (tmp_path / "a/checkpoints").mkdir(parents=True)
+    run_stage(stage)
+    (tmp_path / "a/checkpoints/step-000000000.pt").touch()
+    with pytest.raises(RuntimeError, match="this command failed"):
+        run_stage(stage)
+
+
+def test_make_hands_on_a_path_with_spaces_as_one_word():
+    line = ["make", "-n", "run", "afternoon", "CORPUS=my reviews", "SST2=a b", "RUN=my runs"]
+    printed = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = [shlex.split(command) for command in printed.splitlines()]
+    assert ["rm", "-rf", "my runs"] in commands
+    (started,) = (words for words in commands if "experiments.afternoon" in words)
+    assert started[-3:] == ["my reviews", "a b", "runs/afternoon"]
+    outs = [words[words.index("--out") + 1] for words in commands if "--out" in words]
+    assert outs == ["my runs/pretrain", "my runs/pretrained", "my runs/scratch"]
 
 
 def test_a_stage_that_failed_is_run_from_its_beginning(tmp_path):
@@ -123,9 +205,11 @@ def test_a_stage_that_failed_is_run_from_its_beginning(tmp_path):
 
 def test_a_stage_that_resumes_goes_on_in_its_folder(tmp_path):
     folder = tmp_path / "a"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "log").write_text("before\n")
     stage = Stage(folder, writing("after"), resumes=True)
+    stage.check_command()
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/step-000000000.pt").touch()
+    (folder / "log").write_text("before\n")
     for _ in range(2):  # the second time, it is finished
         run_stage(stage)
     assert (folder / "log").read_text() == "before\nafter\n"

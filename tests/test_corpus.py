@@ -445,6 +445,20 @@ def test_a_title_that_contains_train_does_not_hide_the_other_texts(streaming, tm
         data.get_dataset(str(tmp_path), streaming=streaming)
 
 
+def test_texts_that_are_links_or_end_in_upper_case_are_announced_by_their_names(tmp_path, capsys):
+    write_whole(tmp_path / "real/1.txt", "one")
+    (tmp_path / "here/train").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / f"here/train/{name}.txt").symlink_to(tmp_path / "real/1.txt")
+    write_whole(tmp_path / "here/LICENSE.TXT", "three")
+    assert list(data.get_dataset(str(tmp_path / "here"))["text"]) == ["one", "one"]
+    assert "1 of 3 texts, such as LICENSE.TXT, are not read" in capsys.readouterr().err
+    for name in ("1", "2", "3"):
+        write_whole(tmp_path / f"here/{name}.TXT", "more")
+    with pytest.raises(ValueError, match="4 of 6 texts, such as 1.TXT, are not read.*train/a.txt"):
+        data.get_dataset(str(tmp_path / "here"))
+
+
 def test_texts_in_folders_of_splits_are_read_and_others_announced(tmp_path, monkeypatch, capsys):
     """By a path with links and dots, too. A dataset card may leave a text out."""
     for name in ("train/a", "train/b", "validation/c", "LICENSE"):
@@ -459,9 +473,9 @@ def test_texts_in_folders_of_splits_are_read_and_others_announced(tmp_path, monk
         }
         announced = (
             f"{path}: 1 of 4 texts, such as LICENSE.txt, are not read, because a name like"
-            " train/a.txt makes a split"
+            " train/a.txt makes a split, or because"
         )
-        assert announced in capsys.readouterr().err.splitlines()
+        assert announced in capsys.readouterr().err
     card = "---\nconfigs:\n- config_name: default\n  data_files: train/a.txt\n---\n"
     (tmp_path / "here/README.md").write_text(card)
     assert list(data.get_dataset(".")["text"]) == ["train/a"]

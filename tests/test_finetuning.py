@@ -30,6 +30,7 @@ import data
 import train_sst2
 from bert import BertConfig, BertPretrainModel, SST2BertModel
 from support.curves import read_lines
+from support.folder import write_model
 from train_sst2 import SST2Options, best_epoch, evaluate, main, predict
 
 
@@ -329,9 +330,9 @@ def test_a_learning_rate_that_diverges_leaves_the_best_model_before_it(options, 
 
 def test_the_best_model_is_replaced_by_a_better_one_once_that_is_complete(tmp_path, monkeypatch):
     first, second = (SST2BertModel(TINY, PADDING) for _ in range(2))
-    train_sst2.save(first, small_tokenizer(), tmp_path)
+    write_model(first, small_tokenizer(), tmp_path / "model")
     (tmp_path / "model.unfinished").mkdir()  # of a process that was killed
-    train_sst2.save(second, small_tokenizer(), tmp_path)
+    write_model(second, small_tokenizer(), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     found = SST2BertModel.from_pretrained(tmp_path / "model").classifier.weight
     assert torch.equal(found, second.classifier.weight)
@@ -341,7 +342,7 @@ def test_the_best_model_is_replaced_by_a_better_one_once_that_is_complete(tmp_pa
 
     monkeypatch.setattr(SST2BertModel, "save_pretrained", full_disk)
     with pytest.raises(OSError, match="no space"):
-        train_sst2.save(first, small_tokenizer(), tmp_path)
+        write_model(first, small_tokenizer(), tmp_path / "model")
     found = SST2BertModel.from_pretrained(tmp_path / "model").classifier.weight
     assert torch.equal(found, second.classifier.weight)
 

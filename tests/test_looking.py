@@ -285,6 +285,16 @@ def test_a_run_without_its_training_lines_or_with_a_loss_that_is_null_is_drawn(t
     assert (tmp_path / "tuned/curves.png").exists()
 
 
+def test_a_picture_that_would_be_too_large_is_rejected_before_it_is_drawn(tmp_path, monkeypatch):
+    """Its memory grows with the square of the tokens: 40 GiB for base and 512."""
+    publish(tmp_path)  # 3 layers of 2 heads
+    monkeypatch.setattr(extras.attention, "LARGEST_PICTURE", 3 * 2 * 4**2)
+    monkeypatch.setattr(extras.attention, "draw_attention", mock.Mock())
+    draw_text(str(tmp_path), "a b", str(tmp_path / "a.png"))
+    with pytest.raises(ValueError, match="5 tokens make too large a picture"):
+        draw_text(str(tmp_path), "a b c", str(tmp_path / "a.png"))
+
+
 def test_a_picture_needs_a_tokenizer_that_fits(tmp_path):
     publish(tmp_path)
     tokenizer = small_tokenizer()

@@ -51,6 +51,18 @@ def test_a_vocabulary_has_a_token_for_each_line(tmp_path, end):
     assert data.load_tokenizer(tmp_path / "vocab.txt").get_vocab() == expected
 
 
+def test_a_cased_vocabulary_without_a_config_is_rejected(tmp_path):
+    """Text would be lowercased, and every word with a capital become [UNK]."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "Hund"]))
+    with pytest.raises(
+        ValueError, match='cased tokens, such as Hund: write {"do_lower_case": false}'
+    ):
+        data.load_tokenizer(tmp_path / "vocab.txt")
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    ids = data.load_tokenizer(tmp_path / "vocab.txt").encode("Hund").ids
+    assert ids[1] == len(VOCABULARY)
+
+
 def test_a_word_of_more_than_100_characters_is_unknown():
     tokenizer = small_tokenizer()
     assert tokenizer.encode("a" * 101).tokens == ["[CLS]", "[UNK]", "[SEP]"]
@@ -77,7 +89,10 @@ def test_padding_and_truncation_of_a_published_tokenizer_are_switched_off(tmp_pa
 @pytest.mark.parametrize(
     ("tokenizer_config", "ids"),
     [
-        ({}, ["a", "[UNK]"]),  # é becomes e, and E is no token of this vocabulary, but e is
+        (
+            {"model_max_length": 9},
+            ["a", "[UNK]"],
+        ),  # é becomes e, and E is no token of this vocabulary, but e is
         ({"do_lower_case": True}, ["a", "[UNK]"]),
         ({"do_lower_case": False}, ["A", "é"]),
         ({"do_lower_case": True, "strip_accents": False}, ["a", "é"]),
