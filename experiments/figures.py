@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from support.curves import means_of_seeds, plot_pretraining, read_lines
-from experiments import afternoon
+from experiments import afternoon, recipe
 from experiments.story import best_accuracies, mean_and_deviation
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -217,6 +217,24 @@ def draw_phases() -> Any:
     return figure
 
 
+def draw_recipe() -> Any:
+    """Draws the MLM loss of each change of the recipe, by tokens."""
+    figure = new_figure((7, 4.2))
+    axes = figure.subplots()
+    for name, (what, _) in recipe.changes("").items():
+        run = RESULTS / "recipe" / name / "pretrain"
+        if run.exists():
+            lines = read_lines(run, "validation")
+            style: dict[str, Any] = {"label": what}
+            if name == "base":
+                style = {"label": "as it is", "color": "black", "linewidth": 2}
+            axes.plot(np.array(lines["tokens"]) / 1e6, lines["mlm_loss"], **style)
+    axes.set(xlabel="million tokens", ylabel="MLM loss, nats", ylim=(4.5, 7),
+             title="the recipe of an afternoon, with one change")  # fmt: skip
+    axes.legend(fontsize=8)
+    return figure
+
+
 def draw_sst2() -> Any:
     """Draws SST-2 from scratch at three learning rates, and with pretrained weights."""
     figure = new_figure((14, 4.2))
@@ -276,7 +294,7 @@ def draw_mistakes() -> Any:
 
 
 def main() -> None:
-    for draw in (draw_phases, draw_sst2, draw_mistakes, draw_afternoon):
+    for draw in (draw_phases, draw_recipe, draw_sst2, draw_mistakes, draw_afternoon):
         file = RESULTS / f"{draw.__name__.removeprefix('draw_')}.png"
         draw().savefig(file, dpi=110)
         print(file)
