@@ -1001,8 +1001,8 @@ def get_dataset(
 
     path: "sample", a hub id, or a directory or file of parquet, jsonl or text; a .txt is one
     document. File names that contain train, validation or test make those splits, as `datasets` has
-    it; without such names, all is train. Raises ValueError if there is nothing to read, or if most
-    .txt files would not be.
+    it; without such names, all is train. Raises ValueError if there is nothing to read, or if half
+    of the .txt files or more would not be.
     """
     where = SAMPLE / "corpus" if path == "sample" else Path(path)
     if where.exists():
@@ -1074,7 +1074,7 @@ def visible_files(where: Path) -> list[Path]:
 
 def check_texts_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
     """Raises ValueError if the builder of a directory's data set would read texts by the line, or
-    would read less than half of them. If it reads most, those that it does not read are announced.
+    would read no more than half of them. If it reads more, those that are not read are announced.
 
     `datasets` leaves out a text whose path makes no split, once another one's does: a single
     night-train.txt hides a folder of books. And it has rules of its own for what kind a directory
@@ -1085,7 +1085,7 @@ def check_texts_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
     if getattr(builder.config, "sample_by", None) != "document":
         raise ValueError("its texts would be read by the line: name a folder of .txt files alone")
     card = where / "README.md"
-    if where.is_file() or (card.exists() and b"data_files" in card.read_bytes()):
+    if where.is_file() or (card.exists() and re.search(rb"data_(files|dir)", card.read_bytes())):
         return
     used = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
     texts = [file for file in visible_files(where) if file.suffix.lower() == ".txt"]
@@ -1093,13 +1093,13 @@ def check_texts_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
     left_out = [file for file in texts if file.resolve() not in used]
     if not left_out:
         return
-    example = read[0].relative_to(where)
+    example = read[0].relative_to(where) if read else min(used).name
     reason = (
         f"{len(left_out)} of {len(texts)} texts, such as {left_out[0].name}, are not read,"
         f" because a name like {example} makes a split, or because they do not end in .txt"
     )
-    if len(left_out) > len(texts) / 2:
-        raise ValueError(f"{reason}: rename it, or move it away")
+    if len(left_out) >= len(texts) / 2:
+        raise ValueError(f"{reason}: rename {example}, or move the others away")
     print(f"{where}: {reason}", file=sys.stderr)
 
 
@@ -1150,11 +1150,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def check_is_uncased(tokens: list[str]) -> None:
     """Raises ValueError if a token has upper case: text would be lowercased, and never match it."""
-    cased = [token for token in tokens if token != token.lower() and not token.startswith("[")]
+    special = ("[", "<")  # [MASK], and <S> in Google's Chinese vocabulary
+    cased = [token for token in tokens if token != token.lower() and not token.startswith(special)]
     if cased:
         raise ValueError(
             f'it has cased tokens, such as {cased[0]}: write {{"do_lower_case": false}} into a'
-            " tokenizer_config.json beside it"
+            " tokenizer_config.json beside it (or true, if text is to be lowercased all the same)"
         )
 
 

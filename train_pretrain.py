@@ -541,16 +541,17 @@ def probe(
 def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
     """Prints the metrics of --weights on the validation split, and writes nothing."""
     tokenizer = load_tokenizer(options)
-    corpus = load_corpora(options, tokenizer, ["validation"])["validation"]
     model = make_model(options, tokenizer).to(device)
     # A head that the weights lack is new and random.
     missing = ", ".join(model.missing_parameters)
     if "mlm_" in missing:
         raise ValueError(f"--steps 0: {options.weights} has no head to evaluate: {missing}")
+    corpus = load_corpora(options, tokenizer, ["validation"])["validation"]
     validation = make_validation(options, corpus, tokenizer, device)
     metrics = evaluate(model, validation, options.precision)
     if "nsp." in missing or "pooler." in missing:
         metrics = {name: v for name, v in metrics.items() if not name.startswith("nsp_")}
+        print("NSP is not evaluated: the weights have no head for it")
     pairs = sum(len(batch["nsp_labels"]) for batch in validation)
     print(f"{options.weights}, {pairs} pairs of the validation split, {options.precision}")
     for name, value in metrics.items():
@@ -773,9 +774,7 @@ def what_identifies(
 
 def pretrain(options: PretrainOptions) -> None:
     """Pretrains a model, or evaluates one with --steps 0: the whole of this script."""
-    rank, world_size = join_processes(options.device)
-    if options.accumulate % world_size:
-        raise ValueError(f"--accumulate {options.accumulate} is no multiple of {world_size} ranks")
+    rank, world_size = join_processes(options.device, options.accumulate)
     device = choose_device(options.device)
     options = replace(options, precision=choose_precision(options.precision, device))
     if options.steps == 0:

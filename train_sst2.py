@@ -398,10 +398,8 @@ def label_names(weights: str) -> Sequence[str]:
         return LABELS
     names = [published.get(str(i)) for i in range(len(LABELS))]
     given = [name for name in names if isinstance(name, str) and name]
-    if len(given) < len(LABELS) or given == [
-        "LABEL_0",
-        "LABEL_1",
-    ]:  # those mean that none was given
+    unnamed = ["LABEL_0", "LABEL_1"]  # what transformers writes where no names are known
+    if len(given) < len(LABELS) or given == unnamed:
         return LABELS
     return given
 

@@ -55,20 +55,6 @@ class Stage:
     def is_finished(self) -> bool:
         return (self.folder / "model").exists() if self.resumes else self.folder.exists()
 
-    def check_command(self) -> None:
-        """Notes the command beside the folder, for the next time. Raises RuntimeError if the folder
-        is there and was made by another command: with another corpus, or in an older version.
-        """
-        noted = Path(f"{self.folder}.command")
-        command = shlex.join([*self.command, str(self.folder)])
-        before = noted.read_text(encoding="utf-8") if noted.exists() else "an unknown one"
-        if self.folder.exists() and before != command:
-            raise RuntimeError(
-                f"{self.folder} was made by another command than this: name another folder, or"
-                f" delete it\n  then: {before}\n  now:  {command}"
-            )
-        write_whole(noted, command)
-
 
 def stages(corpus: str, sst2: str, out: Path) -> tuple[list[Stage], list[Stage]]:
     """Returns what is run one after the other, and what may run at the same time afterwards."""
@@ -97,6 +83,26 @@ def stages(corpus: str, sst2: str, out: Path) -> tuple[list[Stage], list[Stage]]
     return one_by_one, together
 
 
+def check_commands(out: Path, stages: list[Stage]) -> None:
+    """Notes the commands of an afternoon in its folder, for the next time. Raises RuntimeError if
+    other commands have made what is there: with another corpus, or in an older version.
+
+    Paths are noted relative to the folder, so that it can be moved.
+    """
+    lines = []
+    for stage in stages:
+        words = [*stage.command, str(stage.folder)]
+        lines.append(shlex.join([word.removeprefix(f"{out}/") for word in words]))
+    commands, noted = "\n".join(lines) + "\n", out / "commands.txt"
+    before = noted.read_text(encoding="utf-8") if noted.exists() else "it does not say which\n"
+    if before != commands and any(stage.folder.exists() for stage in stages):
+        raise RuntimeError(
+            f"{out} was made by other commands than these: name another folder, or delete it"
+            f"\nthen:\n{before}now:\n{commands}"
+        )
+    write_whole(noted, commands)
+
+
 def run_stage(stage: Stage, log: Path | None = None) -> None:
     """Runs the command of a stage, unless it is finished.
 
@@ -104,9 +110,8 @@ def run_stage(stage: Stage, log: Path | None = None) -> None:
     left there is deleted first. A stage that resumes writes into FOLDER itself.
     log: for a command that runs beside others: it has one thread, and prints into this file. By
     default it has all cores, and the terminal.
-    Raises RuntimeError if the command fails, and if another command made the folder.
+    Raises RuntimeError if the command fails.
     """
-    stage.check_command()
     if stage.is_finished():
         return
     folder = stage.folder if stage.resumes else Path(f"{stage.folder}.unfinished")
@@ -146,6 +151,7 @@ def run(corpus: str, sst2: str, out: Path) -> None:
     one_by_one, together = stages(corpus, sst2, out)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
+        check_commands(out, [*one_by_one, *together])
         for stage in one_by_one:
             run_stage(stage)
         run_at_the_same_time([[stage] for stage in together])

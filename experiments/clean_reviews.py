@@ -11,6 +11,7 @@ import datasets
 
 import data
 from experiments.lines import print_lines
+from support.folder import lock
 
 LINE_BREAK = "<br />"
 
@@ -32,11 +33,12 @@ def clean_reviews(corpus: str, out: str) -> Iterator[dict]:
         parts["validation"] = [splits["validation"]]
     folder = Path(out)
     folder.mkdir(parents=True)
-    for name, rows in parts.items():
-        texts = datasets.concatenate_datasets([part.select_columns("text") for part in rows])
-        cleaned = texts.map(without_breaks)
-        cleaned.to_parquet(folder / f"{name}.parquet")
-        yield {"split": name, "reviews": len(cleaned)}
+    with lock(folder):
+        for name, rows in parts.items():
+            texts = datasets.concatenate_datasets([part.select_columns("text") for part in rows])
+            cleaned = texts.map(without_breaks)
+            cleaned.to_parquet(folder / f"{name}.parquet")
+            yield {"split": name, "reviews": len(cleaned)}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import data
 from experiments.lines import print_lines
+from support.folder import lock
 
 
 def fewer_labels(dataset: str, every: str, out: str) -> Iterator[dict]:
@@ -16,12 +17,13 @@ def fewer_labels(dataset: str, every: str, out: str) -> Iterator[dict]:
     split.
     """
     Path(out).mkdir(parents=True)
-    for split in ("train", "validation"):
-        rows = data.get_dataset(dataset, split=split)
-        if split == "train":
-            rows = rows.select(range(0, len(rows), int(every)))
-        rows.to_parquet(f"{out}/{split}.parquet")
-        yield {"split": split, "rows": len(rows)}
+    with lock(Path(out)):
+        for split in ("train", "validation"):
+            rows = data.get_dataset(dataset, split=split)
+            if split == "train":
+                rows = rows.select(range(0, len(rows), int(every)))
+            rows.to_parquet(f"{out}/{split}.parquet")
+            yield {"split": split, "rows": len(rows)}
 
 
 if __name__ == "__main__":

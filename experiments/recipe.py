@@ -6,12 +6,14 @@ The third word is a tokenizer with another vocabulary, as train_pretrain.py take
 the same line goes on, as `make afternoon` does.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
 from experiments.afternoon import (
     RECIPE,
     Stage,
+    check_commands,
     ends_in_one_message,
     run_at_the_same_time,
     run_stage,
@@ -95,6 +97,7 @@ def main(corpus: str, sst2: str, vocabulary: str, out: str) -> None:
     first, chains = stages(corpus, sst2, vocabulary, Path(out))
     Path(out).mkdir(parents=True, exist_ok=True)
     with ends_in_one_message(), lock(Path(out)):
+        check_commands(Path(out), [*first, *itertools.chain(*chains)])
         for stage in first:
             run_stage(stage)
         for chain in chains:

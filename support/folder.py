@@ -31,9 +31,9 @@ def run_folder(options: Any, rank: int = 0) -> Iterator[Path]:
     with contextlib.ExitStack() as stack:
         if rank == 0:
             can_resume = hasattr(options, "resume")
-            if not resume:
-                check_holds_no_run(out, can_resume)
             try:
+                if not resume:
+                    check_holds_no_run(out, can_resume)
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock(out))
             except OSError as error:
@@ -67,7 +67,7 @@ def check_lies_outside(out: str, source: str | None, flag: str) -> None:
     if source in (None, "sample") or not Path(source).is_dir():
         return
     if Path(out).resolve().is_relative_to(Path(source).resolve()):
-        raise ValueError(f"--out {out} lies inside {flag} {source}, and would become a part of it")
+        raise ValueError(f"--out {out} lies inside {flag} {source}, and may become a part of it")
 
 
 def check_holds_no_run(out: Path, can_resume: bool) -> None:
@@ -99,7 +99,10 @@ def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes a model with its tokenizer. Until it is complete, the one before it stays."""
     complete = folder.with_name(folder.name + ".unfinished")
     model.save_pretrained(complete, tokenizer)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.exists():
+        shutil.rmtree(folder)
     complete.rename(folder)
 
 

@@ -21,8 +21,11 @@ def process_group_backend(device: str | None, has_cuda: bool) -> str:
     return "gloo"
 
 
-def join_processes(device: str | None = None) -> tuple[int, int]:
+def join_processes(device: str | None = None, micro_batches: int = 0) -> tuple[int, int]:
     """Joins the process group of torchrun. Returns this process's rank and the number of ranks.
+
+    Raises ValueError if the ranks cannot share the micro-batches of a step. It does so before any
+    has joined: one that joins while the others leave would fail with another error.
 
     Without torchrun, returns 0 and 1. A single rank under torchrun forms a group, too, so that nccl
     can be tested with one GPU.
@@ -41,6 +44,9 @@ def join_processes(device: str | None = None) -> tuple[int, int]:
             f"--device {device} would put all {world_size} ranks on one GPU; with --device cuda"
             " each takes its own"
         )
+
+    if micro_batches % world_size:
+        raise ValueError(f"--accumulate {micro_batches} is no multiple of {world_size} ranks")
 
     # Imported later, its default arguments would hold a reference to the group.
     import torch.distributed.nn

@@ -116,22 +116,28 @@ def test_a_finished_stage_is_not_run_again(tmp_path):
     for _ in range(2):
         run_stage(stage)
     assert (tmp_path / "a/log").read_text() == "once\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.command"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("resumes", [False, True])
-def test_a_finished_stage_of_another_command_is_rejected(resumes, tmp_path):
+def test_an_afternoon_over_the_results_of_other_commands_is_rejected(tmp_path, monkeypatch):
     """With another corpus, the results of the one before were shown as new ones."""
-    folder = tmp_path / "a"
-    run_stage(Stage(folder, writing("before"), resumes))
-    other = Stage(folder, writing("after"), resumes)
+    out = tmp_path / "out"
+
+    def begin(out: Path, text: str) -> None:
+        stage_list = [Stage(out / "a", writing(text))]
+        monkeypatch.setattr(afternoon, "stages", lambda *_: (stage_list, []))
+        afternoon.run("corpus", "sst2", out)
+
+    begin(out, "before")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="a was made by another command than this"):
-            run_stage(other)
-    (tmp_path / "a.command").unlink()  # a folder of an older version has none
-    with pytest.raises(RuntimeError, match="then: an unknown one"):
-        run_stage(other)
-    assert (folder / "log").read_text() == "before\n"
+        with pytest.raises(RuntimeError, match="out was made by other commands than these"):
+            begin(out, "after")
+    out.rename(tmp_path / "moved")
+    begin(tmp_path / "moved", "before")  # the same ones go on
+    (tmp_path / "moved/commands.txt").unlink()  # a folder of an older version has none
+    with pytest.raises(RuntimeError, match="it does not say which"):
+        begin(tmp_path / "moved", "before")
+    assert (tmp_path / "moved/a/log").read_text() == "before\n"
 
 
 @contextlib.contextmanager
@@ -157,7 +163,7 @@ def test_a_second_afternoon_in_the_same_folder_is_rejected(tmp_path, monkeypatch
         pytest.raises(SystemExit, match="in use by another process"),
     ):
         afternoon.main("corpus", "sst2", str(tmp_path))
-    assert not (tmp_path / "a.command").exists()
+    assert not (tmp_path / "commands.txt").exists()
 
 
 def test_a_folder_that_a_command_still_writes_into_is_not_deleted(tmp_path):
@@ -176,7 +182,6 @@ def test_an_empty_folder_of_checkpoints_is_started_anew(tmp_path):
     stage = Stage(
         tmp_path / "a", ["-c", "import sys; sys.exit('--resume' in sys.argv)"], resumes=True
     )
-    stage.check_command()
     (tmp_path / "a/checkpoints").mkdir(parents=True)
     run_stage(stage)
     (tmp_path / "a/checkpoints/step-000000000.pt").touch()
@@ -206,7 +211,6 @@ def test_a_stage_that_failed_is_run_from_its_beginning(tmp_path):
 def test_a_stage_that_resumes_goes_on_in_its_folder(tmp_path):
     folder = tmp_path / "a"
     stage = Stage(folder, writing("after"), resumes=True)
-    stage.check_command()
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/step-000000000.pt").touch()
     (folder / "log").write_text("before\n")
@@ -247,8 +251,9 @@ def test_the_stages_of_a_chain_run_one_after_the_other(tmp_path):
     assert all((tmp_path / name).exists() for name in ("slow", "last", "other"))
 
 
-def test_no_other_stage_starts_once_one_has_failed(tmp_path):
+def test_no_other_stage_starts_once_one_has_failed(tmp_path, monkeypatch):
     """Of a chain that runs beside the one that fails, too."""
+    monkeypatch.setattr(afternoon.os, "cpu_count", lambda: 2)
     late = "import os, sys, time; time.sleep(1); os.mkdir(sys.argv[1])"
     chain = [Stage(tmp_path / "running", ["-c", late]), Stage(tmp_path / "never", ["-c", late])]
     with pytest.raises(RuntimeError, match="this command failed"):

@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -457,6 +458,15 @@ def test_texts_that_are_links_or_end_in_upper_case_are_announced_by_their_names(
         write_whole(tmp_path / f"here/{name}.TXT", "more")
     with pytest.raises(ValueError, match="4 of 6 texts, such as 1.TXT, are not read.*train/a.txt"):
         data.get_dataset(str(tmp_path / "here"))
+
+
+def test_texts_beside_an_archive_that_makes_a_split_are_named(tmp_path):
+    for name in ("a", "b"):
+        write_whole(tmp_path / f"{name}.txt", name)
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("c.txt", "c")
+    with pytest.raises(ValueError, match="2 of 2 texts, such as a.txt, are not read"):
+        data.get_dataset(str(tmp_path))
 
 
 def test_texts_in_folders_of_splits_are_read_and_others_announced(tmp_path, monkeypatch, capsys):

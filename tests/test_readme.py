@@ -139,7 +139,9 @@ def test_the_results_of_the_afternoon_are_those_of_the_raw_lines():
     assert len(rows) >= 10
     for row in rows:
         assert row in page
-    for row in recipe.table(figures.RESULTS / "recipe"):
+    recipes = recipe.table(figures.RESULTS / "recipe")
+    assert len(recipes) == 2 + 5
+    for row in recipes:
         assert row in page
     (annealed,) = story.best_accuracies(figures.AFTERNOON / "annealed-2500.jsonl")
     assert f"9.7 million tokens, has {annealed:.1f} (" in page

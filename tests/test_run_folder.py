@@ -18,14 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, contents, run, weights_of
-from strategies import LETTERS, small_tokenizer, write_corpus
+from strategies import LETTERS, PADDING, SMALL, publish, small_tokenizer, write_corpus
 
 import data
 import support.run
 import train_pretrain
 import train_sst2
+from bert import BertPretrainModel
 from support.checkpoints import checkpoint_paths, save_checkpoint
-from support.folder import check_lies_outside, run_folder, write_line
+from support.folder import check_lies_outside, run_folder, write_line, write_model
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options
 
@@ -186,7 +187,7 @@ def test_a_run_inside_its_own_corpus_is_rejected(out, options, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path / "corpus")
     for dataset in ("corpus", str(tmp_path / "corpus"), "link"):
-        message = f"--out {out} lies inside --dataset {dataset}, and would become a part of it"
+        message = f"--out {out} lies inside --dataset {dataset}, and may become a part of it"
         with pytest.raises(ValueError, match=re.escape(message)):
             run(replace(options, out=out, dataset=dataset))
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -200,6 +201,34 @@ def test_a_run_inside_its_own_corpus_is_rejected(out, options, tmp_path, monkeyp
     check_lies_outside("sample/run", "sample", "--dataset")  # a name, and not this folder
     run(replace(options, out="corpus-runs/x", dataset="corpus/corpus.jsonl", steps=1))
     run(replace(options, out="corpus/x", dataset="corpus/corpus.jsonl", steps=1))  # a file alone
+
+
+def test_half_a_model_is_no_model(options, monkeypatch):
+    """A process may be killed, or the disk be full, while it writes one."""
+
+    def half(model, folder, tokenizer):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(train_pretrain.BertPretrainModel, "save_pretrained", half)
+    out = Path(options.out)
+    with pytest.raises(OSError, match="no space"):
+        run(replace(options, export_steps=(1,)))
+    assert not (out / "models/step-1").exists()
+    (out / "models/step-1.unfinished/model.safetensors").unlink()
+    (out / "models/step-1.unfinished").rmdir()
+    with pytest.raises(OSError, match="no space"):
+        run(replace(options, resume=True))
+    assert not (out / "model").exists()
+
+
+def test_a_model_that_was_moved_and_linked_is_replaced(tmp_path):
+    publish(tmp_path / "elsewhere")
+    (tmp_path / "model").symlink_to("elsewhere")
+    write_model(BertPretrainModel(SMALL, PADDING), small_tokenizer(), tmp_path / "model")
+    assert not (tmp_path / "model").is_symlink()
+    assert (tmp_path / "elsewhere/config.json").exists()
 
 
 def test_fine_tuning_does_not_advise_a_flag_that_it_lacks(tmp_path):

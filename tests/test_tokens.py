@@ -53,6 +53,10 @@ def test_a_vocabulary_has_a_token_for_each_line(tmp_path, end):
 
 def test_a_cased_vocabulary_without_a_config_is_rejected(tmp_path):
     """Text would be lowercased, and every word with a capital become [UNK]."""
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join([*VOCABULARY, "<S>"])
+    )  # as in Google's Chinese one
+    data.load_tokenizer(tmp_path / "vocab.txt")
     (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "Hund"]))
     with pytest.raises(
         ValueError, match='cased tokens, such as Hund: write {"do_lower_case": false}'

@@ -339,7 +339,9 @@ def test_steps_0_evaluates_no_head_that_the_weights_lack(options, tmp_path, caps
     save_file(kept, weights / "model.safetensors")
     capsys.readouterr()
     pretrain(replace(options, weights=str(weights), steps=0))
-    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    announced, _, *rows = capsys.readouterr().out.splitlines()
+    assert announced == "NSP is not evaluated: the weights have no head for it"
+    shown = [row.split()[0] for row in rows]
     assert shown == ["mlm_loss", "perplexity", "mlm_accuracy", "most_frequent_prediction"]
 
 
