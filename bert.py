@@ -238,8 +238,8 @@ class EncoderLayer(nn.Module):
     layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
     models compute x + f(LayerNorm(x)) ("pre-LN"). There a path from the embeddings to the last
     layer's output passes through no LayerNorm. The gradient flows along it unchanged, and
-    training works without warmup. The sum on this path grows from layer to layer, so one LayerNorm
-    follows the last one.
+    training works without warmup. The sum on this path grows from layer to layer, so such a model
+    ends with one more LayerNorm, after its last layer.
 
     Differs: [Code] approximates GELU by a tanh (at most 5e-4 off); this is GELU itself.
     """
@@ -314,7 +314,7 @@ class Bert(PretrainedModel):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)  # the models with heads initialize only these
+        self.apply(self.init_weights)  # so a model with heads has only these left to initialize
 
     def forward(
         self,
@@ -474,7 +474,7 @@ FIXED_FIELDS = {  # what config.json says of every BERT; other values mean anoth
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-COPIES = {  # a tensor that many published files have twice: its second name, and its first
+COPIES = {  # many published files hold a tensor twice: the name of the copy, that of the original
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
@@ -523,7 +523,7 @@ def load_pretrained(cls: type[PretrainedModel], source: str | Path, changes: dic
         }
         tensors = read_tensors(directory)
         unused_heads = check_tensors(tensors, our_names)
-        if "cls.predictions.bias" in our_names:
+        if "cls.predictions.bias" in our_names:  # the model has a head for masked tokens
             check_decoder(tensors)
         state = {our_names[name]: tensors[name] for name in tensors if name in our_names}
         model.missing_parameters = model.load_state_dict(state, strict=False).missing_keys
@@ -598,14 +598,15 @@ def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, i
         raise ValueError("config.json has no 'hidden_size'")
 
     hidden_size = published["hidden_size"]
-    sizes = {"attention_d_k": hidden_size, "attention_d_v": hidden_size}  # unless it has its own
+    # Most files do not name d_k and d_v.
+    values = {"attention_d_k": hidden_size, "attention_d_v": hidden_size}
     for field in fields(BertConfig):
         key = PUBLISHED_FIELDS.get(field.name, field.name)
         if key in published:
-            sizes[field.name] = published[key]
-    config = BertConfig(**{**sizes, **changes})
+            values[field.name] = published[key]
+    config = BertConfig(**{**values, **changes})
 
-    padding_idx = published.get("pad_token_id") or 0
+    padding_idx = published.get("pad_token_id") or 0  # it may be absent, or null
     if type(padding_idx) is not int or not 0 <= padding_idx < config.vocab_size:
         raise ValueError(f"pad_token_id is {padding_idx!r}, of {config.vocab_size} tokens")
     return config, padding_idx
@@ -630,10 +631,10 @@ def find_weights(directory: Path) -> list[Path]:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index.name} names no shards")
             shards = sorted(directory / str(shard) for shard in set(weight_map.values()))
-        missing = [shard.name for shard in shards if not shard.exists()]
-        if missing:
-            names = ", ".join(missing)
-            raise ValueError(f"of the shards that {index.name} names, {names} is missing")
+            missing = [shard.name for shard in shards if not shard.exists()]
+            if missing:
+                names = ", ".join(missing)
+                raise ValueError(f"of the shards that {index.name} names, {names} is missing")
         if shards:
             return shards
     raise ValueError(f"it has neither {' nor '.join(WEIGHT_FILES)}")
@@ -642,7 +643,7 @@ def find_weights(directory: Path) -> list[Path]:
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Returns all tensors of a model, by published name without the prefix `bert.`.
 
-    A tensor that the files have only under its second name gets its first one, too.
+    A tensor of which the files have only the copy (`COPIES`) is returned as the original, too.
 
     An old .bin file is a pickle. `weights_only` reads tensors from it and runs no code.
     """
@@ -697,8 +698,8 @@ def check_tensors(tensors: dict[str, Tensor], known: Container[str]) -> list[str
 
 
 def check_decoder(tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError if the files hold a decoder of its own. Here the decoder is the matrix of
-    the embeddings: one tensor, which published files may have under two names.
+    """Raises ValueError if the files hold a decoder that is no copy of the embeddings. Here both
+    are one matrix.
     """
     for copy, original in COPIES.items():
         if copy in tensors and not torch.equal(tensors[copy], tensors[original]):
@@ -804,7 +805,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def is_tokenizer_of(tokenizer: Any, saved_hash: str) -> bool:
     """Returns whether a tokenizer has the hash that was saved with a model.
 
-    The first version of this project saved the hash of the vocabulary alone, without "v2-".
+    A hash without "v2-", which older models have, is of the vocabulary alone.
     """
     if saved_hash.startswith("v2-"):
         return tokenizer_hash(tokenizer) == saved_hash

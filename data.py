@@ -109,7 +109,7 @@ def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> T
     Differs: a word of more than 100 characters is [UNK], as in transformers; in [Code] one of more
     than 200.
     """
-    # A plain Tokenizer can do more than this wrapper of it.
+    # BertWordPieceTokenizer wraps a Tokenizer and hides most of its methods: take that out.
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
 
 
@@ -135,6 +135,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=fixed_tokens, show_progress=False
     )
     untrained.train_from_iterator(texts, trainer)
+    # Made anew: to the trained one, every character is a special token.
     return wordpiece(untrained.get_vocab())
 
 
@@ -179,6 +180,7 @@ def tokenize_documents(
         parts = text if isinstance(text, list) else [text]
         for i, part in enumerate(parts):
             if not isinstance(part, str | None):
+                # With 1, a list of parts is one row whose text is a list.
                 row = index * rows_per_document + (i if rows_per_document > 1 else 0)
                 raise ValueError(f"row {row}: {column} is {type(part).__name__}, not text")
         text = "\n\n".join(part for part in parts if part)
@@ -222,7 +224,8 @@ def tokenize_dataset(
     largest_id = max(tokenizer.get_vocab().values())  # a vocabulary may have holes
     tokens = List(Value("uint16" if largest_id < 2**16 else "uint32"))
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
-    # The documents of a call become one chunk of the stored table.
+    # The documents of a call become one chunk of the stored table: about 1,000 chunks, each of 16
+    # to 1,000 documents.
     documents_per_call = min(max(len(dataset) // 1000, 16), 1000)
     return dataset.map(
         tokenize_documents,
@@ -249,9 +252,11 @@ class TokenizedCorpus:
     """All documents with two sentences or more: one array of tokens, mapped from disk, and two of
     starts.
 
-        tokens            6 3 7 9 . 4 4 . 8 1 5 . 2 2 .     all documents, end to end: `tokens()`
+        tokens            6 3 7 9 1 4 4 1 8 3 5 1 2 2 1     all documents, end to end: `tokens()`
         sentence_starts   0         5     8       12    15  the last entry is the end of the corpus
         document_starts   0               8             15  two documents here
+
+    (The token 1 is the full stop here.)
 
     sentence_starts, document_starts: int64, positions, in memory, 8 bytes an entry.
     skipped: how many documents were left out, and why.
@@ -418,7 +423,9 @@ def draw_pair(
        seam less than target / 2 tokens from it. So a true pair at this seam usually contains the
        position.
     3. Find a seam of the same kind (it starts a sentence or does not) in another document.
-    4. Draw segment A's share of the pair, and toss two coins. `place_pair` does the rest.
+    4. Draw segment A's share of the pair, and toss two coins. Coin A chooses the seam at which
+       segment A ends, coin B the one at which segment B starts: 0 is the seam of step 2, 1 that of
+       step 3. Two equal coins make a true pair. `place_pair` carries this out.
 
     Properties:
     - The label is independent of segment A alone, of segment B alone, and of both lengths, in any
@@ -498,9 +505,9 @@ def find_other_seam(
     The kinds can differ only if step 2 fails, too: if nearly every token of all other documents is
     a sentence of its own.
     """
-    reaches = [reach] * MAX_REDRAWS
-    reaches += [math.inf if seam.starts_sentence else 0] * MAX_REDRAWS
-    for current_reach in reaches:
+    # With an infinite reach, `find_seam` gives a sentence start; with 0, the position itself.
+    forcing_reach = math.inf if seam.starts_sentence else 0
+    for current_reach in [reach] * MAX_REDRAWS + [forcing_reach] * MAX_REDRAWS:
         position = draw_outside(rng, seam.document_start, seam.document_end, len(corpus))
         other = find_seam(corpus, position, current_reach)
         if other.starts_sentence == seam.starts_sentence:
@@ -521,8 +528,8 @@ def place_pair(
 ) -> Pair:
     """Returns the pair, of at most `target` tokens, that two seams and two coins make.
 
-    1. The room before: how many tokens their documents have before both seams, at least. The room
-       after: how many they have after both seams, at least.
+    1. The room before: the number of tokens from the start of the document to the seam, the
+       smaller one of the two seams. The room after: likewise, from the seam to the end.
     2. The lengths. The pair has `target` tokens, or fewer if both rooms together have less. Segment
        A gets one token plus the fraction `share_of_a`, from 0 to 1, of the remaining ones, but at
        most the room before. Segment B gets the rest, at most the room after; what exceeds it goes
@@ -535,8 +542,8 @@ def place_pair(
     pair is random. With coins 0 and 0, segment B is 28 .. 35.
 
     Measured: the first and last tokens of a document get into half as many examples as those in its
-    middle. (If the length of A were drawn from shortest_a to longest_a instead of clamped to them,
-    it would be a tenth as many in long documents.)
+    middle. (If the length of A were drawn from those that fit, instead of clamped to them, it would
+    be a tenth as many in long documents.)
 
     Why a leak remains: let one seam have 10 tokens before it and 40 after it, the other one 30
     and 20. Segment A gets at most 10 tokens: at the first seam it starts the document. Segment B
@@ -567,11 +574,11 @@ MASKED_SHARE = 0.15
 def masked_count(candidates: np.ndarray) -> int:
     """Returns how many of the candidates are masked: 15%, and at least one. [BERT] §3.1 task 1.
 
-    Differs: [Code] takes 15% of all tokens, [CLS] and [SEP] included, though it masks none of
-    these: one position more in an example of 64 tokens. It masks max_predictions_per_seq at most.
-
     An example without a masked position would teach the masked language model nothing, and a batch
     of such examples would have a mean loss of 0 / 0.
+
+    Differs: [Code] takes 15% of all tokens, [CLS] and [SEP] included, though it masks none of
+    these: one position more in an example of 64 tokens. It masks max_predictions_per_seq at most.
     """
     return max(1, round(MASKED_SHARE * len(candidates)))
 
@@ -732,11 +739,11 @@ class PretrainDataset(Dataset):
         token_type_ids = np.zeros(len(input_ids), dtype=np.int64)
         token_type_ids[first_sep + 1 :] = 1
 
-        columns = np.arange(last_sep)
+        columns = np.arange(last_sep)  # without the last [SEP]
         candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])
         if self.whole_word_masking:
-            # The difference is 1 within a segment, and 2 at its first token: a ## piece
-            # there continues no word.
+            # The difference is 1 within a segment, and 2 at its first token (`prepend` makes it so
+            # for segment A): a ## piece there continues no word.
             follows_candidate = np.diff(candidates, prepend=-1) == 1
             continues_word = follows_candidate & self.is_piece[input_ids[candidates]]
             masked_positions = choose_words(candidates, continues_word, rng)
@@ -854,9 +861,8 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
     """
     source = str(SAMPLE / "reviews") if path == "sample" else path
     rows = get_dataset(source, name, split)
-    names = [name for name in ("sentence", "text") if name in rows.column_names]
-    column = names[0] if names else None
-    if column is None or "label" not in rows.column_names:
+    column = "sentence" if "sentence" in rows.column_names else "text"
+    if not {column, "label"} <= set(rows.column_names):
         raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
     texts, labels = list(rows[column]), list(rows["label"])
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
@@ -948,9 +954,11 @@ def get_corpus(
     The part to train on is `train_split`, as `datasets` spells it: "train", "train+unsupervised",
     "train[:10%]". The validation part is the split of that name; where there is none, or where it
     is trained on, it is the last 1% of the documents of `train_split` that have two sentences or
-    more, and at least two of them. stage_1: further arguments of `tokenize_dataset`.
+    more, and at least two of them. name: the configuration of a hub data set that has several.
+    stage_1: further arguments of `tokenize_dataset`.
     """
     splits = get_dataset(path, name, split=None)
+    # It is trained on if `train_split` names it: train+validation.
     has_validation = "validation" in splits and "validation" not in train_split
     if split == "validation" and has_validation:
         return TokenizedCorpus(tokenize_dataset(splits["validation"], tokenizer, **stage_1))
@@ -961,7 +969,8 @@ def get_corpus(
     usable = np.flatnonzero(np.asarray(rows["sentences"][:]) > 1)
     if len(usable) < 4:
         raise ValueError(f"{path}: {len(usable)} of 4 documents needed; see --rows-per-document")
-    cut = usable[-max(2, len(usable) // 100)]
+    held_out = max(2, len(usable) // 100)
+    cut = usable[-held_out]  # the row at which the validation part starts
     part = range(cut) if split == "train" else range(cut, len(rows))
     return TokenizedCorpus(rows.select(part))
 
@@ -1041,6 +1050,7 @@ def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
     folder = where.parent.resolve() if where.is_file() else where.absolute()
     if set("[]*?") & set(str(folder)):
         raise ValueError(f"{folder}: the library takes [ ] * ? in a folder's name for a pattern")
+    # The library reads no .TXT: `check_texts_are_read` names those.
     visible = [file for file in visible_files(where) if file.suffix in KINDS]
     kinds = Counter(".json" if file.suffix == ".jsonl" else file.suffix for file in visible)
     ranked = kinds.most_common()
@@ -1133,9 +1143,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             vocabulary = {token: i for i, token in enumerate(tokens)}
             about = path.with_name("tokenizer_config.json")
-            if not about.exists():
+            if about.exists():
+                tokenizer = wordpiece(vocabulary, **read_normalizer(about))
+            else:
                 check_is_uncased(tokens)
-            tokenizer = wordpiece(vocabulary, **read_normalizer(about))
+                tokenizer = wordpiece(vocabulary)
         else:
             tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise
@@ -1163,8 +1175,6 @@ def read_normalizer(path: Path) -> dict[str, bool | None]:
     """Returns how a published tokenizer_config.json says that text is normalized; a vocab.txt alone
     does not tell whether it is cased.
     """
-    if not path.exists():
-        return {}
     names = {  # ours -> those of the file
         "lowercase": "do_lower_case",
         "strip_accents": "strip_accents",

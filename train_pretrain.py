@@ -7,8 +7,8 @@
 
 Writes into the folder --out:
     config.json    the options
-    metrics.jsonl  a line for every log and every evaluation; losses in nats. A log with "step" 10
-                   is of the eleventh step, an evaluation with "step" 10 comes before that step
+    metrics.jsonl  a line for every log and every evaluation; losses in nats. "step" counts the
+                   updates before it: an evaluation is of the model after these, a log of the next
     checkpoints/   the last two; a run that was killed at any point resumes exactly with --resume
     model/         weights and tokenizer in the published format
     curves.png     loss and accuracies over the steps
@@ -228,7 +228,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     moved = {}
     for name, tensor in batch.items():
         if device.type == "cuda":
-            tensor = tensor.pin_memory()
+            tensor = tensor.pin_memory()  # itself, if the loader has pinned it
         moved[name] = tensor.to(device, non_blocking=True)
     return moved
 
@@ -244,7 +244,7 @@ def forward(
         mlm_logits, nsp_logits = model(
             batch["input_ids"], batch["token_type_ids"], positions=batch["positions"]
         )
-    if precision == "bfloat16":
+    if precision == "bfloat16":  # not always: a model in float64 keeps its digits
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
     return mlm_logits, nsp_logits
 
@@ -405,6 +405,7 @@ def train(
 ) -> None:
     """Trains from the run's step to the last one.
 
+    run: its `step` is the first to take, its `saved_step` that of the newest checkpoint, or -1.
     batches: this rank's micro-batches. progress: how far a stream has been read, saved with each
     checkpoint; {} for a corpus on disk. report(step): evaluates. export(step): writes the model.
     """
@@ -422,7 +423,7 @@ def train(
         # Save, export, evaluate: the model as it is after `step` updates.
         is_last = step == options.steps
         must_stop = run.asked_to_stop()
-        save_is_due = step == 0 or step % options.save_every == 0 or is_last or must_stop
+        save_is_due = step % options.save_every == 0 or is_last or must_stop
         if save_is_due and step > run.saved_step:
             guard.check(model)
             run.save(step, progress, model=model, optimizer=optimizer)
@@ -543,13 +544,15 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
     tokenizer = load_tokenizer(options)
     model = make_model(options, tokenizer).to(device)
     # A head that the weights lack is new and random.
-    missing = ", ".join(model.missing_parameters)
-    if "mlm_" in missing:
-        raise ValueError(f"--steps 0: {options.weights} has no head to evaluate: {missing}")
+    missing = model.missing_parameters
+    if any(name.startswith("mlm_") for name in missing):
+        raise ValueError(
+            f"--steps 0: {options.weights} has no head to evaluate: {', '.join(missing)}"
+        )
     corpus = load_corpora(options, tokenizer, ["validation"])["validation"]
     validation = make_validation(options, corpus, tokenizer, device)
     metrics = evaluate(model, validation, options.precision)
-    if "nsp." in missing or "pooler." in missing:
+    if any(name.startswith(("nsp.", "bert.pooler.")) for name in missing):
         metrics = {name: v for name, v in metrics.items() if not name.startswith("nsp_")}
         print("NSP is not evaluated: the weights have no head for it")
     pairs = sum(len(batch["nsp_labels"]) for batch in validation)
@@ -577,13 +580,13 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
     if saved.get_vocab_size() > config.get("vocab_size", math.inf):
         raise ValueError(f"{weights}: more tokens than the {config['vocab_size']} of the weights")
 
-    # Only models that this project saved have the hash. Without it, --tokenizer is compared with
-    # the tokenizer beside the weights.
+    # Only models that this project saved have the hash. Without it, the tokenizer beside the
+    # weights counts as the right one, and --tokenizer is compared with it.
     saved_hash = config.get("tokenizer_hash", tokenizer_hash(saved))
-    candidates = {str(directory): saved}
+    candidates = [(str(directory), saved)]
     if tokenizer:
-        candidates = {tokenizer: data.load_tokenizer(tokenizer), **candidates}
-    for source, candidate in candidates.items():
+        candidates.insert(0, (tokenizer, data.load_tokenizer(tokenizer)))
+    for source, candidate in candidates:
         if not is_tokenizer_of(candidate, saved_hash):
             raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
     return saved
@@ -627,8 +630,8 @@ def load_corpora(
             options.dataset,
             split,
             tokenizer,
-            options.dataset_name,
-            options.split,
+            name=options.dataset_name,
+            train_split=options.split,
             text_column=options.text_column,
             processes=options.workers or None,
             rows_per_document=options.rows_per_document,
@@ -725,6 +728,7 @@ def make_batches(
         if saved_progress is None:
             progress = fresh_progress[run.rank]
         else:
+            # Those that were saved, if this run has as many ranks and workers.
             progress = streaming.same_readers(saved_progress, fresh_progress)[run.rank]
         loader = streaming.get_stream_dataloader(
             corpus,
@@ -809,8 +813,13 @@ def run_pretraining(
         "unigram_entropy": known_corpus.unigram_entropy(),
     }
 
+    def exported(step: int) -> Path:
+        return out / "models" / f"step-{step}"
+
     identity = what_identifies(options, tokenizer, corpora, baselines)
     run = Run(out, rank, world_size, options.steps, identity)
+    # A resumed run loads weights, moments and its step. What it returns is how far each rank has
+    # read its stream.
     saved_progress = run.resume(model=model, optimizer=optimizer) if options.resume else None
     batches, progress = make_batches(options, corpora["train"], tokenizer, run, saved_progress)
     run.begin(options)
@@ -821,7 +830,7 @@ def run_pretraining(
         print(*(f"{name} {value:.3f} nats" for name, value in baselines.items()))
         print(f"precision {options.precision}, dropout {options.dropout:g}")
         for step in options.export_steps or ():
-            if step < run.step and not (out / "models" / f"step-{step}").exists():
+            if step < run.step and not exported(step).exists():
                 print(f"--export-steps {step}: the run is past it; models/step-{step} is not made")
 
     def report(step: int) -> None:
@@ -832,7 +841,7 @@ def run_pretraining(
         run.bar.write(f"step {step}  {numbers}\n{example}")
 
     def export(step: int) -> None:
-        write_model(model, tokenizer, out / "models" / f"step-{step}")
+        write_model(model, tokenizer, exported(step))
 
     train(options, run, model, optimizer, batches, progress, report, export)
     if rank == 0:

@@ -194,8 +194,8 @@ def fine_tune(
     """Trains one model on all sentences of `training`, `epochs` times.
 
     rate: the peak learning rate. out: the folder whose metrics.jsonl gets the lines; "step" in them
-    is the number of steps that were taken, so the first is 1. (The training lines of
-    train_pretrain.py, and the messages of `FiniteGuard`, count from 0.)
+    is the number of updates, this one included. (In the training lines of train_pretrain.py, and in
+    the messages of `FiniteGuard`, this one is not.)
     Returns the model as it was after its best epoch, and the validation accuracy of that epoch.
     """
     device = next(model.parameters()).device
@@ -305,12 +305,11 @@ def train(options: SST2Options) -> None:
 
 def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> None:
     """Trains a model for each learning rate and seed, writes the best one, and tests it once."""
-    torch.manual_seed(options.seed)  # of the model that is only checked; each has its own below
     print(f"precision {options.precision}, dropout {options.dropout:g}")
     tokenizer = make_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
-    model = make_model(options, tokenizer)  # now, so that wrong options fail early
-    longest = options.max_seq_length or model.config.max_seq_length
+    checked = make_model(options, tokenizer)  # only so that wrong options fail early
+    longest = options.max_seq_length or checked.config.max_seq_length
 
     def load(
         path: str, split: str, name: str | None = None, seed: int | None = None

@@ -49,7 +49,7 @@ class Stage:
     """A command that makes a folder."""
 
     folder: Path
-    command: list[str]  # what follows "python"; the folder follows the command
+    command: list[str]  # the arguments of python, but for the last one, which is the folder
     resumes: bool = False
 
     def is_finished(self) -> bool:
@@ -83,19 +83,20 @@ def stages(corpus: str, sst2: str, out: Path) -> tuple[list[Stage], list[Stage]]
     return one_by_one, together
 
 
-def check_commands(out: Path, stages: list[Stage]) -> None:
+def check_commands(out: Path, every_stage: list[Stage]) -> None:
     """Notes the commands of an afternoon in its folder, for the next time. Raises RuntimeError if
     other commands have made what is there: with another corpus, or in an older version.
 
     Paths are noted relative to the folder, so that it can be moved.
     """
     lines = []
-    for stage in stages:
+    for stage in every_stage:
         words = [*stage.command, str(stage.folder)]
-        lines.append(shlex.join([word.removeprefix(f"{out}/") for word in words]))
-    commands, noted = "\n".join(lines) + "\n", out / "commands.txt"
+        lines.append(shlex.join([word.removeprefix(f"{out}/") for word in words]) + "\n")
+    commands = "".join(lines)
+    noted = out / "commands.txt"
     before = noted.read_text(encoding="utf-8") if noted.exists() else "it does not say which\n"
-    if before != commands and any(stage.folder.exists() for stage in stages):
+    if before != commands and any(stage.folder.exists() for stage in every_stage):
         raise RuntimeError(
             f"{out} was made by other commands than these: name another folder, or delete it"
             f"\nthen:\n{before}now:\n{commands}"
@@ -120,15 +121,15 @@ def run_stage(stage: Stage, log: Path | None = None) -> None:
         if checkpoint_paths(folder):
             words.append("--resume")
     elif folder.exists():
-        with lock(folder):  # or a command that outlived its afternoon still writes there
+        with lock(folder):  # fails if a command that outlived its afternoon still writes there
             shutil.rmtree(folder)
     print("python", *words, flush=True)
 
-    environment, output = dict(os.environ), None
+    stage.folder.parent.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
     if log:
         environment["OMP_NUM_THREADS"] = "1"
-        output = log.open("w")
-    with output or contextlib.nullcontext():
+    with log.open("w") if log else contextlib.nullcontext() as output:
         process = subprocess.Popen(
             [sys.executable, *words], env=environment, stdout=output, stderr=output
         )
@@ -149,12 +150,17 @@ def run(corpus: str, sst2: str, out: Path) -> None:
     several cores.
     """
     one_by_one, together = stages(corpus, sst2, out)
+    run_all(out, one_by_one, [[stage] for stage in together])
+
+
+def run_all(out: Path, one_by_one: list[Stage], chains: list[list[Stage]]) -> None:
+    """Runs stages one by one, then chains of stages at the same time, all in one folder."""
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        check_commands(out, [*one_by_one, *together])
+        check_commands(out, [*one_by_one, *itertools.chain(*chains)])
         for stage in one_by_one:
             run_stage(stage)
-        run_at_the_same_time([[stage] for stage in together])
+        run_at_the_same_time(chains)
 
 
 def run_at_the_same_time(chains: list[list[Stage]]) -> None:

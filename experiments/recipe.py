@@ -6,21 +6,12 @@ The third word is a tokenizer with another vocabulary, as train_pretrain.py take
 the same line goes on, as `make afternoon` does.
 """
 
-import itertools
 import sys
 from pathlib import Path
 
-from experiments.afternoon import (
-    RECIPE,
-    Stage,
-    check_commands,
-    ends_in_one_message,
-    run_at_the_same_time,
-    run_stage,
-)
+from experiments.afternoon import RECIPE, Stage, ends_in_one_message, run_all
 from experiments.story import best_accuracies, mean_and_deviation
 from support.curves import read_lines
-from support.folder import lock
 
 # 2,500 steps of 64 x 64 are 10 million tokens with padding, at whose end the learning rate is 0.
 LENGTH = ["--steps", "2500"]
@@ -94,15 +85,8 @@ def table(out: Path) -> list[str]:
 
 
 def main(corpus: str, sst2: str, vocabulary: str, out: str) -> None:
-    first, chains = stages(corpus, sst2, vocabulary, Path(out))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with ends_in_one_message(), lock(Path(out)):
-        check_commands(Path(out), [*first, *itertools.chain(*chains)])
-        for stage in first:
-            run_stage(stage)
-        for chain in chains:
-            chain[0].folder.parent.mkdir(exist_ok=True)
-        run_at_the_same_time(chains)
+    with ends_in_one_message():
+        run_all(Path(out), *stages(corpus, sst2, vocabulary, Path(out)))
     print(*table(Path(out)), sep="\n")
 
 

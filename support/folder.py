@@ -32,7 +32,7 @@ def run_folder(options: Any, rank: int = 0) -> Iterator[Path]:
         if rank == 0:
             can_resume = hasattr(options, "resume")
             try:
-                if not resume:
+                if not resume:  # before anything is made, so that a rejected run changes nothing
                     check_holds_no_run(out, can_resume)
                 out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(lock(out))
@@ -97,13 +97,13 @@ def is_of_a_run(config: Path) -> bool:
 
 def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes a model with its tokenizer. Until it is complete, the one before it stays."""
-    complete = folder.with_name(folder.name + ".unfinished")
-    model.save_pretrained(complete, tokenizer)
-    if folder.is_symlink():
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    model.save_pretrained(unfinished, tokenizer)
+    if folder.is_symlink():  # someone has moved the one before
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
-    complete.rename(folder)
+    unfinished.rename(folder)
 
 
 def write_whole(path: Path, text: str) -> None:
