@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from train_pretrain import (
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 30522
-H100 = 989e12  # bfloat16 operations a second without sparsity, by its data sheet
+HOPPER = 989e12  # bfloat16 operations a second without sparsity, by the data sheet of H100 and H200
 
 
 # ---- What a step is worth -----------------------------------------------------------------------
@@ -497,7 +498,7 @@ def gpu_steps(
     size: str, rows: int, length: int, device: str = "cuda", steps: int = 20, rounds: int = 3,
     compiled: tuple[bool, ...] = (False, True),
 ) -> dict[str, float]:  # fmt: skip
-    """Eager and compiled, in bfloat16, beside transformers; on an H100, MFU by its data sheet."""
+    """Eager and compiled, in bfloat16, beside transformers; on an H100 or H200 with MFU."""
     sizes = {"size": size, "vocab_size": VOCABULARY, "max_seq_length": max(length, 128)}
     makers = {"ours": our_step, "transformers": their_step}
     lengths = row_lengths(rows, length)
@@ -517,8 +518,8 @@ def gpu_steps(
         median = statistics.median(values)
         what = f"{device}, {size}, {rows} x {length}: {name}"
         results[f"{what}, tokens/s"] = sum(lengths) / median
-        if device == "cuda" and "H100" in torch.cuda.get_device_name():
-            results[f"{what}, MFU"] = flops / median / H100
+        if device == "cuda" and re.search("H[12]00", torch.cuda.get_device_name()):
+            results[f"{what}, MFU"] = flops / median / HOPPER
     return results
 
 
