@@ -477,15 +477,18 @@ def test_whatever_a_dead_worker_breaks_is_reported_as_its_death(error, monkeypat
     def signalled(signal_number, frame):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
-    before = signal.signal(signal.SIGCHLD, signalled)
-    fail = support.command_line.fail
+    def lose_a_worker(_) -> None:
+        signal.signal(signal.SIGCHLD, signalled)  # not earlier: processes of other tests may end
+        read_from_worker(error)
+
+    before, fail = signal.getsignal(signal.SIGCHLD), support.command_line.fail
     monkeypatch.setattr(
         support.command_line,
         "fail",
         lambda text: (os.kill(os.getpid(), signal.SIGCHLD), fail(text)),
     )
     with pytest.raises(SystemExit) as ended:
-        support.command_line.run_script(lambda _: read_from_worker(error), PretrainOptions, [])
+        support.command_line.run_script(lose_a_worker, PretrainOptions, [])
     signal.signal(signal.SIGCHLD, before)
     assert ended.value.code == 2
     assert "error: a DataLoader worker died (" in capsys.readouterr().err

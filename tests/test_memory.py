@@ -72,6 +72,7 @@ def slope(make_loader: Callable[..., DataLoader], *arguments, warm_up=WARM_UP, b
     """Returns the KiB by which a hundred batches make all processes grow: the median over pairs of
     measurements (Theil-Sen), which a single jump does not move."""
     multiprocessing.set_start_method("fork", force=True)  # for the workers; this one is spawned
+    torch.cuda.is_available = lambda: False  # pinned memory would be counted as shared
     data.collate = collate_and_measure
     loader = make_loader(*arguments)
     gc.freeze()  # as the training script does, before the workers are forked

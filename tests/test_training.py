@@ -535,20 +535,20 @@ def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
             out=str(out),
             dataset=str(corpus),
             vocab_size=60,
-            steps=150,
-            eval_every=75,
+            steps=240,
+            eval_every=120,
             max_seq_length=32,
             learning_rate=3e-3,
             workers=0,
         )
     )
     validation, train = read_lines(out, "validation"), read_lines(out, "train")
-    assert validation["step"] == [0, 75, 150]
+    assert validation["step"] == [0, 120, 240]
     assert validation["mlm_loss"][0] == pytest.approx(validation["ln_vocab_size"][0], rel=0.05)
     assert validation["mlm_loss"][-1] < validation["unigram_entropy"][0] - 1.0
     assert validation["perplexity"][-1] == pytest.approx(math.exp(validation["mlm_loss"][-1]))
-    assert train["step"] == [*range(0, 150, 10), 149]
-    assert train["learning_rate"][0] == pytest.approx(3e-3 / 15)
+    assert train["step"] == [*range(0, 240, 10), 239]
+    assert train["learning_rate"][0] == pytest.approx(3e-3 / 24)
     assert json.loads((out / "config.json").read_text())["learning_rate"] == 3e-3
     tokenizer = data.load_tokenizer(out / "model")
     model = BertPretrainModel.from_pretrained(out / "model")
