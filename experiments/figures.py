@@ -17,6 +17,14 @@ from experiments.story import best_accuracies, mean_and_deviation
 
 RESULTS = Path(__file__).parents[1] / "results"
 AFTERNOON = RESULTS / "afternoon"
+GPU = RESULTS / "gpu"
+GPU_RUNS = {  # by folder
+    "once": "mini, the reviews once",
+    "tenth": "mini, a tenth of the reviews ten times",
+    "books": "mini, novels once",
+    "long": "mini, the reviews eight times, batches of 256",
+    "long-small": "small, the reviews almost six times, batches of 256",
+}
 SIX_LAYERS = {  # what was trained, and where its lines are
     "6 layers from scratch": [
         f"published_weights/scratch-1epoch-{seed}.jsonl" for seed in range(3)
@@ -150,6 +158,24 @@ def exports() -> tuple[list[float], list[float]]:
     return [tokens[i] for i in order], [accuracies[i] for i in order]
 
 
+def gpu_rows() -> list[str]:
+    """Returns the rows of the table of the runs on a GPU: the end of pretraining, and the SST-2 dev
+    accuracy with each share of the labels.
+    """
+    rows = []
+    for name, what in GPU_RUNS.items():
+        end = {k: v[-1] for k, v in read_lines(GPU / name / "pretrain", "validation").items()}
+        files = [GPU / name / f"{share}.jsonl" for share in afternoon.SHARES]
+        accuracies = " | ".join(
+            mean_and_deviation(best_accuracies(file)) if file.exists() else "" for file in files
+        )
+        rows.append(
+            f"| {what} | {end['tokens'] / 1e6:.1f} | {end['mlm_loss']:.2f}"
+            f" | {100 * end['nsp_accuracy']:.0f}% | {accuracies} |"
+        )
+    return rows
+
+
 def draw_afternoon() -> Any:
     """Draws an afternoon's pretraining: the loss, the accuracy of SST-2 by tokens, and the accuracy
     by labels.
@@ -168,16 +194,21 @@ def draw_afternoon() -> Any:
     seeds = best_accuracies(AFTERNOON / "pretrained-all-1e-4.jsonl")
     end = [pretraining["tokens"][-1] / 1e6] * len(seeds)
     accuracy.plot(end, seeds, "C2*", markersize=9, label="at the end, same settings, three seeds")
+    longer = read_lines(GPU / "long/pretrain", "validation")
+    seeds = best_accuracies(GPU / "long/all.jsonl")
+    end = [longer["tokens"][-1] / 1e6] * len(seeds)
+    accuracy.plot(end, seeds, "C3*", markersize=9, label="a longer run on a GPU, three seeds")
     scratch = np.mean(accuracies["scratch", "all"])
     accuracy.axhline(scratch, color="C0", label=f"from scratch: {scratch:.1f}")
     for name, value in {**BAG_OF_WORDS, **PUBLISHED}.items():
         if name == "BERT-base":  # above the figure
             continue
         accuracy.axhline(value, color="black", linestyle=":", linewidth=1)
-        accuracy.text(1, value + 0.08, name, fontsize=7)
-    accuracy.set(xlim=(0, 65), ylim=(78, 88),
+        accuracy.text(0.75, value + 0.08, name, fontsize=7)
+    accuracy.set(xlim=(0.7, 250), xscale="log", ylim=(78, 89),
                  xlabel="million tokens of pretraining", ylabel="SST-2 dev accuracy, %",
                  title="fine-tuned on all labels")  # fmt: skip
+    accuracy.set_xticks([1, 10, 100], ["1", "10", "100"])
     accuracy.legend(fontsize=8, loc="upper left")
     return figure
 

@@ -3,6 +3,7 @@
 import configparser
 import importlib
 import inspect
+import json
 import re
 import shlex
 from itertools import pairwise
@@ -140,7 +141,7 @@ def test_the_results_of_the_afternoon_are_those_of_the_raw_lines():
     for row in rows:
         assert row in page
     recipes = recipe.table(figures.RESULTS / "recipe")
-    assert len(recipes) == 2 + 5
+    assert len(recipes) == 2 + 7
     for row in recipes:
         assert row in page
     (annealed,) = story.best_accuracies(figures.AFTERNOON / "annealed-2500.jsonl")
@@ -149,12 +150,32 @@ def test_the_results_of_the_afternoon_are_those_of_the_raw_lines():
         assert f"| {tokens:.1f} | {accuracy:.1f} |" in page
 
 
+def test_the_results_on_a_gpu_are_those_of_the_raw_lines():
+    page = (ROOT / "results/README.md").read_text(encoding="utf-8")
+    rows = figures.gpu_rows()
+    assert len(rows) == 5
+    for row in rows:
+        assert row in page
+    measured = json.loads((figures.RESULTS / "bench_h100.json").read_text())
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    for how, after in (("as it is", ""), ("`torch.compile`", ", compiled")):
+        cells = []
+        for name in ("ours", "transformers"):
+            what = f"cuda, base, 256 x 128: {name}{after}"
+            tokens, share = measured[f"{what}, tokens/s"], measured[f"{what}, MFU"]
+            cells += [f"{tokens / 1000:.0f} thousand, {100 * share:.0f}%"]
+        assert f"| {how} | {' | '.join(cells)} |" in page
+
+
 def test_the_first_screen_has_the_gain_at_each_share_of_the_labels():
     for share in afternoon.SHARES:
         pretrained, scratch = (
             np.mean(figures.best_setting(start, share).accuracies) for start in afternoon.STARTS
         )
-        assert f"**{pretrained:.1f}% against {scratch:.1f}%**" in README.split("\n## ")[0]
+        longer = np.mean(story.best_accuracies(figures.GPU / f"long/{share}.jsonl"))
+        first_screen = README.split("\n## ")[0]
+        assert f"**{pretrained:.1f}% against {scratch:.1f}%**" in first_screen
+        assert f"**{longer:.1f}%**" in first_screen
 
 
 def test_the_expected_losses_are_those_of_the_recorded_run():
