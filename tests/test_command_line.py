@@ -491,7 +491,8 @@ def test_whatever_a_dead_worker_breaks_is_reported_as_its_death(error, monkeypat
         support.command_line.run_script(lose_a_worker, PretrainOptions, [])
     signal.signal(signal.SIGCHLD, before)
     assert ended.value.code == 2
-    assert "error: a DataLoader worker died (" in capsys.readouterr().err
+    cause = str(error) or "end of its messages"
+    assert f"error: a DataLoader worker died ({cause}). Out of memory?" in capsys.readouterr().err
 
 
 def test_our_own_error_keeps_its_traceback():

@@ -238,7 +238,10 @@ def test_lines_and_bar_say_how_far_a_model_is(tmp_path, monkeypatch, capsys):
     assert train["step"] == [2, 4, 6, 8, 10]
     assert (validation["step"], validation["epoch"]) == ([5, 10], [1, 2])
     assert 0 <= validation["seconds"][0] <= validation["seconds"][1] < 60
+    assert all(isinstance(seconds, float) for seconds in validation["seconds"])
     assert (bars[0].n, bars[0].total) == (10, 10)
+    assert bars[0].desc.startswith("lr ")
+    assert " seed " in bars[0].desc
     assert "epoch 2: validation loss " in capsys.readouterr().out
 
 
@@ -475,6 +478,7 @@ def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, 
     main(SST2Options(out=str(tmp_path / "cut"), weights=weights, max_seq_length=4, **how))
     (model, whole), (loaded, cut) = seen
     assert model.config.d_model == loaded.config.d_model == 256
+    assert model.config.vocab_size == len(ids)
     assert whole.padding_idx == cut.padding_idx == model.padding_idx == ids["[PAD]"]
     assert torch.equal(loaded.bert.embeddings.token.weight, model.bert.embeddings.token.weight)
     assert {len(row) for row in whole.rows} == {7}
@@ -486,12 +490,12 @@ def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, 
 
 def test_the_saved_model_predicts_with_its_own_tokenizer(run, capsys, monkeypatch):
     """It prints a line of label, probability and text; `-` reads texts from standard input."""
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w x y z\n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w x y z  \n")))
     main(SST2Options(weights=str(run / "model"), predict=("a b c d", "-")))
-    lines = [line.split(maxsplit=2) for line in capsys.readouterr().out.splitlines()]
+    lines = [line.split("  ", maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     assert [(label, text) for label, _, text in lines] == [
         ("positive", "a b c d"),
-        ("negative", "w x y z"),
+        ("negative", "w x y z  "),
     ]
     assert all(0.5 <= float(probability) <= 1 for _, probability, _ in lines)
 

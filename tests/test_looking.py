@@ -116,8 +116,14 @@ def test_the_attention_figure_has_a_panel_for_each_head_with_its_tokens():
     pytest.importorskip("matplotlib")
     probs = torch.rand(3, 2, 4, 4).softmax(dim=-1)
     tokens = ["[CLS]", "a", "##b", "[SEP]"]
-    *panels, _ = draw_attention(probs, tokens).axes  # the last one is the colour bar
+    figure = draw_attention(probs, tokens)
+    *panels, bar = figure.axes  # the last one is the colour bar
     assert len(panels) == 3 * 2
+    assert bar.get_ylabel() == "probability"
+    assert (figure.get_supxlabel(), figure.get_supylabel()) == (
+        "key: attended to",
+        "query: attends",
+    )
     for i, panel in enumerate(panels):
         assert panel.get_title() == f"layer {i // 2 + 1}, head {i % 2 + 1}"
         below = [label.get_text() for label in panel.get_xticklabels()]
@@ -127,6 +133,33 @@ def test_the_attention_figure_has_a_panel_for_each_head_with_its_tokens():
         (image,) = panel.get_images()  # a row of it is a query
         assert torch.equal(torch.from_numpy(image.get_array().data), probs[i // 2, i % 2])
         assert image.get_clim() == (0, 1)  # one scale for all panels
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "length", "inches"),
+    [(3, 2, 4, (2 * 1.2 + 1.5, 3 * 1.2 + 1.5)), (2, 3, 20, (3 * 2.8 + 1.5, 2 * 2.8 + 1.5))],
+)
+def test_the_attention_figure_grows_with_layers_heads_and_length(layers, heads, length, inches):
+    """Labels of 0.14 inches each have to fit."""
+    pytest.importorskip("matplotlib")
+    probs = torch.rand(layers, heads, length, length)
+    figure = draw_attention(probs, ["a"] * length)
+    assert figure.get_size_inches().tolist() == pytest.approx(inches)
+
+
+def test_the_help_of_the_picture_explains_its_words(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["attention", "--help"])
+    with pytest.raises(SystemExit):
+        extras.attention.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("usage: extras.attention [-h] [--out OUT] source text ")
+    assert extras.attention.__doc__.splitlines()[0] in shown
+    for words in (
+        "source directory or hub id of a model",
+        "text what the model reads",
+        "--out OUT the picture (default: attention.png)",
+    ):
+        assert f" {words} " in f"{shown} "
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import support.run
 from helpers import OPTIONS, assert_same, child, contents, half, in_process, run, start, state, wait
 from strategies import Malicious, publish, write_many_documents
 
@@ -383,3 +384,13 @@ def test_a_killed_data_worker_ends_the_run_with_its_cause(corpus, tmp_path):
     assert "error: a DataLoader worker died (" in line
     assert "--resume" in line
     assert in_process(replace(options, resume=True)) == 0
+
+
+@pytest.mark.parametrize(("signals", "status"), [([signal.SIGINT], 130), ([2, 15, 15], 143)])
+def test_a_stopped_run_ends_with_the_status_of_its_signal(signals, status, tmp_path, capsys):
+    stopped = support.run.Run(tmp_path, 0, 1, 9, {})
+    stopped.bar, stopped.signals = support.run.progress_bar(9), signals
+    with pytest.raises(SystemExit) as ended:
+        stopped.stop(5)
+    assert ended.value.code == status
+    assert "stopped before step 5; --resume continues from there" in capsys.readouterr().err
