@@ -84,7 +84,8 @@ def load_checkpoint(out: Path, identity: dict, names: Sequence[str]) -> dict:
         try:
             state = read_checkpoint(path, names)
         except Exception as error:  # torch, zipfile and pickle raise many kinds
-            warnings.warn(f"{path} is damaged ({type(error).__name__})", stacklevel=2)
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"{path} is damaged ({reason})", stacklevel=2)
             continue
         then = state["run"]
         changed = [

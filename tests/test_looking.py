@@ -33,7 +33,7 @@ from bert import (
     parameter_counts,
 )
 from extras.attention import attention_probs, draw_attention, draw_text
-from support.curves import draw_pretraining, draw_sst2, means_of_seeds
+from support.curves import draw_pretraining, draw_sst2, means_of_seeds, plot_pretraining
 
 
 @pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
@@ -291,12 +291,56 @@ def test_the_picture_of_a_run_has_a_curve_for_each_learning_rate(tmp_path, monke
     draw_sst2(tmp_path)
     ((picture, path),) = drawn
     assert path == tmp_path / "curves.png"
-    _, accuracy = picture.axes
-    curves = {line.get_label(): list(line.get_ydata()) for line in accuracy.get_lines()}
-    assert curves == {
-        "learning rate 0.0001": pytest.approx([0.9, 0.95]),
-        "learning rate 0.001": pytest.approx([0.2, 0.35]),
+    loss, accuracy = picture.axes
+    assert described(loss) == ("training (pale) and validation", "step", "loss, nats")
+    assert described(accuracy) == ("validation", "step", "accuracy")
+    assert curves_in(accuracy) == {
+        "learning rate 0.0001": ([10, 20], pytest.approx([0.9, 0.95])),
+        "learning rate 0.001": ([10, 20], pytest.approx([0.2, 0.35])),
     }
+    shown = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert sorted(shown) == sorted(curves_in(accuracy))
+
+
+def described(axes) -> tuple[str, str, str]:
+    return axes.get_title(), axes.get_xlabel(), axes.get_ylabel()
+
+
+def curves_in(axes) -> dict[str, tuple[list, list]]:
+    """Returns the x and y of each line, by its label."""
+    return {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in axes.get_lines()
+    }
+
+
+def test_the_picture_of_pretraining_shows_losses_and_shares_by_step(tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    shares = ("most_frequent_prediction", "mlm_accuracy", "nsp_accuracy")
+    validation = [
+        {"split": "validation", "step": 10 * i, "mlm_loss": 5.0 - i, "ln_vocab_size": 6.0}
+        | {name: (i + j) / 10 for j, name in enumerate(shares)}
+        for i in range(3)
+    ]
+    train = [{"split": "train", "step": 5 * i, "mlm_loss": 4.0 - i} for i in range(3)]
+    write_rows(tmp_path / "metrics.jsonl", [*train, *validation])
+    left, right = figure.Figure().subplots(1, 2)
+    plot_pretraining(left, right, tmp_path, {"bigrams": 3.0})
+    steps = [0, 10, 20]
+    assert curves_in(left) == {
+        "training": ([0, 5, 10], [4.0, 3.0, 2.0]),
+        "validation": (steps, [5.0, 4.0, 3.0]),
+        "ln V: nothing is known": ([0, 1], [6.0, 6.0]),  # across the whole picture
+        "bigrams": ([0, 1], [3.0, 3.0]),
+    }
+    assert curves_in(right) == {
+        "share of the most frequent prediction": (steps, [0.0, 0.1, 0.2]),
+        "MLM accuracy": (steps, [0.1, 0.2, 0.3]),
+        "NSP accuracy": (steps, [0.2, 0.3, 0.4]),
+    }
+    assert described(left) == ("masked language model", "step", "MLM loss, nats")
+    assert described(right) == ("pretraining, validation", "step", "")
+    assert right.get_ylim() == (0, 1.02)
 
 
 def test_a_run_without_its_training_lines_or_with_a_loss_that_is_null_is_drawn(tmp_path):
