@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.bench import useful_flops
+from benchmarks import bench
 from bert import BertConfig
 from experiments import afternoon, figures, recipe, story
 from support.command_line import parse_options
@@ -158,13 +158,24 @@ def test_the_results_on_a_gpu_are_those_of_the_raw_lines():
         assert row in page
     measured = json.loads((figures.RESULTS / "bench_h100.json").read_text())
     page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
-    for how, after in (("as it is", ""), ("`torch.compile`", ", compiled")):
+    lengths = bench.row_lengths(256, 128)
+    operations = bench.useful_flops(
+        BertConfig.named("base"), lengths, bench.masked_tokens(256, 128)
+    )
+    for how, after in (("uncompiled", ""), ("`torch.compile`", ", compiled")):
         cells = []
         for name in ("ours", "transformers"):
             what = f"cuda, base, 256 x 128: {name}{after}"
-            tokens, share = measured[f"{what}, tokens/s"], measured[f"{what}, MFU"]
+            tokens = measured[f"{what}, tokens/s"]
+            share = tokens * operations / sum(lengths) / bench.HOPPER
+            assert share == pytest.approx(measured[f"{what}, MFU"], abs=1e-3)
             cells += [f"{tokens / 1000:.0f} thousand, {100 * share:.0f}%"]
         assert f"| {how} | {' | '.join(cells)} |" in page
+    hours = [
+        1e6 * sum(lengths) / measured[f"cuda, base, 256 x 128: {name}, tokens/s"] / 3600
+        for name in ("ours, compiled", "ours")
+    ]
+    assert f"{hours[0]:.0f} and {hours[1]:.0f} hours, not\n12." in README
 
 
 def test_the_first_screen_has_the_gain_at_each_share_of_the_labels():
@@ -187,7 +198,7 @@ def test_the_expected_losses_are_those_of_the_recorded_run():
 def test_the_hours_are_those_of_the_formula(length):
     """A million steps of 256 sequences of base are computed at 400 TFLOP/s."""
     masked = round(0.15 * (length - 3))
-    operations = useful_flops(BertConfig.named("base"), [length], masked) / length
+    operations = bench.useful_flops(BertConfig.named("base"), [length], masked) / length
     hours = 1e6 * 256 * length * operations / 400e12 / 3600
     assert f"| {length} | {operations / 1e6:.0f} million | {hours:.0f} |" in README
 
