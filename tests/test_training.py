@@ -274,6 +274,17 @@ def test_the_perplexity_of_a_huge_loss_is_infinite_and_no_error(tmp_path):
     assert math.isnan(read_lines(tmp_path, "validation")["perplexity"][0])
 
 
+def test_a_training_step_reads_the_segments():
+    """Losses change when the segments of the same tokens are exchanged."""
+    model = BertPretrainModel(SMALL, PADDING).eval()
+    batch = to_device(some_batches(1, 4)[0], torch.device("cpu"))
+    exchanged = {**batch, "token_type_ids": 1 - batch["token_type_ids"]}
+    losses, others = (
+        torch.stack(train_pretrain.sum_losses(model, each)) for each in (batch, exchanged)
+    )
+    assert (losses != others).all()
+
+
 def test_evaluation_changes_nothing_and_repeats():
     model = BertPretrainModel(dataclasses.replace(SMALL, dropout=0.5), PADDING).train()
     before = copy.deepcopy(model.state_dict())
@@ -520,6 +531,29 @@ def test_a_large_learning_rate_sticks_at_ln_n_with_the_same_token_everywhere(siz
     assert loss == pytest.approx(math.log(10), abs=0.15)
     assert predicted.bincount().max() >= 9
     assert overfit(size, rate, 200, device)[0] < 0.01
+
+
+def test_the_lines_of_a_run_have_the_rate_of_each_step_and_the_bar_its_steps(options, monkeypatch):
+    bars = []
+
+    def noted(*arguments, **more):
+        bars.append(progress_bar(*arguments, **more))
+        return bars[-1]
+
+    progress_bar = support.run.progress_bar
+    monkeypatch.setattr(support.run, "progress_bar", noted)
+    pretrain(options)
+    lines = read_lines(Path(options.out), "train")
+    peak, warmup, steps = options.learning_rate, options.warmup, options.steps
+    expected = [learning_rate(step, peak, warmup, steps) for step in range(steps)]
+    assert lines["learning_rate"] == pytest.approx(expected)
+    assert [(bar.n, bar.total) for bar in bars] == [(steps, steps)]
+
+
+def test_a_new_model_has_a_row_for_every_token(options):
+    tokenizer = small_tokenizer()
+    model = train_pretrain.make_model(options, tokenizer)
+    assert model.config.vocab_size == tokenizer.get_vocab_size() == len(tokenizer.get_vocab())
 
 
 @pytest.mark.slow
