@@ -48,9 +48,10 @@ wheel:
 	runs/wheel/bin/pip install --quiet --constraint constraints.txt .
 	cd runs/wheel && bin/python -m train_pretrain --steps 2
 
+# All of it takes hours. A part of it: make mutants PART="support.folder*"
 mutants: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt mutmut
-	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(if $(PART),"$(PART)")
 	$(BIN)/mutmut results
 
 $(VENV)/ready: setup.cfg constraints.txt
