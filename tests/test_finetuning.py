@@ -485,6 +485,20 @@ def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, 
     assert {len(row) for row in cut.rows} == {4}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": ()}, "--learning-rate needs a value, or several"),
+        ({"predict": ()}, "--predict needs a text, or - for the lines of standard input"),
+        ({"predict": ("a",)}, "--predict needs --weights: the model/ of a run on SST-2"),
+    ],
+)
+def test_an_option_that_lacks_what_it_needs_says_so(changes, message):
+    with pytest.raises(ValueError) as rejected:
+        SST2Options(**changes)
+    assert str(rejected.value) == message
+
+
 # ---- Predictions --------------------------------------------------------------------------------
 
 
