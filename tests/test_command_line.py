@@ -254,6 +254,7 @@ def test_the_sizes_to_choose_from_are_the_published_ones(cls):
     assert set(get_args(get_type_hints(cls)["size"])) == SIZES.keys()
 
 
+@pytest.mark.slow
 def test_help_does_not_wait_for_the_libraries_of_the_data():
     ended = python("-X", "importtime", "bert.py", "--help")
     assert ended.returncode == 0
@@ -397,6 +398,7 @@ def test_a_mistake_ends_in_one_clear_line_and_status_2(
     assert (folder / "taken/metrics.jsonl").read_text() == "a run\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "line", "message"),
     [

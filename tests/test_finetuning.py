@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import json
+import re
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -494,9 +495,8 @@ def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, 
     ],
 )
 def test_an_option_that_lacks_what_it_needs_says_so(changes, message):
-    with pytest.raises(ValueError) as rejected:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         SST2Options(**changes)
-    assert str(rejected.value) == message
 
 
 # ---- Predictions --------------------------------------------------------------------------------

@@ -123,18 +123,21 @@ def test_importing_the_modules_does_nothing_but_define():
     assert (ended.returncode, ended.stdout) == (0, "1\n"), ended.stderr
 
 
+@pytest.mark.slow
 def test_importing_a_script_starts_nothing():
     code = "import train_pretrain, train_sst2, bert, data"
     ended = python("-c", code)
     assert (ended.returncode, ended.stdout) == (0, "")
 
 
+@pytest.mark.slow
 def test_bert_needs_nothing_but_torch_to_be_imported():
     others = ("tokenizers", "safetensors", "datasets", "data")
     code = f"import sys, bert; print(any(m in sys.modules for m in {others}))"
     assert python("-c", code).stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_bert_alone_in_a_folder_works(tmp_path):
     shutil.copy(ROOT / "bert.py", tmp_path)
     code = """
@@ -144,6 +147,7 @@ print(Bert(BertConfig.named('tiny'), 0)(torch.ones(1, 3).long()).shape)
     assert python("-c", code, cwd=tmp_path).stdout == "torch.Size([1, 3, 128])\n"
 
 
+@pytest.mark.slow
 def test_data_alone_in_a_folder_works(tmp_path):
     shutil.copy(ROOT / "data.py", tmp_path)
     write_texts(tmp_path / "corpus.jsonl", [f"{c} aa. bb cc." for c in LETTERS])

@@ -5,6 +5,7 @@ float32 does.
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
     for is_there, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda is_there=is_there: is_there)
         assert choose_device(None) == torch.device(expected)
+
+
+def test_freed_memory_is_kept_by_the_two_numbers_of_mallopt(monkeypatch):
+    """malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD is -1, whose value -1 means never."""
+    library = mock.Mock()
+    monkeypatch.setattr(support.devices.ctypes, "CDLL", lambda name: library)
+    support.devices.keep_freed_memory()
+    assert library.mallopt.mock_calls == [mock.call(-4, 0), mock.call(-1, -1)]
 
 
 def test_without_mallopt_the_process_goes_on(monkeypatch):

@@ -66,6 +66,7 @@ def test_forward_and_losses_compile_as_one_graph():
     assert counter.frame_count <= 3
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_compile_into_it(tmp_path):
     torch._dynamo.reset()
     (batch,) = some_batches(1)

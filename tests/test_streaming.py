@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -118,6 +119,18 @@ def test_a_stream_with_held_out_documents_reaches_a_spawned_worker(tmp_path):
         assert torch.equal(one["input_ids"], other["input_ids"])
 
 
+def test_a_block_takes_four_bytes_a_token_and_as_few_batches_wait_as_of_a_corpus_on_disk(folder):
+    block = streaming.tokenize_block(["aa bb. cc dd.", "ee ff. ga ha."], 0, small_tokenizer())
+    assert {chunk.dtype for chunk in block.chunks} == {np.dtype("uint32")}
+    waiting = {
+        loader(folder, streaming.new_progress(1)).prefetch_factor,
+        data.get_split_dataloader(
+            data.PretrainDataset(block, small_tokenizer(), 16), 2, workers=1
+        ).prefetch_factor,
+    }
+    assert waiting == {4}
+
+
 def test_more_readers_than_shards_are_rejected(folder):
     for world_size, workers in ((1, 6), (2, 3), (6, 0)):
         with pytest.raises(ValueError, match=r"read 6 shards at a time, and the corpus has 5: use"):
@@ -217,6 +230,7 @@ def counts(state: dict) -> list:
     return [state["taken"], *({**bookmark, "rows": None} for bookmark in state["bookmarks"])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("block", [60, 10**9])
 def test_a_stream_resumes_where_it_was_left(workers, block, folder, monkeypatch):
