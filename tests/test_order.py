@@ -194,7 +194,6 @@ def sittings(draw: st.DrawFn) -> list[tuple[int, int, int]]:
     return draw(st.lists(sitting, min_size=3, max_size=5))
 
 
-@pytest.mark.slow
 @given(sittings(), st.integers(4, 80), st.integers(1, 3), seeds)
 def test_a_run_in_several_sittings_takes_the_batches_of_one(run, sentences, batch_size, seed):
     """Ranks and workers differ between the sittings, which end within an epoch or go on through

@@ -230,7 +230,6 @@ def counts(state: dict) -> list:
     return [state["taken"], *({**bookmark, "rows": None} for bookmark in state["bookmarks"])]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("block", [60, 10**9])
 def test_a_stream_resumes_where_it_was_left(workers, block, folder, monkeypatch):
