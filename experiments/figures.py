@@ -168,15 +168,11 @@ def gpu_rows() -> list[str]:
     """
     rows = []
     for name, what in GPU_RUNS.items():
-        end = {k: v[-1] for k, v in read_lines(GPU / name / "pretrain", "validation").items()}
         files = [GPU / name / f"{share}.jsonl" for share in afternoon.SHARES]
         accuracies = " | ".join(
             mean_and_deviation(best_accuracies(file)) if file.exists() else "" for file in files
         )
-        rows.append(
-            f"| {what} | {end['tokens'] / 1e6:.1f} | {end['mlm_loss']:.2f}"
-            f" | {100 * end['nsp_accuracy']:.0f}% | {accuracies} |"
-        )
+        rows.append(f"| {what} | {recipe.end_of(GPU / name / 'pretrain')} | {accuracies} |")
     return rows
 
 
@@ -194,14 +190,15 @@ def draw_afternoon() -> Any:
     afternoon.plot_gain(bars, accuracies)
     tokens, of_exports = exports()
     accuracy.plot(tokens, of_exports, "C2o--", label="exported on the way, one seed each")
-    pretraining = read_lines(AFTERNOON / "pretrain", "validation")
-    seeds = best_accuracies(AFTERNOON / "pretrained-all-1e-4.jsonl")
-    end = [pretraining["tokens"][-1] / 1e6] * len(seeds)
-    accuracy.plot(end, seeds, "C2*", markersize=9, label="at the end, same settings, three seeds")
-    longer = read_lines(GPU / "long/pretrain", "validation")
-    seeds = best_accuracies(GPU / "long/all.jsonl")
-    end = [longer["tokens"][-1] / 1e6] * len(seeds)
-    accuracy.plot(end, seeds, "C3*", markersize=9, label="a longer run on a GPU, three seeds")
+    for pretraining, fine_tuning, star, label in (
+        (AFTERNOON / "pretrain", AFTERNOON / "pretrained-all-1e-4.jsonl", "C2*",
+         "at the end, same settings, three seeds"),
+        (GPU / "long/pretrain", GPU / "long/all.jsonl", "C3*",
+         "a longer run on a GPU, three seeds"),
+    ):  # fmt: skip
+        seeds = best_accuracies(fine_tuning)
+        end = read_lines(pretraining, "validation")["tokens"][-1] / 1e6
+        accuracy.plot([end] * len(seeds), seeds, star, markersize=9, label=label)
     scratch = np.mean(accuracies["scratch", "all"])
     accuracy.axhline(scratch, color="C0", label=f"from scratch: {scratch:.1f}")
     for name, value in {**BAG_OF_WORDS, **PUBLISHED}.items():

@@ -62,6 +62,14 @@ def stages(
     return first, chains
 
 
+def end_of(pretrain: Path) -> str:
+    """Returns three cells of a table: million tokens, MLM loss, NSP accuracy, at the end."""
+    last = {name: values[-1] for name, values in read_lines(pretrain, "validation").items()}
+    return (
+        f"{last['tokens'] / 1e6:.1f} | {last['mlm_loss']:.2f} | {100 * last['nsp_accuracy']:.0f}%"
+    )
+
+
 def table(out: Path) -> list[str]:
     """Returns the rows of a table: what was changed, and what came of it. The accuracy is
     that after fine-tuning with a hundredth of the labels.
@@ -75,11 +83,9 @@ def table(out: Path) -> list[str]:
     for name, (what, _) in changes("").items():
         if not (out / name / "hundredth").exists():
             continue
-        last = {k: v[-1] for k, v in read_lines(out / name / "pretrain", "validation").items()}
         accuracies = best_accuracies(out / name / "hundredth")
         rows.append(
-            f"| {what} | {last['tokens'] / 1e6:.1f} | {last['mlm_loss']:.2f}"
-            f" | {100 * last['nsp_accuracy']:.0f}% | {mean_and_deviation(accuracies)} |"
+            f"| {what} | {end_of(out / name / 'pretrain')} | {mean_and_deviation(accuracies)} |"
         )
     return rows
 
