@@ -7,10 +7,12 @@
 
 Writes into the folder --out:
     config.json    the options
-    metrics.jsonl  a line for every log and every evaluation; losses in nats. "step" counts the
-                   updates before it: an evaluation is of the model after these, a log of the next
+    metrics.jsonl  a line for every log and every evaluation; losses in nats. "step": N means that
+                   N updates have been made. A line of an evaluation describes the model then, a
+                   line of training the update that is made next
     checkpoints/   the last two; a run that was killed at any point resumes exactly with --resume
     model/         weights and tokenizer in the published format
+    models/step-N  the same after N updates: for --export-steps, and when the run is stopped
     curves.png     loss and accuracies over the steps
 
 Read `train` first: the loop, with the training step in order. Above it stand the parts of a step
@@ -95,10 +97,10 @@ class PretrainOptions:
     streaming: bool = False
     """Read the corpus without storing it, instead of tokenizing it once to disk."""
     tokenizer: str | None = None
-    """vocab.txt, tokenizer.json, directory or hub id. Without one, a vocabulary is learned, for
-    lowercased text without accents."""
+    """vocab.txt, tokenizer.json, directory or hub id. By default that of --weights; without both, a
+    vocabulary is learned, for lowercased text without accents."""
     vocab_size: int = 2000
-    """Size of the vocabulary that is learned without --tokenizer."""
+    """Size of the vocabulary that is learned without --tokenizer and --weights."""
 
     # The examples
     max_seq_length: int = 64
@@ -196,8 +198,9 @@ LIMITS = {  # the smallest and the largest value
     "export_steps": (0, LARGEST_SEED),
 }
 # Options that may differ when a run is resumed. They do not change the training, except for
-# rounding; --device and --compile also change the random numbers of dropout. (A streamed run must
-# keep --workers, which extras/streaming.py checks.)
+# rounding; --device and --compile also change the random numbers of dropout. (On another device,
+# --precision auto may choose another precision, which may not differ. A streamed run must keep
+# --workers and the number of ranks, which extras/streaming.py checks.)
 MAY_CHANGE = {
     "out",
     "resume",
@@ -286,11 +289,12 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     because Adam's first estimates of the moments are poor, and because the gradients of a post-LN
     model are large at the start.
 
-    A rate that is too large is a trap. At 1e-2 a model of the size mini does not even overfit one
-    sample (WALKTHROUGH.md, section 12). The first huge steps leave every position with the same
-    hidden state, so the model predicts the same token everywhere. If the n masked tokens all
-    differ, the best it can do is to give each of them the probability 1/n, and the loss stays at
-    ln n. (If some tokens repeat, it stays at the entropy of their frequencies.)
+    A rate that is too large is a trap. At 1e-2 a model of the size mini cannot overfit even one
+    pair (WALKTHROUGH.md, section 12, shows it with a smaller model at 0.3). The first huge steps
+    leave every position with the same hidden state, so the model predicts the same token
+    everywhere. If the n masked tokens of the pair all differ, the best it can do is to give each of
+    them the probability 1/n, and the loss stays at ln n. (If some tokens repeat, it stays at the
+    entropy of their frequencies.)
 
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
@@ -353,16 +357,16 @@ def add_gradients(
         if seeds:
             set_seed(*seeds[i])
 
-        # DistributedDataParallel averages gradients over the ranks during backward. Once a step is
-        # enough, with the last micro-batch.
+        # DistributedDataParallel averages gradients over the ranks during backward. That is needed
+        # once a step, with the last micro-batch; no_sync() turns it off for the others.
         is_last = i + 1 == len(micro_batches)
         without_averaging = ddp.no_sync() if ddp and not is_last else contextlib.nullcontext()
         with without_averaging:
             mlm_sum, nsp_sum = losses_of(batch)
             contribution = torch.stack([mlm_sum / masked, nsp_sum / pairs])
             loss = contribution.sum()
-            # The average over the ranks divides by their number. The loss of the step is a sum over
-            # the ranks, so that division is undone.
+            # `masked` and `pairs` count all ranks, so the gradients of the ranks have to be added.
+            # They are averaged, which divides by the number of ranks; this factor undoes it.
             (loss * ranks).backward()
         contributions.append(contribution.detach())
     return torch.stack(contributions).sum(dim=0)
@@ -371,8 +375,9 @@ def add_gradients(
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
     """Clips the accumulated gradients to norm 1 ([Code]), takes one optimizer step, zeroes them.
 
-    Returns the norm before clipping, (). If it is not finite, the step is skipped: where
-    `optimizer.found_inf` is 1, fused AdamW changes nothing. It reads this on the device, so that
+    Returns the norm before clipping, (). If it is not finite, no weight changes: where
+    `optimizer.found_inf` is 1, fused AdamW changes nothing. (`train` ends the run later, where it
+    waits for the GPU anyway.) It reads this on the device, so that
     the CPU need not wait for the norm.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -458,7 +463,7 @@ def train(
         guard.note(step, norm)
         run.bar.update()
 
-        # Log. Only here does the CPU wait for a GPU: to read a loss.
+        # Log. Between evaluations and saves, only here does the CPU wait for a GPU: to read a loss.
         if step % options.log_every == 0 or step + 1 == options.steps:
             guard.check()
             mlm_loss, nsp_loss = run.add_up(losses)  # over the ranks
@@ -611,8 +616,8 @@ def load_corpora(
     tokenizer: Tokenizer,
     splits: Sequence[str] = ("train", "validation"),
 ) -> dict[str, Any]:
-    """Returns the corpus of each split. With --streaming, these are always both, and "train" is a
-    stream of rows.
+    """Returns the corpus of each split. With --streaming, `splits` is ignored: both are returned,
+    and "train" is a stream of rows.
     """
     if options.streaming:
         from extras import streaming
@@ -728,7 +733,7 @@ def make_batches(
         if saved_progress is None:
             progress = fresh_progress[run.rank]
         else:
-            # Those that were saved, if this run has as many ranks and workers.
+            # The saved progress. Raises ValueError if the number of ranks or workers has changed.
             progress = streaming.same_readers(saved_progress, fresh_progress)[run.rank]
         loader = streaming.get_stream_dataloader(
             corpus,
