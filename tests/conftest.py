@@ -1,6 +1,7 @@
 """Profiles of hypothesis, the devices that tests run on, and a small run that several files use."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def _same_start() -> None:
     """Every test starts with the same seed, and with the precision that no earlier run has set."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch) -> None:
+    """The scripts draw no curves here, which took half the time of a short run."""
+    for script, draw in (("train_pretrain", "draw_pretraining"), ("train_sst2", "draw_sst2")):
+        if script in sys.modules:
+            monkeypatch.setattr(sys.modules[script], draw, lambda run: None)
 
 
 @pytest.fixture(scope="session")

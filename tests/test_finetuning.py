@@ -84,7 +84,6 @@ def test_each_split_is_read_from_its_own_data_set_and_its_accuracy_is_printed(
 
     monkeypatch.setattr(data, "get_reviews", noted)
     monkeypatch.setattr(train_sst2, "fine_tune", lambda model, *_: (model, 0.5))
-    monkeypatch.setattr(train_sst2, "draw_sst2", lambda out: None)
     dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
     other = write_reviews(tmp_path / "other", test=9)
     how = {"dataset": dataset, "dataset_name": "sst2", "vocab_size": 60, "device": "cpu"}
@@ -131,7 +130,6 @@ def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
         return model, next(accuracies)
 
     monkeypatch.setattr(train_sst2, "fine_tune", fine_tune)
-    monkeypatch.setattr(train_sst2, "draw_sst2", lambda out: None)
     dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
     options = SST2Options(
         out=str(tmp_path / "run"), dataset=dataset, vocab_size=60, seed=3, seeds=2,
@@ -470,7 +468,6 @@ def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, 
         return model, 0.5
 
     monkeypatch.setattr(train_sst2, "fine_tune", noted)
-    monkeypatch.setattr(train_sst2, "draw_sst2", lambda out: None)
     how = {"dataset": write_reviews(tmp_path / "reviews", train=9, validation=9), "device": "cpu"}
     tokenizer = str(tmp_path / "tokenizer.json")
     scratch = tmp_path / "scratch"

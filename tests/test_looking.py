@@ -4,12 +4,13 @@ Then the curves of a run.
 
 import dataclasses
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from helpers import run_in_process
+from helpers import run, run_in_process
 from strategies import (
     FIXED,
     PADDING,
@@ -18,11 +19,14 @@ from strategies import (
     build,
     publish,
     small_tokenizer,
+    write_reviews,
     write_rows,
 )
 
 import bert
 import extras.attention
+import train_pretrain
+import train_sst2
 from bert import (
     Bert,
     BertConfig,
@@ -34,6 +38,7 @@ from bert import (
 )
 from extras.attention import attention_probs, draw_attention, draw_text
 from support.curves import draw_pretraining, draw_sst2, means_of_seeds, plot_pretraining
+from train_sst2 import SST2Options
 
 
 @pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
@@ -300,6 +305,17 @@ def test_the_picture_of_a_run_has_a_curve_for_each_learning_rate(tmp_path, monke
     }
     shown = [text.get_text() for text in accuracy.get_legend().get_texts()]
     assert sorted(shown) == sorted(curves_in(accuracy))
+
+
+def test_each_script_draws_the_curves_of_its_own_run(options, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train_pretrain, "draw_pretraining", drawn.append)
+    monkeypatch.setattr(train_sst2, "draw_sst2", drawn.append)
+    run(replace(options, steps=1))
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
+    out = str(tmp_path / "tuned")
+    train_sst2.main(SST2Options(out=out, dataset=dataset, vocab_size=60, epochs=1, device="cpu"))
+    assert drawn == [Path(options.out), tmp_path / "tuned"]
 
 
 def described(axes) -> tuple[str, str, str]:
