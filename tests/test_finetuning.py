@@ -501,12 +501,13 @@ def test_an_option_that_lacks_what_it_needs_says_so(changes, message):
 
 def test_the_saved_model_predicts_with_its_own_tokenizer(run, capsys, monkeypatch):
     """It prints a line of label, probability and text; `-` reads texts from standard input."""
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w x y z  \n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"w x y X  \nw x X\n")))
     main(SST2Options(weights=str(run / "model"), predict=("a b c d", "-")))
     lines = [line.split("  ", maxsplit=2) for line in capsys.readouterr().out.splitlines()]
     assert [(label, text) for label, _, text in lines] == [
         ("positive", "a b c d"),
-        ("negative", "w x y z  "),
+        ("negative", "w x y X  "),
+        ("negative", "w x X"),
     ]
     assert all(0.5 <= float(probability) <= 1 for _, probability, _ in lines)
 
@@ -520,6 +521,7 @@ def test_the_saved_model_predicts_with_its_own_tokenizer(run, capsys, monkeypatc
         (None, ["negative", "positive"]),
         (["a", "b"], ["negative", "positive"]),
         ({"0": 0, "1": 1}, ["negative", "positive"]),
+        ({"0": "", "1": "good"}, ["negative", "positive"]),
     ],
 )
 def test_predictions_use_the_names_of_the_classes_in_a_published_config(

@@ -3,6 +3,7 @@ Then the curves of a run.
 """
 
 import dataclasses
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,7 @@ def test_the_attention_figure_has_a_panel_for_each_head_with_its_tokens():
         (image,) = panel.get_images()  # a row of it is a query
         assert torch.equal(torch.from_numpy(image.get_array().data), probs[i // 2, i % 2])
         assert image.get_clim() == (0, 1)  # one scale for all panels
+    assert image.colorbar.ax is bar  # which tells what the colours of the panels mean
 
 
 @pytest.mark.parametrize(
@@ -150,6 +152,20 @@ def test_the_attention_figure_grows_with_layers_heads_and_length(layers, heads, 
     probs = torch.rand(layers, heads, length, length)
     figure = draw_attention(probs, ["a"] * length)
     assert figure.get_size_inches().tolist() == pytest.approx(inches)
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 3)])
+def test_nothing_in_the_attention_figure_overlaps(layers, heads):
+    pytest.importorskip("matplotlib")
+    tokens = ["[CLS]", *["unbelievable"] * 18, "[SEP]"]
+    figure = draw_attention(torch.rand(layers, heads, 20, 20), tokens)
+    figure.draw_without_rendering()  # decides the places
+    panels = figure.axes[:-1]
+    assert len({round(panel.get_window_extent().width, 3) for panel in panels}) == 1
+    places = [axes.get_tightbbox() for axes in figure.axes]
+    labels = panels[-1].get_xticklabels()  # of the last row, so it has some
+    for boxes in (places, [label.get_window_extent() for label in labels]):
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_the_help_of_the_picture_explains_its_words(monkeypatch, capsys):
@@ -200,11 +216,15 @@ def test_a_picture_is_of_the_tokens_of_the_text(tmp_path, monkeypatch):
 
     def draw(probs, tokens):
         drawn.append((probs.shape, tokens))
-        return mock.Mock()
+        return figure
 
+    figure = mock.Mock()
     monkeypatch.setattr(extras.attention, "draw_attention", draw)
-    draw_text(str(publish(tmp_path)), "a b", str(tmp_path / "a.png"))
+    source, picture = str(publish(tmp_path)), str(tmp_path / "a.png")
+    monkeypatch.setattr(sys, "argv", ["attention", source, "a b", "--out", picture])
+    extras.attention.main()
     assert drawn == [((3, 2, 4, 4), ["[CLS]", "a", "b", "[SEP]"])]
+    figure.savefig.assert_called_once_with(picture, dpi=120)
 
 
 def test_a_mistyped_model_of_a_picture_is_one_line_and_status_2(monkeypatch, capsys):

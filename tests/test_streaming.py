@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import json
+import types
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -202,6 +203,28 @@ def test_workers_that_read_equal_documents_make_other_examples_of_them(tmp_path)
     for one, other in ((first, second), of_ranks):
         one, other = ({tuple(row) for row in b["input_ids"].tolist()} for b in (one, other))
         assert not one & other
+
+
+def test_every_block_of_every_worker_of_every_rank_has_an_index_of_its_own(folder, monkeypatch):
+    """The index decides what is drawn for the block. With two ranks of two workers, the third
+    worker makes the blocks 2, 6 and 10."""
+    made: dict[tuple[int, int], list] = {}
+
+    def noted(batches, texts, first_index, block_index):
+        made[rank, worker].append((first_index, block_index))
+        yield {"documents": len(texts)}
+
+    monkeypatch.setattr(streaming.StreamedBatches, "batches", noted)
+    for rank, worker in itertools.product(range(2), range(2)):
+        made[rank, worker] = []
+        info = types.SimpleNamespace(id=worker)
+        monkeypatch.setattr(streaming, "get_worker_info", lambda info=info: info)
+        batches = loader(folder, streaming.new_progress(2), rank, world_size=2).dataset
+        sizes = [batch["documents"] for batch in islice(batches, 3)]
+        first_indices, block_indices = zip(*made[rank, worker], strict=True)
+        assert first_indices == (0, sizes[0], sizes[0] + sizes[1])
+        start = 2 * rank + worker
+        assert block_indices == (start, start + 4, start + 8)
 
 
 def test_readers_with_unequal_numbers_of_shards_are_warned_of(folder):

@@ -344,16 +344,17 @@ def test_steps_0_evaluates_no_head_that_the_weights_lack(options, tmp_path, caps
             ValueError, match=r"has no head to evaluate: mlm_bias, mlm_dense\.weight,"
         ):
             pretrain(replace(options, weights=weights, steps=0))
-    weights = publish(tmp_path / "mlm", TINY)  # and without the other head
-    tensors = load_file(weights / "model.safetensors")
-    kept = {name: t for name, t in tensors.items() if "seq_relationship" not in name}
-    save_file(kept, weights / "model.safetensors")
-    capsys.readouterr()
-    pretrain(replace(options, weights=str(weights), steps=0))
-    announced, _, *rows = capsys.readouterr().out.splitlines()
-    assert announced == "NSP is not evaluated: the weights have no head for it"
-    shown = [row.split()[0] for row in rows]
-    assert shown == ["mlm_loss", "perplexity", "mlm_accuracy", "most_frequent_prediction"]
+    for of_the_other in ("seq_relationship", "pooler"):
+        weights = publish(tmp_path / of_the_other, TINY)
+        tensors = load_file(weights / "model.safetensors")
+        kept = {name: t for name, t in tensors.items() if of_the_other not in name}
+        save_file(kept, weights / "model.safetensors")
+        capsys.readouterr()
+        pretrain(replace(options, weights=str(weights), steps=0))
+        announced, _, *rows = capsys.readouterr().out.splitlines()
+        assert announced == "NSP is not evaluated: the weights have no head for it"
+        shown = [row.split()[0] for row in rows]
+        assert shown == ["mlm_loss", "perplexity", "mlm_accuracy", "most_frequent_prediction"]
 
 
 def test_steps_0_reads_no_training_text(options, tmp_path):
