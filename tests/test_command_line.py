@@ -456,6 +456,32 @@ def test_an_error_in_a_data_worker_is_reported_as_in_the_main_process(capsys, mo
     gc.collect()  # the workers end here, and not in another test
 
 
+def test_a_mistake_that_a_worker_passes_on_is_shown_without_its_traceback(capsys):
+    def pass_on(_) -> None:
+        try:
+            raise ValueError("a mistake\nof two lines")
+        except ValueError:
+            where = "in DataLoader worker process 0"
+            torch._utils.ExceptionWrapper(where=where).reraise()
+
+    with pytest.raises(SystemExit):
+        support.command_line.run_script(pass_on, PretrainOptions, [])
+    assert capsys.readouterr().err == "error: a mistake\nof two lines\n"
+
+
+def test_a_worker_that_torch_says_is_killed_is_reported(capsys):
+    def told_by_torch(_) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    with pytest.raises(SystemExit):
+        support.command_line.run_script(told_by_torch, PretrainOptions, [])
+    cause = "DataLoader worker (pid 1) is killed by signal: Killed"
+    assert capsys.readouterr().err == (
+        f"error: a DataLoader worker died ({cause}). Out of memory? Try fewer --workers, and"
+        " --resume\n"
+    )
+
+
 def read_from_worker(error: Exception) -> None:
     def _try_get_data():
         raise error

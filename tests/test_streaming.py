@@ -149,6 +149,10 @@ def test_a_block_continues_until_two_documents_have_a_next_sentence(folder):
 
     assert streaming.read_block(documents(long, title, pair))[0] == [long, title, pair]
     assert streaming.read_block(documents(title, pair))[0] == [title, pair] * 2
+    left = documents(title, pair, title)
+    while next(left)[1] != pair:  # what is left of this epoch has no next sentence
+        pass
+    assert streaming.read_block(left)[0] == [title, title, pair, title, title, pair, title]
     with pytest.raises(ValueError, match="a data worker has 0 documents with a next sentence"):
         streaming.read_block(documents(title, title))
     assert next(batches.batches([long, title, pair], 0, 0))
@@ -156,10 +160,11 @@ def test_a_block_continues_until_two_documents_have_a_next_sentence(folder):
 
 def test_a_block_ends_after_so_many_characters_of_all_its_documents(monkeypatch):
     """Each of these documents has 13."""
-    monkeypatch.setattr(streaming, "BLOCK", 50)
-    documents = iter([({"documents": i}, "aa bb. cc dd.") for i in range(1, 99)])
-    texts, behind = streaming.read_block(documents)
-    assert (len(texts), behind) == (4, {"documents": 4})
+    for block in (50, 52):
+        monkeypatch.setattr(streaming, "BLOCK", block)
+        documents = iter([({"documents": i}, "aa bb. cc dd.") for i in range(1, 99)])
+        texts, behind = streaming.read_block(documents)
+        assert (len(texts), behind) == (4, {"documents": 4})
 
 
 def test_a_document_of_several_rows_has_a_next_sentence_in_the_next_row():
@@ -297,6 +302,37 @@ def test_every_example_of_a_block_comes_once_and_never_with_the_same_masks(folde
         assert {len(batch["nsp_labels"]) for batch in found} == {4}
     one, other = (found[0]["input_ids"] for found in blocks.values())
     assert one.shape != other.shape or not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("left_over", [0, 1, 2])
+def test_the_batches_of_a_block_are_full_and_take_every_example(left_over, folder):
+    """Of a block smaller than a batch, the examples are repeated: here more than 40 times."""
+    batches = loader(folder, streaming.new_progress(0)).dataset
+    texts = [row["text"] for row in batches.rows]
+    asked: list[list[int]] = []
+
+    def make(corpus, tokenizer):
+        dataset = data.PretrainDataset(corpus, tokenizer, 16)
+        dataset.batch = asked.append
+        return dataset
+
+    batches.make_dataset = make
+    examples = len(make(streaming.tokenize_block(texts, 0, small_tokenizer()), small_tokenizer()))
+    for size, count in ((examples - left_over, 2 if left_over else 1), (50 * examples, 1)):
+        batches.batch_size = size
+        asked.clear()
+        list(batches.batches(texts, 0, 0))
+        assert [len(indices) for indices in asked] == [size] * count
+        indices = list(itertools.chain(*asked))
+        assert len(set(indices)) == len(indices)  # each a draw of its own
+        assert {index % examples for index in indices} == set(range(examples))
+
+
+def test_a_stream_without_a_document_is_rejected(folder):
+    batches = loader(folder, streaming.new_progress(0)).dataset
+    batches.rows = batches.rows.filter(lambda row: False)
+    with pytest.raises(ValueError, match="^a data worker has no document to read$"):
+        next(iter(batches))
 
 
 def test_documents_are_held_out_where_there_is_no_validation_split(tmp_path):
