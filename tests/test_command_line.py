@@ -430,7 +430,36 @@ def test_a_line_of_50_megabytes_empty_rows_and_nulls_are_no_mistake(tmp_path, ca
     assert "documents left out: {'no sentence': 2, 'one sentence': 1}" in out
 
 
-# ---- Errors of data workers, and our own --------------------------------------------------------
+# ---- Signals, errors of data workers, and our own -----------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("raises_another_error", [False, True])
+def test_a_signal_ends_a_script_and_what_it_has_forked_with_its_status_and_no_message(
+    number, raises_another_error, capfd
+):
+    """A library that waits for a process may turn the end of it into an error of its own."""
+    statuses = []
+
+    def tokenize(_) -> None:
+        process = os.fork()
+        if not process:
+            try:
+                os.kill(os.getpid(), number)
+            finally:  # not reached: the signal ends the process
+                os._exit(0)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+        try:
+            os.kill(os.getpid(), number)
+        except SystemExit as error:
+            raise (RuntimeError("a process died") if raises_another_error else error) from None
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        run_script(tokenize, PretrainOptions, [])
+    assert (statuses, ended.value.code) == ([128 + number], 128 + number)
+    assert capfd.readouterr() == ("", "")
+    assert signal.getsignal(number) == before
 
 
 class Broken(torch.utils.data.Dataset):
