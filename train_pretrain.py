@@ -570,12 +570,12 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
 
 
 def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
-    """Returns the tokenizer that is saved with the weights.
+    """Returns the tokenizer that is saved with the weights, once it is known to be the right one.
 
-    tokenizer: --tokenizer, if the user names one.
-    Raises ValueError if the saved tokenizer, or the named one, is not the one that the weights were
-    trained with: ids would silently refer to different tokens, and accuracy would drop without an
-    error.
+    tokenizer: what --tokenizer names, or None.
+    Raises ValueError if the weights were trained with another tokenizer than the saved one, or than
+    that of --tokenizer. Every id would mean another token, and nothing but a low accuracy would
+    show it.
     """
     directory = fetch(weights)
     saved = data.load_tokenizer(directory)
@@ -590,7 +590,7 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
     saved_hash = config.get("tokenizer_hash", tokenizer_hash(saved))
     candidates = [(str(directory), saved)]
     if tokenizer:
-        candidates.insert(0, (tokenizer, data.load_tokenizer(tokenizer)))
+        candidates.append((tokenizer, data.load_tokenizer(tokenizer)))
     for source, candidate in candidates:
         if not is_tokenizer_of(candidate, saved_hash):
             raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
@@ -716,10 +716,10 @@ def make_batches(
     run: Run,
     saved_progress: list[dict] | None,
 ) -> tuple[Iterator[Batch], dict]:
-    """Returns this rank's micro-batches from the run's step on, and the progress of their reader.
+    """Returns this rank's micro-batches from the run's step on, and how far they have been read.
 
-    The batches of a corpus on disk can start at any step, so their progress is {}. The progress of
-    a stream changes as it is read, and is saved with every checkpoint.
+    A corpus on disk can be read from any step on, so its progress is {}. The progress in a stream
+    is a dict that changes while it is read, and is saved with every checkpoint.
     saved_progress: that of each rank, from the checkpoint that is resumed.
     """
     # Forked workers share memory until it is written to. The garbage collector writes into every

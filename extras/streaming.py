@@ -17,7 +17,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -85,10 +85,7 @@ def tokenize_block(
     """Returns a block as a corpus in memory. first_index: of its first document, for errors."""
     indices = list(range(first_index, first_index + len(texts)))
     columns = data.tokenize_documents({"text": texts}, indices, tokenizer, "text")
-    features = Features(
-        tokens=List(Value("uint32")), starts=List(Value("uint32")), sentences=Value("int64")
-    )
-    return data.TokenizedCorpus(Dataset.from_dict(columns, features=features))
+    return data.TokenizedCorpus(Dataset.from_dict(columns))
 
 
 class StreamedBatches(IterableDataset):

@@ -219,8 +219,8 @@ def test_the_learning_rate_rises_for_a_tenth_of_the_steps_and_falls_to_0(tmp_pat
         return update(model, optimizer, rate)
 
     monkeypatch.setattr(train_sst2, "update", noted)
-    tune(tmp_path, review_batches([3] * 10, 2, 0), rate=1e-3, epochs=5)
-    rising, falling = [0.5e-3, 1e-3], [1e-3 * (25 - step) / 23 for step in range(2, 25)]
+    tune(tmp_path, review_batches([3] * 10, 2, 0), rate=1e-3, epochs=4)
+    rising, falling = [0.5e-3, 1e-3], [1e-3 * (20 - step) / 18 for step in range(2, 20)]
     assert rates == pytest.approx(rising + falling)
 
 

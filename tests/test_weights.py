@@ -623,6 +623,10 @@ def test_a_tokenizer_that_lowercases_otherwise_is_not_that_of_the_weights(publis
     assert matching_tokenizer(str(published), None).encode("a").ids
     with pytest.raises(ValueError, match="is not the one .* was trained with"):
         matching_tokenizer(str(published), str(tmp_path / "cased.json"))
+    cased.save(str(published / "tokenizer.json"))
+    with pytest.raises(ValueError, match=f"the tokenizer {published} is not the one"):
+        matching_tokenizer(str(published), None)
+    small_tokenizer().save(str(published / "tokenizer.json"))
     told = PretrainOptions(weights=str(published), tokenizer=str(tmp_path / "cased.json"))
     with pytest.raises(ValueError, match=r"cased\.json is not the one .* was trained with"):
         train_pretrain.load_tokenizer(told)
