@@ -235,12 +235,14 @@ def test_lines_and_bar_say_how_far_a_model_is(tmp_path, monkeypatch, capsys):
     tune(tmp_path, review_batches([3] * 10, 2, 0), epochs=2, log_every=2)
     train, validation = (read_lines(tmp_path, split) for split in ("train", "validation"))
     assert train["step"] == [2, 4, 6, 8, 10]
+    assert (train["learning_rate"], train["seed"]) == ([1e-3] * 5, [0] * 5)
     assert (validation["step"], validation["epoch"]) == ([5, 10], [1, 2])
     assert 0 <= validation["seconds"][0] <= validation["seconds"][1] < 60
     assert all(isinstance(seconds, float) for seconds in validation["seconds"])
     assert (bars[0].n, bars[0].total) == (10, 10)
     assert bars[0].desc.startswith("lr ")
     assert " seed " in bars[0].desc
+    assert bars[0].postfix == f"loss {train['loss'][-1]:.3f}"
     assert "epoch 2: validation loss " in capsys.readouterr().out
 
 
@@ -393,17 +395,19 @@ def test_training_obeys_the_device(tmp_path, monkeypatch):
 
 
 def test_ids_and_labels_of_every_batch_are_moved(tmp_path, monkeypatch):
-    moved, to = [], torch.Tensor.to
+    """In training without waiting for the GPU. Two batches are trained on, and then evaluated."""
+    moved, waits, to = [], [], torch.Tensor.to
 
-    def noted(tensor, *where, **how):
+    def noted(tensor, *where, non_blocking=False):
         if tensor.dtype == torch.int64:  # ids and labels
             moved.append(where)
-        return to(tensor, *where, **how)
+            waits.append(not non_blocking)
+        return to(tensor, *where, non_blocking=non_blocking)
 
     monkeypatch.setattr(torch.Tensor, "to", noted)
     tune(tmp_path, review_batches([3] * 4, 2, 0), epochs=1)
-    # Two batches are trained on and evaluated.
     assert moved == [(torch.device("cpu"),)] * 8
+    assert waits == [False] * 4 + [True] * 4
 
 
 def test_an_evaluation_moves_ids_and_labels_to_its_device(monkeypatch):
