@@ -74,7 +74,7 @@ def summary() -> list[str]:
         "6 layers, published weights":
             "Google's small 89.7 (test), BERT-base 92.7 to 92.9, toynlp 91.93",
     }  # fmt: skip
-    for name, accuracies in sst2_accuracies().items():
+    for name, accuracies in {**sst2_accuracies(), **accuracies_of_longer_run()}.items():
         rows.append((f"SST-2 dev accuracy, %: {name}", mean_and_deviation(accuracies),
                      published.get(name, "")))  # fmt: skip
     bench = json.loads((RESULTS / "bench_avx2.json").read_text())
@@ -95,14 +95,28 @@ def sst2_accuracies() -> dict[str, list[float]]:
     """Returns what was trained, and the accuracy of each seed in percent."""
     found = {}
     for share in afternoon.SHARES:
-        labels = "" if share == "all" else f", a {share} of the sentences"
         for start, name in MINI.items():
-            found[name + labels] = best_setting(start, share).accuracies
+            found[name + of_sentences(share)] = best_setting(start, share).accuracies
     wrong_tokenizer = best_accuracies(AFTERNOON / "wrong-tokenizer.jsonl")
     found[f"{MINI['pretrained']}, another tokenizer"] = wrong_tokenizer
     for name, files in SIX_LAYERS.items():
         found[name] = [a for file in files for a in best_accuracies(RESULTS / file)]
     return found
+
+
+def accuracies_of_longer_run() -> dict[str, list[float]]:
+    """Returns the same of the long run on a GPU, for each share of the labels."""
+    tokens = read_lines(GPU / "long/pretrain", "validation")["tokens"][-1] / 1e6
+    name = f"{MINI['pretrained']}, {tokens:.0f} million tokens on an H100"
+    return {
+        name + of_sentences(share): best_accuracies(GPU / f"long/{share}.jsonl")
+        for share in afternoon.SHARES
+    }
+
+
+def of_sentences(share: str) -> str:
+    """Returns how a name ends that has a share of the labels."""
+    return "" if share == "all" else f", a {share} of the sentences"
 
 
 class FineTuned(NamedTuple):

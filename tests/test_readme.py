@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bench
-from bert import BertConfig
+from bert import SIZES, BertConfig
 from experiments import afternoon, figures, recipe, story
 from support.command_line import parse_options
 from train_pretrain import PretrainOptions
@@ -175,7 +175,8 @@ def test_the_results_on_a_gpu_are_those_of_the_raw_lines():
         1e6 * sum(lengths) / measured[f"cuda, base, 256 x 128: {name}, tokens/s"] / 3600
         for name in ("ours, compiled", "ours")
     ]
-    assert f"{hours[0]:.0f} and {hours[1]:.0f} hours, not\n12, by 60 steps" in README
+    expected = f"{hours[0]:.0f} and {hours[1]:.0f} hours, not 12, by 60 steps"
+    assert expected in " ".join(README.split())
 
 
 def test_the_first_screen_has_the_gain_at_each_share_of_the_labels():
@@ -216,6 +217,12 @@ def test_what_may_be_installed_is_not_older_than_what_was_tested():
         assert name in tested
         if name not in ("ruff", "mypy"):  # `make lint` has them from constraints.txt
             assert tested[name].split(".")[:2] == lowest[0].split(".")[:2]
+
+
+def test_the_sizes_are_those_of_the_code():
+    page = " ".join(README.split())
+    for name, (layers, width) in SIZES.items():
+        assert f"{name} ({layers} x {width})" in page
 
 
 def test_the_version_is_the_same_everywhere():
