@@ -890,7 +890,7 @@ def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> li
 class SST2Batches:
     """Batches of all sentences, each once, with sentences of similar lengths together.
 
-    1. Shuffle the sentences, by (seed, `epoch`). Whoever trains sets `epoch`.
+    1. Shuffle the sentences, by (`seed`, `epoch`). Whoever trains sets both.
     2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
        is padding (67% in a plain random order, each batch padded to its longest), and every epoch
        still groups other sentences.

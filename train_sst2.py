@@ -201,7 +201,7 @@ def fine_tune(
     device = next(model.parameters()).device
     optimizer = make_optimizer(model.train())
     guard = FiniteGuard(device)
-    training.seed = seed  # each seed has an order of its own
+    training.seed = seed  # so they are shuffled; each seed has an order of its own
     steps = epochs * len(training)
     warmup = steps // 10  # the paper does not say how many; [Code] has a tenth
     step = 0
@@ -311,16 +311,13 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     checked = make_model(options, tokenizer)  # only so that wrong options fail early
     longest = options.max_seq_length or checked.config.max_seq_length
 
-    def load(
-        path: str, split: str, name: str | None = None, seed: int | None = None
-    ) -> data.SST2Batches:
+    def load(path: str, split: str, name: str | None = None) -> data.SST2Batches:
         texts, labels = data.get_reviews(path, split, name)
         rows = data.encode_sentences(tokenizer, texts, longest)
-        return data.SST2Batches(rows, labels, options.batch_size, padding_idx, seed)
+        return data.SST2Batches(rows, labels, options.batch_size, padding_idx)
 
     # All splits are read now: a mistake in the test split must not show up after hours.
-    # A seed makes the batches shuffle; this one is a placeholder until `fine_tune` sets its own.
-    training = load(options.dataset, "train", options.dataset_name, seed=options.seed)
+    training = load(options.dataset, "train", options.dataset_name)
     validation = load(options.dataset, "validation", options.dataset_name)
     test_source = options.test_dataset or ("sample" if options.dataset == "sample" else None)
     test = load(test_source, "test") if test_source else None

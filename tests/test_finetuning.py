@@ -243,7 +243,9 @@ def test_lines_and_bar_say_how_far_a_model_is(tmp_path, monkeypatch, capsys):
     assert bars[0].desc.startswith("lr ")
     assert " seed " in bars[0].desc
     assert bars[0].postfix == f"loss {train['loss'][-1]:.3f}"
-    assert "epoch 2: validation loss " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for epoch, loss in enumerate(validation["loss"], start=1):
+        assert f"epoch {epoch}: validation loss {loss:.3f}, " in printed
 
 
 def test_an_evaluation_has_no_dropout_and_training_continues_with_it():
