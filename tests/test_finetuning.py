@@ -67,8 +67,10 @@ def test_a_run_learns_and_evaluates_the_test_split_once(run):
 
 
 def test_a_run_leaves_its_options(run):
-    config = json.loads((run / "config.json").read_text())
+    text = (run / "config.json").read_text()
+    config = json.loads(text)
     assert (config["learning_rate"], config["seeds"], config["epochs"]) == ([1e-3, 1e-5], 2, 2)
+    assert text == json.dumps(config, indent=2) + "\n"  # which a person can read
 
 
 def test_each_split_is_read_from_its_own_data_set_and_its_accuracy_is_printed(
@@ -353,6 +355,32 @@ def test_the_best_model_is_replaced_by_a_better_one_once_that_is_complete(tmp_pa
     assert torch.equal(found, second.classifier.weight)
 
 
+def test_of_equally_good_models_the_first_is_kept_and_tested(tmp_path, monkeypatch, capsys):
+    models, tested, evaluate_ = [], [], train_sst2.evaluate
+
+    def fine_tune(model, *_):
+        models.append(model)
+        return model, 0.5
+
+    def noted(model, batches, device, precision):
+        tested.append((model, device, precision))
+        return evaluate_(model, batches, device, precision)
+
+    monkeypatch.setattr(train_sst2, "fine_tune", fine_tune)
+    monkeypatch.setattr(train_sst2, "evaluate", noted)
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9, test=9)
+    options = SST2Options(
+        out=str(tmp_path / "run"), dataset=dataset, test_dataset=dataset, vocab_size=60, seeds=2,
+        device="cpu", precision="bfloat16",
+    )  # fmt: skip
+    main(options)
+    assert tested == [(models[0], torch.device("cpu"), "bfloat16")]
+    saved = SST2BertModel.from_pretrained(tmp_path / "run/model")
+    assert torch.equal(saved.classifier.weight, models[0].classifier.weight)
+    last_line = f"{tmp_path}/run/model holds the best weights and their tokenizer"
+    assert capsys.readouterr().out.splitlines()[-1] == last_line
+
+
 def test_the_test_split_is_scored_before_anything_is_drawn(options, tmp_path, monkeypatch):
     dataset = write_reviews(tmp_path / "reviews", train=9, validation=9, test=9)
 
@@ -481,6 +509,7 @@ def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, 
     weights = str(scratch / "model")
     main(SST2Options(out=str(tmp_path / "cut"), weights=weights, max_seq_length=4, **how))
     (model, whole), (loaded, cut) = seen
+    assert model.config.max_seq_length == 128  # unless --max-seq-length says otherwise
     assert model.config.d_model == loaded.config.d_model == 256
     assert model.config.vocab_size == len(ids)
     assert whole.padding_idx == cut.padding_idx == model.padding_idx == ids["[PAD]"]
