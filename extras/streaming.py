@@ -57,7 +57,9 @@ def open_stream(
             f"--streaming reads one whole split of {path}, one of {', '.join(splits)}; "
             f"--split {train_split} is none of them"
         )
-    first_row: dict = next(iter(splits[train_split]), {})
+    first_row = next(iter(splits[train_split]), None)
+    if first_row is None:
+        raise ValueError(f"{path} has no row to train on")
     if column not in first_row:
         raise ValueError(f"no --text-column {column} in the first row of {path}: {list(first_row)}")
     rows = {split: documents.select_columns(column) for split, documents in splits.items()}

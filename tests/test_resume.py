@@ -139,7 +139,8 @@ def test_a_damaged_checkpoint_is_announced_and_the_one_before_it_used(damage, fi
     expected = state(Path(finished.out))
     older, newest = checkpoints(finished)
     newest.write_bytes(DAMAGES[damage](newest.read_bytes()))
-    with pytest.warns(UserWarning, match=rf"{newest.name} is damaged \(\w+: .+\)"):
+    reason = "OSError: .* has another checksum" if damage == "a block of zeros" else r"\w+: .+"
+    with pytest.warns(UserWarning, match=rf"{newest.name} is damaged \({reason}\)"):
         run(finished)
     assert_same(state(Path(finished.out)), expected)
     older, newest = checkpoints(finished)

@@ -35,6 +35,7 @@ from strategies import (
     write_rows,
     write_texts,
 )
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 import data
@@ -233,7 +234,10 @@ def test_every_block_of_every_worker_of_every_rank_has_an_index_of_its_own(folde
 
 
 def test_readers_with_unequal_numbers_of_shards_are_warned_of(folder):
-    with pytest.warns(UserWarning, match="5 shards for 2 workers: some have more to read"):
+    expected = (
+        "^5 shards for 2 workers: some have more to read, and the others read theirs more often$"
+    )
+    with pytest.warns(UserWarning, match=expected):
         loader(folder, streaming.new_progress(2))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".* shards for .* workers")
@@ -469,9 +473,16 @@ def test_a_stream_of_few_documents_says_what_it_needs(tmp_path):
     rows = [{"text": text} for text in TEXTS]
     write_rows(tmp_path / "few/train.jsonl", rows)
     with pytest.raises(
-        ValueError, match=r"--streaming: .* has 0 documents to evaluate on, and 2 are"
+        ValueError,
+        match=r"^--streaming: .* has 0 documents to evaluate on, and 2 are needed: a split named"
+        " validation, or one of a hundred documents to train on; a small corpus needs no"
+        " --streaming$",
     ):
         streaming.open_stream(str(tmp_path / "few"), None, "text")
+    for split, texts in (("train", []), ("validation", TEXTS)):
+        Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"none/{split}.parquet")
+    with pytest.raises(ValueError, match="none has no row to train on$"):
+        streaming.open_stream(str(tmp_path / "none"), None, "text")
     write_rows(tmp_path / "both/train.jsonl", rows)
     write_rows(tmp_path / "both/validation.jsonl", rows[:2])
     train, held_out = streaming.open_stream(str(tmp_path / "both"), None, "text")
