@@ -33,7 +33,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -81,19 +81,24 @@ class BertConfig:
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
+        # `type(...) is`, not isinstance: True is an int, too.
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            if not isinstance(value, int | float):
-                raise ValueError(f"{name} must be a number, got {value!r}")
-            is_size = field.type is int
-            is_dropout = name.endswith("dropout")
-            if is_size and type(value) is not int:
+            if field.type is int and type(value) is not int:
                 raise ValueError(f"{name} must be an integer, got {value!r}")
-            if is_size and value < 1:
+            if field.type is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-            if is_dropout and not 0 <= value < 1:
+            if field.type is float and type(value) not in (int, float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"{name} must be true or false, got {value!r}")
+        for name in ("dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
-            if name in ("layer_norm_eps", "initializer_range") and not 0 < value < math.inf:
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         for name in ("attention_d_k", "attention_d_v"):
             value = getattr(self, name)
@@ -113,7 +118,7 @@ class BertConfig:
             "d_model": d_model,
             "attention_d_k": d_model,
             "attention_d_v": d_model,
-            "head_num": d_model // 64,  # every published head is 64 wide
+            "head_num": d_model // 64,  # in all these sizes a head is 64 wide
             "d_feed_forward": 4 * d_model,
             "encoder_layers": layers,
         }
@@ -164,6 +169,7 @@ def attention(
     The values may have another width than queries and keys.
     mask: bool, broadcastable to (..., seq, seq), True where a query (row) may attend to a key
     (column).
+    dropout: the probability with which a weight is dropped; 0 outside of training.
 
     Returns the output, as wide as v, and the probabilities, (..., seq, seq): row i holds the
     weights with which token i averages the values of all tokens.
@@ -188,8 +194,8 @@ def attention(
 class MultiHeadAttention(nn.Module):
     """Computes Concat(head_1, ..., head_n) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i).
 
-    [Transformer] §3.2.2. The matrices of all heads are stacked: `query` holds W^Q_1 ... W^Q_n side
-    by side, so one product computes the queries of all heads.
+    [Transformer] §3.2.2. `query` holds W^Q_1 ... W^Q_n in one matrix, so that one product computes
+    the queries of all heads: the first d_head of its outputs are the query of head 1, and so on.
 
     d_k and d_v may differ from d_model: queries and keys only have to have the same width, because
     they meet in a dot product, and W^O (`output`) brings the concatenated heads, d_v wide, back to
@@ -236,10 +242,8 @@ class EncoderLayer(nn.Module):
 
     LayerNorm comes after the sum ("post-LN"). At the start of training, the gradients of the last
     layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
-    models compute x + f(LayerNorm(x)) ("pre-LN"). There a path from the embeddings to the last
-    layer's output passes through no LayerNorm. The gradient flows along it unchanged, and
-    training works without warmup. The sum on this path grows from layer to layer, so such a model
-    ends with one more LayerNorm, after its last layer.
+    models compute x + f(LayerNorm(x)) ("pre-LN"). There no LayerNorm stands between the embeddings
+    and the last sum, the gradient flows back unchanged, and training works without warmup.
 
     Differs: [Code] approximates GELU by a tanh (at most 5e-4 off); this is GELU itself.
     """
@@ -277,12 +281,13 @@ class PretrainedModel(nn.Module):
         """Draws weights from a normal distribution with mean 0 and standard deviation
         `initializer_range`, 0.02, and sets biases to 0. LayerNorm keeps PyTorch's weight 1, bias 0.
 
-        With weights this small, the first logits are close to 0: each is the dot product of a
+        With weights this small, the first logits of tokens are small: each is the dot product of a
         hidden state, which LayerNorm gives the length sqrt(d_model), with a row of weights of
-        standard deviation 0.02. So the model finds all tokens about equally probable, and the first
-        MLM loss is about ln(vocab). PyTorch's default for embeddings is a standard deviation of 1.
-        Tied to the decoder, such embeddings would make large logits and a first loss far above
-        ln(vocab).
+        standard deviation 0.02. Their own is then 0.02 sqrt(d_model), 0.55 for base. So the model
+        finds all tokens about equally probable, and the first MLM loss is about ln(vocab).
+        PyTorch's default for embeddings is a standard deviation of 1. The token embeddings are also
+        the decoder of `BertPretrainModel`, so they would make large logits and a first loss far
+        above ln(vocab).
 
         Differs: [Code] cuts the distribution off at two standard deviations.
         """
@@ -295,7 +300,8 @@ class PretrainedModel(nn.Module):
     def from_pretrained(cls, source: str | Path, **changes: Any) -> Self:
         """Returns a published BERT, in evaluation mode. See `load_pretrained`.
 
-        source: a directory or a hub id. changes: fields of its config to replace.
+        source: a directory or a hub id. changes: fields of its config to replace, such as dropout;
+        none that changes the shape of a tensor.
         """
         return load_pretrained(cls, source, changes)
 
@@ -314,7 +320,7 @@ class Bert(PretrainedModel):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)  # so a model with heads has only these left to initialize
+        self.apply(self.init_weights)  # models with heads initialize only their heads
 
     def forward(
         self,
@@ -392,7 +398,7 @@ class BertPretrainModel(PretrainedModel):
         of row r is r * seq + c.
 
         mlm_logits are (masked, vocab) with `positions`, and (batch, seq, vocab) without. Training
-        passes the masked positions. They are 15% of all, so 85% of the costliest product is saved.
+        passes the masked positions, less than 15% of all, so 85% of the costliest product is saved.
         """
         hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
         nsp_logits = self.nsp(self.bert.pool(hidden_states))
@@ -433,11 +439,13 @@ class SST2BertModel(PretrainedModel):
 #
 # A published BERT is a directory with config.json, model.safetensors (or the older
 # pytorch_model.bin, or shards of either), tokenizer.json or vocab.txt, and tokenizer_config.json.
-# All of them, Google's included, name their tensors alike. PUBLISHED_NAMES is
-# also a map of the paper's matrices: W^Q, W^K, W^V and W^O of attention, W_1 and W_2 of the
-# feed-forward network.
+# All of them name their tensors alike, but for the prefix `bert.`, which some leave out, and for
+# gamma and beta, TensorFlow's names in LayerNorm. PUBLISHED_NAMES is also a map of the paper's
+# matrices: W^Q, W^K, W^V and W^O of attention, W_1 and W_2 of the feed-forward network.
 
-PUBLISHED_NAMES = {  # our name of a module: its published name. * is the index of a layer.
+# Our name of a module (of a parameter: mlm_bias), and its published name, both without the prefix.
+# * is the index of a layer.
+PUBLISHED_NAMES = {
     "embeddings.token": "embeddings.word_embeddings",  # also the decoder
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.segment": "embeddings.token_type_embeddings",
@@ -474,7 +482,7 @@ FIXED_FIELDS = {  # what config.json says of every BERT; other values mean anoth
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-COPIES = {  # many published files hold a tensor twice: the name of the copy, that of the original
+COPIES = {  # copy: original. Many published files hold these tensors twice.
     "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
@@ -488,9 +496,10 @@ def published_name(name: str) -> str:
     Example: `bert.layers.3.expand.bias` -> `bert.encoder.layer.3.intermediate.dense.bias`.
     """
     prefix = "bert." if name.startswith("bert.") else ""
-    parts = name.removeprefix("bert.").split(".")
-    layer = "".join(part for part in parts if part.isdigit())  # "" outside of the layers
-    pattern = ".".join("*" if part.isdigit() else part for part in parts)
+    name = name.removeprefix("bert.")
+    index = re.search(r"layers\.(\d+)\.", name)
+    layer = index[1] if index else ""
+    pattern = name.replace(f"layers.{layer}.", "layers.*.")
 
     if pattern in PUBLISHED_NAMES:  # mlm_bias is a parameter, not a module
         published = PUBLISHED_NAMES[pattern]
@@ -529,7 +538,8 @@ def load_pretrained(cls: type[PretrainedModel], source: str | Path, changes: dic
         model.missing_parameters = model.load_state_dict(state, strict=False).missing_keys
         check_encoder_is_complete(model.missing_parameters)
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a tensor's shape differs
-        reason = " ".join(str(error).split(". ")[0].split())  # the first sentence, on one line
+        # On one line, and without the advice that torch adds after a full stop.
+        reason = " ".join(str(error).split(". ")[0].split())
         raise ValueError(f"no BERT can be read from {directory}: {reason}") from error
 
     if model.missing_parameters:
@@ -565,10 +575,10 @@ def fetch(source: str | Path) -> Path:
     try:
         # Many models have both kinds of weights. The .bin files are fetched only if there is no
         # safetensors file.
-        for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
-            patterns = ["config.json", "tokenizer*.json", "vocab.txt", weights]
+        for weight_files in ("model*.safetensors*", "pytorch_model*.bin*"):
+            patterns = ["config.json", "tokenizer*.json", "vocab.txt", weight_files]
             directory = Path(snapshot_download(str(source), allow_patterns=patterns))
-            if any(directory.glob(weights)):
+            if any(directory.glob(weight_files)):
                 break
     except (OSError, ValueError) as error:  # no network, or no such id
         raise ValueError(
@@ -598,7 +608,7 @@ def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, i
         raise ValueError("config.json has no 'hidden_size'")
 
     hidden_size = published["hidden_size"]
-    # Most files do not name d_k and d_v.
+    # Only files that were written here name d_k and d_v.
     values = {"attention_d_k": hidden_size, "attention_d_v": hidden_size}
     for field in fields(BertConfig):
         key = PUBLISHED_FIELDS.get(field.name, field.name)
@@ -615,26 +625,27 @@ def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, i
 def find_weights(directory: Path) -> list[Path]:
     """Returns the files with a model's tensors: one file, or several shards.
 
-    The shards are those that an index file names or, without an index, all model-*-of-* files.
-
-    Other files beside them (optimizers, adapters, older exports) are not the model's.
+    The shards are those that an index file names or, without an index, all model-*-of-* files (or
+    pytorch_model-*-of-*). Other files beside them (optimizers, adapters, older exports) are not the
+    model's.
     """
     for name in WEIGHT_FILES:
         if (directory / name).exists():
             return [directory / name]
 
         index = directory / f"{name}.index.json"
-        stem, _, suffix = name.rpartition(".")
-        shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
         if index.exists():
             weight_map = read_json(index).get("weight_map")  # from each tensor to its file
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index.name} names no shards")
             shards = sorted(directory / str(shard) for shard in set(weight_map.values()))
-            missing = [shard.name for shard in shards if not shard.exists()]
+            missing = ", ".join(shard.name for shard in shards if not shard.exists())
             if missing:
-                names = ", ".join(missing)
-                raise ValueError(f"of the shards that {index.name} names, {names} is missing")
+                raise ValueError(f"shards that {index.name} names are missing: {missing}")
+            return shards
+
+        stem, _, suffix = name.rpartition(".")
+        shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
         if shards:
             return shards
     raise ValueError(f"it has neither {' nor '.join(WEIGHT_FILES)}")
@@ -643,7 +654,7 @@ def find_weights(directory: Path) -> list[Path]:
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Returns all tensors of a model, by published name without the prefix `bert.`.
 
-    A tensor of which the files have only the copy (`COPIES`) is returned as the original, too.
+    If the files hold only the copy of a tensor (`COPIES`), its original is returned as well.
 
     An old .bin file is a pickle. `weights_only` reads tensors from it and runs no code.
     """
@@ -660,7 +671,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
                 if not isinstance(content, dict):
                     raise ValueError(f"{file.name} holds no tensors by name")
                 tensors |= {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
+        except (
+            SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError, IndexError,
+        ) as error:  # fmt: skip
             raise ValueError(f"{file.name}: {str(error) or type(error).__name__}") from error
 
     def current_name(name: str) -> str:
@@ -675,8 +688,9 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_tensors(tensors: dict[str, Tensor], known: Container[str]) -> list[str]:
-    """Returns the published names of heads that the files have and the model does not.
+def check_tensors(tensors: dict[str, Tensor], known: Collection[str]) -> list[str]:
+    """Returns the published names of heads (or of their tensors) that the files have and the model
+    does not.
 
     tensors: what the files hold. known: the published names that the model has.
     Raises ValueError if a tensor of the encoder is not known (the files have more layers than the
@@ -698,8 +712,8 @@ def check_tensors(tensors: dict[str, Tensor], known: Container[str]) -> list[str
 
 
 def check_decoder(tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError if the files hold a decoder that is no copy of the embeddings. Here both
-    are one matrix.
+    """Raises ValueError if the files hold a decoder that is no copy of the embeddings, or two
+    biases of it. Here decoder and embeddings are one matrix, and there is one bias.
     """
     for copy, original in COPIES.items():
         if copy in tensors and not torch.equal(tensors[copy], tensors[original]):
@@ -762,7 +776,8 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
 
 def write_vocabulary(path: Path, vocabulary: dict[str, int]) -> None:
     """Writes vocab.txt: the id of a token is the number of its line, from 0. A vocabulary that
-    leaves out an id, or has a token with a line break, cannot be written so, and is not.
+    leaves out an id, or has a token with a line break, cannot be written so: then there is no file
+    afterwards.
     """
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
     has_all_ids = [vocabulary[token] for token in tokens] == list(range(len(tokens)))
@@ -779,7 +794,8 @@ def write_json(path: Path, content: dict) -> None:
 # ---- Tokenizer and weights belong together -----------------------------------
 #
 # With another tokenizer, ids silently refer to different tokens, and accuracy drops without an
-# error. So a model is saved with a hash of its tokenizer, which is checked when it is used again.
+# error. So a model is saved with a hash of its tokenizer, and the training scripts compare it.
+# A `tokenizer` here is one of the library tokenizers, as data.py's `load_tokenizer` returns it.
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
@@ -789,10 +805,10 @@ def vocabulary_hash(tokenizer: Any) -> str:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Returns a hash of everything that decides which ids a text gets: vocabulary and normalizer.
+    """Returns a hash of vocabulary and normalizer, in which the tokenizers of BERTs differ.
 
-    Two files that make the same tokenizer must get the same hash. In one of them strip_accents may
-    be null, which means "the same as lowercase": it is replaced by that value first.
+    Two files that make the same tokenizer must get the same hash. strip_accents may be null, which
+    means "the same as lowercase", so null is replaced by that value.
     """
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     if normalizer.get("type") == "BertNormalizer" and normalizer["strip_accents"] is None:
@@ -816,9 +832,12 @@ def check_tokenizer(model: PretrainedModel, tokenizer: Any) -> None:
     """Raises ValueError if the tokenizer has an id that the model has no embedding of.
 
     Raises it, too, if they have different padding ids. Otherwise the model would attend to padding,
-    and ignore an ordinary token.
+    and ignore an ordinary token. Another vocabulary of the same size is not noticed here.
     """
     vocabulary = tokenizer.get_vocab()
+    for token in ("[PAD]", "[MASK]"):
+        if token not in vocabulary:
+            raise ValueError(f"the tokenizer has no {token}")
     largest_id, rows = max(vocabulary.values()), model.config.vocab_size
     if largest_id >= rows:
         raise ValueError(f"the tokenizer has the id {largest_id}, the weights have {rows} tokens")
@@ -833,17 +852,19 @@ def check_tokenizer(model: PretrainedModel, tokenizer: Any) -> None:
 # ---- Looking into a model ----------------------------------------------------
 
 
-def parameter_counts(model: nn.Module) -> Counter[str]:
+def parameter_counts(model: PretrainedModel) -> Counter[str]:
     """Returns how many parameters each part of a model has, all layers together. For example,
     `bert.layers.3.expand.bias` belongs to the part `layers.expand`.
 
     The counts add up to the whole model: the tied matrix is one parameter and is counted once.
+    What `from_pretrained` did not find is not counted.
     """
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        without_layer = re.sub(r"^bert\.|(?<=layers\.)\d+\.|\.(weight|bias)$", "", name)
-        part = ".".join(without_layer.split(".")[:2])
-        counts[part] += parameter.numel()
+        if name not in model.missing_parameters:
+            module = name.removeprefix("bert.").removesuffix(".weight").removesuffix(".bias")
+            words = [word for word in module.split(".") if not word.isdigit()]
+            counts[".".join(words[:2])] += parameter.numel()
     return counts
 
 
@@ -853,7 +874,7 @@ def fill_masks(
 ) -> list[dict[str, float]]:
     """Returns, for each [MASK] in a text, the k most probable tokens and their probabilities.
 
-    The model is in evaluation mode afterwards. Raises ValueError if the tokenizer does not fit.
+    The model is in evaluation mode afterwards. Raises ValueError as `check_tokenizer` does.
     """
     check_tokenizer(model, tokenizer)
     device = model.mlm_bias.device
@@ -861,9 +882,10 @@ def fill_masks(
     input_ids = torch.tensor([ids], device=device)  # (1, seq)
     positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
     mlm_logits, _ = model.eval()(input_ids, positions=positions)  # (masked, vocab)
-    vocabulary = tokenizer.get_vocab()  # the weights may have more rows: those have no name
+    vocabulary = tokenizer.get_vocab()
     guesses = []
     for probs in mlm_logits.softmax(dim=-1).tolist():
+        # Of the tokens alone: the weights may have more rows than there are tokens.
         best = sorted(vocabulary, key=lambda token: -probs[vocabulary[token]])[:k]
         guesses.append({token: probs[vocabulary[token]] for token in best})
     return guesses
@@ -880,14 +902,15 @@ def look(source: str, text: str) -> None:
         model = BertPretrainModel.from_pretrained(directory)
     check_tokenizer(model, tokenizer)
 
-    has_mlm_head = not any(name.startswith("mlm_") for name in model.missing_parameters)
-    counts = parameter_counts(model if has_mlm_head else model.bert)
+    counts = parameter_counts(model)
     for part, count in counts.items():
         print(f"{count:>13,}  {part}")
     print(f"{counts.total():>13,}  in all")
 
-    if "[MASK]" in text and not has_mlm_head:
-        raise ValueError(f"{directory} has no head to fill a [MASK] with, the encoder alone")
+    if "[MASK]" not in text:
+        return
+    if any(name.startswith("mlm_") for name in model.missing_parameters):
+        raise ValueError(f"{directory} has no head to fill a [MASK] with")
     for guesses in fill_masks(model, tokenizer, text):
         print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in guesses.items()))
 

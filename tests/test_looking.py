@@ -4,6 +4,7 @@ Then the curves of a run.
 
 import dataclasses
 import itertools
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from helpers import run, run_in_process
+from safetensors.torch import load_file, save_file
 from strategies import (
     FIXED,
     PADDING,
@@ -23,6 +25,8 @@ from strategies import (
     write_reviews,
     write_rows,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 
 import bert
 import extras.attention
@@ -202,8 +206,29 @@ def test_an_encoder_without_a_head_fills_no_mask(tmp_path, capsys):
     look(str(tmp_path), "a b")
     model = Bert(PUBLISHABLE, PADDING)
     assert f"{sum(p.numel() for p in model.parameters()):,}  in all" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="has no head to fill a .MASK. with"):
+    with pytest.raises(ValueError, match=r"has no head to fill a \[MASK\] with$"):
         look(str(tmp_path), "a [MASK]")
+
+
+def test_parameters_that_the_files_lack_are_not_counted(tmp_path, capsys):
+    """As of a published BertForMaskedLM, which has neither pooler nor NSP head."""
+    publish(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if "pooler" not in n and "seq_relationship" not in n}
+    save_file(kept, tmp_path / "model.safetensors")
+    look(str(tmp_path), "")
+    printed = capsys.readouterr().out
+    assert "pooler" not in printed
+    assert "nsp" not in printed
+    assert f"{sum(tensor.numel() for tensor in kept.values()):,}  in all" in printed
+
+
+@pytest.mark.parametrize("token", ["[PAD]", "[MASK]"])
+def test_a_tokenizer_without_a_special_token_is_named(token):
+    vocabulary = {t: i for i, t in enumerate(t for t in VOCABULARY if t != token)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    with pytest.raises(ValueError, match=re.escape(f"the tokenizer has no {token}")):
+        fill_masks(build(BertPretrainModel, PUBLISHABLE), tokenizer, "a")
 
 
 def test_a_picture_into_a_folder_that_is_not_there_is_rejected_before_any_work(tmp_path):

@@ -44,6 +44,8 @@ def test_an_unknown_size_is_rejected_with_the_known_ones():
         ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
         ({"encoder_layers": 2.5}, "encoder_layers must be an integer, got 2.5"),
         ({"d_model": True}, "d_model must be an integer, got True"),
+        ({"layer_norm_eps": True}, "layer_norm_eps must be a number, got True"),
+        ({"fused_attention": 0.5}, "fused_attention must be true or false, got 0.5"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
         ({"attention_dropout": -0.1}, r"attention_dropout must lie in \[0, 1\), got -0.1"),
     ],
