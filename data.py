@@ -1,10 +1,10 @@
 """BERT's data: tokenize once, build examples on the fly, each a function of (corpus, seed, index).
 
 Transforming a whole corpus into masked examples before training gives every epoch the same masks,
-and other masks for every epoch would take days. So the work is divided:
+and to do it anew for every epoch would take days. So the work is divided:
 
     stage 1, once        text -> sentences -> tokens -> one array on disk, memory-mapped
-    stage 2, in workers  a pair of segments -> masked positions -> an example -> a batch
+    stage 2, in workers  a pair of segments -> masked columns -> an example -> a batch
 
 The sections below are in this order. After them come SST-2, and at the end the reading of files.
 Stage 2 makes one example at a time. Its random numbers depend only on the seed, the epoch and the
@@ -19,15 +19,14 @@ Words used throughout:
     column     offset of a token in an example, where column 0 is [CLS] (in stage 1, and where files
                are read, it is a named column of a table)
     candidates the columns that may be masked: those of both segments, without [CLS] and [SEP]
-    masked positions: the columns whose tokens are to be predicted: columns, in spite of the
-               name. `to_device` of train_pretrain.py makes row * seq + column of them
+    masked columns: those whose tokens are to be predicted
     start, end of a span: its first token, and the token after its last one. A span is written
                start .. end, without its end; "from 2 to 61" includes both
     example    `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
     seam       a position where segment A may end and segment B may start
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-Dimensions in comments: batch, seq (columns of an example), masked (masked positions of one row).
+Dimensions in comments: batch, seq (columns of an example), masked (masked columns of one example).
 """
 
 import glob
@@ -68,13 +67,13 @@ SAMPLE = Path(__file__).with_name("sample")
 
 # A sentence ends after . ! ? or an ellipsis before white space, but not after an initial
 # or a title. (?<!...) looks back, only over strings of one length, so "mrs" stands apart.
-# Closing quotation marks and brackets belong to the sentence that they close. A sentence
-# also ends after 。！？ and at a blank line.
+# A sentence also ends after 。！？ and at a blank line. Closing quotation marks and brackets
+# belong to the sentence that they close.
 SENTENCE_END = re.compile(
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
-    r"""|[。！？]|\n\s*\n"""
+    r"""|[。！？]+["'”’)\]」』）】]*|\n\s*\n"""
 )
-# Up to 1,000 characters that end with white space or with the text, or exactly 1,000.
+# Up to 999 characters and the white space, or the end of the text, after them; or exactly 1,000.
 PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)
 
 
@@ -82,7 +81,7 @@ def split_sentences(text: str) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). A span of
-    more than 1,000 characters is cut at white space, or after 1,000 characters if it has none.
+    more than 1,000 characters is cut at white space, or after 1,000 characters if none is within.
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -99,9 +98,9 @@ def split_sentences(text: str) -> list[str]:
 
 
 def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> Tokenizer:
-    """Returns a WordPiece tokenizer whose `encode` adds [CLS] and [SEP]. [Code] tokenization.py.
+    """Returns a WordPiece tokenizer. [Code] tokenization.py.
 
-    vocabulary: the id of each token; None for a tokenizer that is to be trained.
+    vocabulary: the id of each token; then `encode` adds [CLS] and [SEP]. None: it is to be trained.
 
     normalizer: options, with their defaults: `lowercase` (True), `strip_accents` (the same as
     lowercase), `handle_chinese_chars` (True).
@@ -109,32 +108,35 @@ def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> T
     Differs: a word of more than 100 characters is [UNK], as in transformers; in [Code] one of more
     than 200.
     """
-    # BertWordPieceTokenizer wraps a Tokenizer and hides most of its methods: take that out.
+    # BertWordPieceTokenizer wraps a Tokenizer and hides most of its methods: return the inner one.
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Returns uncased WordPiece learned from texts; the same texts give the same ids, in any order.
 
+    texts: are read twice, so that they need not fit into memory; None is an empty text.
     The trainer breaks ties between characters in hash order, which differs between runs. So every
     character, alone and as a ## piece, is handed to it as a fixed token, in sorted order.
     """
-    texts = [text for text in texts if text]
+    if isinstance(texts, Iterator):  # which can be read only once
+        texts = list(texts)
     untrained = wordpiece(None)
-    characters = set()
+    characters: set[str] = set()
     for text in texts:
-        characters.update(untrained.normalizer.normalize_str(text))
+        characters.update(untrained.normalizer.normalize_str(text or ""))
     letters = sorted(characters - {" "})
     pieces = ["##" + letter for letter in letters]
     fixed_tokens = [*SPECIAL_TOKENS, *letters, *pieces]
     if vocab_size < len(fixed_tokens):
         raise ValueError(
-            f"--vocab-size {vocab_size}: the text's characters alone are {len(fixed_tokens)}"
+            f"--vocab-size {vocab_size}: the special tokens and the characters of the text, each"
+            f" alone and as a ## piece, are {len(fixed_tokens)} tokens"
         )
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=fixed_tokens, show_progress=False
     )
-    untrained.train_from_iterator(texts, trainer)
+    untrained.train_from_iterator((text for text in texts if text), trainer)
     # Made anew: to the trained one, every character is a special token.
     return wordpiece(untrained.get_vocab())
 
@@ -160,7 +162,7 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 # ---- Stage 1: documents -> a table of tokens ---------------------------------
 
 
-STAGE_1 = 1  # part of the cache's key: to be raised when the result of stage 1 changes
+STAGE_1_VERSION = 2  # part of the cache's key: to be raised when the result of stage 1 changes
 
 
 def tokenize_documents(
@@ -176,14 +178,14 @@ def tokenize_documents(
     [7, 8, 9, 4, 5], the starts [0, 3], and 2 sentences.
     """
     columns: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
-    for index, text in zip(indices, rows[column], strict=True):
-        parts = text if isinstance(text, list) else [text]
+    for index, cell in zip(indices, rows[column], strict=True):
+        parts = cell if isinstance(cell, list) else [cell]
         for i, part in enumerate(parts):
             if not isinstance(part, str | None):
-                # With 1, a list of parts is one row whose text is a list.
+                # Rows that are joined are a list. Otherwise a list is what a single row holds.
                 row = index * rows_per_document + (i if rows_per_document > 1 else 0)
                 raise ValueError(f"row {row}: {column} is {type(part).__name__}, not text")
-        text = "\n\n".join(part for part in parts if part)
+        text = "\n\n".join(part for part in parts if part)  # a blank line ends a sentence
 
         ids = encode_plain(tokenizer, split_sentences(text))
         sentences = [sentence for sentence in ids if sentence]
@@ -223,9 +225,9 @@ def tokenize_dataset(
         dataset = dataset.batch(rows_per_document)
     largest_id = max(tokenizer.get_vocab().values())  # a vocabulary may have holes
     tokens = List(Value("uint16" if largest_id < 2**16 else "uint32"))
-    key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1]
-    # The documents of a call become one chunk of the stored table: about 1,000 chunks, each of 16
-    # to 1,000 documents.
+    key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1_VERSION]
+    # The documents of a call become one chunk of the stored table. Each has 16 to 1,000 documents;
+    # within these limits, so many that there are about 1,000 chunks.
     documents_per_call = min(max(len(dataset) // 1000, 16), 1000)
     return dataset.map(
         tokenize_documents,
@@ -249,7 +251,7 @@ def tokenize_dataset(
 
 
 class TokenizedCorpus:
-    """All documents with two sentences or more: one array of tokens, mapped from disk, and two of
+    """All documents with two sentences or more: their tokens, mapped from disk, and two arrays of
     starts.
 
         tokens            6 3 7 9 1 4 4 1 8 3 5 1 2 2 1     all documents, end to end: `tokens()`
@@ -305,6 +307,7 @@ class TokenizedCorpus:
         return TokenizedCorpus, (self.rows,)
 
     def __len__(self) -> int:
+        """Returns the number of tokens."""
         return self.size
 
     def describe(self) -> str:
@@ -357,8 +360,9 @@ PURPOSE_EXAMPLE, PURPOSE_ORDER, PURPOSE_SST2 = 0, 1, 2
 
 
 class PhiloxKey(ISeedSequence):
-    """Hands a seed to Philox as its key. `Philox(key=seed)` gives the same numbers, but is four
-    times as slow, because it also asks the operating system for entropy and does not use it.
+    """Hands a seed to Philox, which calls `generate_state` to get its key. `Philox(key=seed)` gives
+    the same numbers, but is four times as slow, because it also asks the operating system for
+    entropy and does not use it.
     """
 
     def __init__(self, seed: int) -> None:
@@ -377,13 +381,13 @@ def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.
     generators of one seed never share a block.
     """
     key: Any = PhiloxKey(seed)
-    philox = np.random.Philox(key, counter=[0, index, epoch, purpose])
+    philox = np.random.Philox(seed=key, counter=[0, index, epoch, purpose])
     return np.random.Generator(philox)
 
 
 # ---- A pair of segments ------------------------------------------------------
 
-MAX_REDRAWS = 20
+MAX_DRAWS = 20
 
 
 class Seam(NamedTuple):
@@ -497,8 +501,8 @@ def find_other_seam(
     beside a segment B that starts one would show that the pair is random.
 
     1. Draw positions in other documents until the seam near one is of the same kind, at most
-       MAX_REDRAWS times.
-    2. Where seams of that kind are rare, force it, at most MAX_REDRAWS times. If `seam` starts a
+       MAX_DRAWS times.
+    2. Where seams of that kind are rare, force it, at most MAX_DRAWS times. If `seam` starts a
        sentence, take the start of the next sentence, however far it is; if not, take the drawn
        position itself.
 
@@ -507,7 +511,7 @@ def find_other_seam(
     """
     # With an infinite reach, `find_seam` gives a sentence start; with 0, the position itself.
     forcing_reach = math.inf if seam.starts_sentence else 0
-    for current_reach in [reach] * MAX_REDRAWS + [forcing_reach] * MAX_REDRAWS:
+    for current_reach in [reach] * MAX_DRAWS + [forcing_reach] * MAX_DRAWS:
         position = draw_outside(rng, seam.document_start, seam.document_end, len(corpus))
         other = find_seam(corpus, position, current_reach)
         if other.starts_sentence == seam.starts_sentence:
@@ -528,12 +532,12 @@ def place_pair(
 ) -> Pair:
     """Returns the pair, of at most `target` tokens, that two seams and two coins make.
 
-    1. The room before: the number of tokens from the start of the document to the seam, the
-       smaller one of the two seams. The room after: likewise, from the seam to the end.
+    1. The room before a seam is the number of tokens of its document before it. Both seams get the
+       smaller one of their two rooms; likewise the room after.
     2. The lengths. The pair has `target` tokens, or fewer if both rooms together have less. Segment
-       A gets one token plus the fraction `share_of_a`, from 0 to 1, of the remaining ones, but at
-       most the room before. Segment B gets the rest, at most the room after; what exceeds it goes
-       back to A.
+       A gets one token plus the fraction `share_of_a`, at least 0 and below 1, of the remaining
+       ones, but at most the room before. Segment B gets the rest, at most the room after; what
+       exceeds it goes back to A.
     3. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
        says: 0 is `seam`, 1 is `other`. The pair is a true one if both coins say the same.
 
@@ -542,23 +546,20 @@ def place_pair(
     pair is random. With coins 0 and 0, segment B is 28 .. 35.
 
     Measured: the first and last tokens of a document get into half as many examples as those in its
-    middle. (If the length of A were drawn from those that fit, instead of clamped to them, it would
-    be a tenth as many in long documents.)
+    middle.
 
-    Why a leak remains: let one seam have 10 tokens before it and 40 after it, the other one 30
-    and 20. Segment A gets at most 10 tokens: at the first seam it starts the document. Segment B
-    gets at most 20: at the other seam it ends the document. So of the four results of the coins
-    only a random pair does both. A true pair could only if one seam had the fewer tokens on both
-    sides, which is rare among documents of similar length.
+    Why a leak remains: let `seam` have 10 tokens before it and 40 after it, `other` 30 and 20, and
+    let the target be 60. Segment A gets 10 tokens: where it ends at `seam`, it starts the document.
+    Segment B gets 20: where it starts at `other`, it ends the document. Only the coins 0 and 1, a
+    random pair, do both. A true pair could only if one seam had the fewer tokens on both sides,
+    which is rare among documents of similar length.
     """
     room_before = min(seam.position - seam.document_start, other.position - other.document_start)
     room_after = min(seam.document_end - seam.position, other.document_end - other.position)
     length = min(target, room_before + room_after)
-    shortest_a = max(1, length - room_after)
-    longest_a = min(room_before, length - 1)
-    length_a = 1 + int(share_of_a * (length - 1))
-    length_a = min(max(length_a, shortest_a), longest_a)
-    length_b = length - length_a
+    length_a = min(1 + int(share_of_a * (length - 1)), room_before)
+    length_b = min(length - length_a, room_after)
+    length_a = length - length_b
 
     positions = (seam.position, other.position)
     a_end = positions[coin_a]
@@ -566,7 +567,7 @@ def place_pair(
     return Pair(a_end - length_a, a_end, b_start, b_start + length_b, coin_a != coin_b)
 
 
-# ---- Masked positions --------------------------------------------------------
+# ---- Masked columns ----------------------------------------------------------
 
 MASKED_SHARE = 0.15
 
@@ -584,19 +585,19 @@ def masked_count(candidates: np.ndarray) -> int:
 
 
 def choose_tokens(candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the masked positions: exactly `masked_count` of the candidates, int64 (masked,)."""
+    """Returns the masked columns: exactly `masked_count` of the candidates, int64 (masked,)."""
     return rng.permutation(candidates)[: masked_count(candidates)]
 
 
 def choose_words(
     candidates: np.ndarray, continues_word: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Returns the masked positions of whole words: all pieces of a word or none, int64 (masked,).
+    """Returns the masked columns of whole words: all pieces of a word or none, int64 (masked,).
 
     candidates: int64 (n,), columns; continues_word: bool (n,), True where a candidate belongs to
     the word of the candidate before it.
 
-    The number of masked positions should be `masked_count`, but whole words rarely add up to it.
+    The number of masked columns should be `masked_count`, but whole words rarely add up to it.
     Differs: [Code] takes words in a random order and skips a word that would exceed the number.
     Then long words are skipped more often: it masks 18.9% of one-token words and 11.7% of words of
     four pieces or more. Here every word has the same chance:
@@ -608,30 +609,26 @@ def choose_words(
     4. If no word was taken, take the one that has most tokens inside.
 
     Properties: apart from step 4, every word is taken with probability masked_count / n, whatever
-    its length, so the expected number of masked positions is masked_count.
+    its length, so the expected number of masked columns is masked_count.
 
     Example: 14 candidates, so the arc has 2 tokens. The words have 3, 1, 4, 2 and 4 tokens in the
     order on the circle, and the arc starts at the third token. It holds the last token of the first
     word, which is taken with probability 1/3, and the second word, which is taken.
     """
     n = len(candidates)
-    count = masked_count(candidates)
     word_starts = np.flatnonzero(~continues_word)  # (words,)
     lengths = np.diff(word_starts, append=n)
 
     order = rng.permutation(len(lengths))
-    ends = np.cumsum(lengths[order])
-    starts = ends - lengths[order]
+    lengths_on_circle = lengths[order]
+    starts_on_circle = np.cumsum(lengths_on_circle) - lengths_on_circle
     arc_start = int(rng.integers(n))
-    arc_end = arc_start + count
-    inside = np.minimum(ends, arc_end) - np.maximum(starts, arc_start)
-    # An arc that goes beyond token n continues at 0 .. arc_end - n.
-    inside_after_wrap = np.minimum(ends, arc_end - n) - starts
-    # (words,), in the order on the circle
-    tokens_inside = np.maximum(inside, 0) + np.maximum(inside_after_wrap, 0)
+    distance_from_arc_start = (np.arange(n) - arc_start) % n  # (n,), of each token of the circle
+    is_inside = distance_from_arc_start < masked_count(candidates)
+    tokens_inside = np.add.reduceat(is_inside.astype(np.int64), starts_on_circle)  # (words,)
 
     # True with probability tokens_inside / length
-    is_taken = rng.random(len(lengths)) * lengths[order] < tokens_inside
+    is_taken = rng.random(len(lengths)) * lengths_on_circle < tokens_inside
     if not is_taken.any():
         is_taken[np.argmax(tokens_inside)] = True
     word_is_taken = np.empty_like(is_taken)
@@ -641,35 +638,35 @@ def choose_words(
 
 def mask_tokens(
     input_ids: np.ndarray,
-    masked_positions: np.ndarray,
+    masked_columns: np.ndarray,
     rng: np.random.Generator,
     mask_id: int,
     ordinary_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the input and the labels of the masked language model for one row, int64 (seq,).
 
-    [BERT] §3.1 task 1 and A.1. Each token at `masked_positions`, by a draw of its own,
+    [BERT] §3.1 task 1 and A.1. Each token at the masked columns, by a draw of its own,
     - becomes [MASK] with probability 0.8. (Fine-tuning has no [MASK]; hence the other two.)
     - becomes one of `ordinary_ids` with probability 0.1: the model cannot trust any token it reads.
     - stays with probability 0.1, which biases the representation towards the actual token.
-    Labels are the original ids at masked positions, and -100 elsewhere.
+    Labels are the original ids at masked columns, and -100 elsewhere.
 
-    Example: three masked positions. Draws of 0.31, 0.85 and 0.97 put [MASK], a random token and
+    Example: three masked columns. Draws of 0.31, 0.85 and 0.97 put [MASK], a random token and
     the original one there.
 
     Differs: [Code]'s random tokens include the special ones.
     """
-    original_ids = input_ids[masked_positions]
+    original_ids = input_ids[masked_columns]
     labels = np.full(len(input_ids), IGNORED_LABEL, dtype=np.int64)
-    labels[masked_positions] = original_ids
+    labels[masked_columns] = original_ids
 
-    draw = rng.random(len(masked_positions))
-    random_share = rng.random(len(masked_positions))
+    draw = rng.random(len(masked_columns))
+    random_share = rng.random(len(masked_columns))
     random_index = (random_share * len(ordinary_ids)).astype(np.int64)
     random_ids = ordinary_ids[random_index]
     random_or_kept = np.where(draw < 0.9, random_ids, original_ids)
-    corrupted = input_ids.astype(np.int64)
-    corrupted[masked_positions] = np.where(draw < 0.8, mask_id, random_or_kept)
+    corrupted = input_ids.copy()
+    corrupted[masked_columns] = np.where(draw < 0.8, mask_id, random_or_kept)
     return corrupted, labels
 
 
@@ -680,9 +677,9 @@ class PretrainDataset(Dataset):
     """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
 
     An epoch has len(corpus) // (max_seq_length - 3) examples. Indices continue over epochs:
-    `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). It depends on
-    (corpus, seed, index) alone: not on the batch, the worker, or what was drawn before. So every
-    epoch has other pairs and masks, and one integer is enough to resume.
+    `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). Beside the
+    arguments below it depends on the index alone: not on the batch, the worker, or what was drawn
+    before. So every epoch has other pairs and masks, and one integer is enough to resume.
     """
 
     def __init__(
@@ -742,15 +739,14 @@ class PretrainDataset(Dataset):
         columns = np.arange(last_sep)  # without the last [SEP]
         candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])
         if self.whole_word_masking:
-            # The difference is 1 within a segment, and 2 at its first token (`prepend` makes it so
-            # for segment A): a ## piece there continues no word.
-            follows_candidate = np.diff(candidates, prepend=-1) == 1
-            continues_word = follows_candidate & self.is_piece[input_ids[candidates]]
-            masked_positions = choose_words(candidates, continues_word, rng)
+            continues_word = self.is_piece[input_ids[candidates]]
+            first_of_segments = [0, len(segment_a)]
+            continues_word[first_of_segments] = False  # even if it is a ## piece
+            masked_columns = choose_words(candidates, continues_word, rng)
         else:
-            masked_positions = choose_tokens(candidates, rng)
+            masked_columns = choose_tokens(candidates, rng)
         corrupted, labels = mask_tokens(
-            input_ids, masked_positions, rng, self.mask_id, self.ordinary_ids
+            input_ids, masked_columns, rng, self.mask_id, self.ordinary_ids
         )
         return {
             "input_ids": corrupted,
@@ -811,12 +807,13 @@ class EpochSampler(Sampler):
         world_size: int = 1,
     ) -> None:
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.first_batch, self.stride = start * world_size + rank, world_size
+        self.first_batch = start * world_size + rank
+        self.stride = world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in count(self.first_batch, self.stride):
             indices = []
-            # Counts all examples of all epochs, in their order.
+            # A turn is the number of an example in the endless sequence of all epochs.
             first_turn = batch * self.batch_size
             for turn in range(first_turn, first_turn + self.batch_size):
                 epoch, turn_in_epoch = divmod(turn, self.size)
@@ -890,7 +887,7 @@ def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> li
 class SST2Batches:
     """Batches of all sentences, each once, with sentences of similar lengths together.
 
-    1. Shuffle the sentences, by (`seed`, `epoch`). Whoever trains sets both.
+    1. Shuffle the sentences, by (`seed`, `epoch`). The training loop sets both attributes.
     2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
        is padding (67% in a plain random order, each batch padded to its longest), and every epoch
        still groups other sentences.
@@ -917,19 +914,20 @@ class SST2Batches:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         size = len(self.rows)
         lengths = np.array([len(row) for row in self.rows])
-        shuffles = self.seed is not None
-        rng = generator(self.seed or 0, PURPOSE_SST2, self.epoch)
+        if self.seed is None:
+            order = np.argsort(lengths, kind="stable")
+            batch_order = np.arange(len(self))
+        else:
+            rng = generator(self.seed, PURPOSE_SST2, self.epoch)
+            shuffled = rng.permutation(size)
+            pool_size = 64 * self.batch_size
+            pools = np.split(shuffled, range(pool_size, size, pool_size))
+            sorted_pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+            order = np.concatenate(sorted_pools)
+            batch_order = rng.permutation(len(self))
 
-        order = rng.permutation(size) if shuffles else np.arange(size)
-        pool_size = 64 * self.batch_size if shuffles else size
-        pools = np.split(order, range(pool_size, size, pool_size))
-        sorted_pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
-        order = np.concatenate(sorted_pools)
-
-        batches = np.split(order, range(self.batch_size, size, self.batch_size))
-        batch_order = rng.permutation(len(self)) if shuffles else range(len(self))
-        for batch_index in batch_order:
-            indices = batches[batch_index]
+        for start in batch_order * self.batch_size:
+            indices = order[start : start + self.batch_size]
             rows = [torch.tensor(self.rows[index]) for index in indices]
             input_ids = torch.nn.utils.rnn.pad_sequence(
                 rows, batch_first=True, padding_value=self.padding_idx
@@ -968,7 +966,10 @@ def get_corpus(
         return TokenizedCorpus(rows)
     usable = np.flatnonzero(np.asarray(rows["sentences"][:]) > 1)
     if len(usable) < 4:
-        raise ValueError(f"{path}: {len(usable)} of 4 documents needed; see --rows-per-document")
+        raise ValueError(
+            f"{path} has {len(usable)} documents of two sentences or more, 4 are needed (a corpus"
+            " with a sentence per row needs --rows-per-document)"
+        )
     held_out = max(2, len(usable) // 100)
     cut = usable[-held_out]  # the row at which the validation part starts
     part = range(cut) if split == "train" else range(cut, len(rows))
@@ -991,7 +992,9 @@ def get_train_rows(
 def get_texts(
     path: str, train_split: str = "train", name: str | None = None, column: str = "text"
 ) -> Iterable[str]:
-    """Returns the texts to train on. Raises ValueError if the column is missing or not text."""
+    """Returns the texts to learn a vocabulary from: all of the split to train on, and so those that
+    `get_corpus` may hold out of it. Raises ValueError if the column is missing or not text.
+    """
     splits = get_dataset(path, name, split=None)
     rows = get_train_rows(splits, path, train_split, name)
     if column not in rows.column_names:
@@ -1010,8 +1013,8 @@ def get_dataset(
 
     path: "sample", a hub id, or a directory or file of parquet, jsonl or text; a .txt is one
     document. File names that contain train, validation or test make those splits, as `datasets` has
-    it; without such names, all is train. Raises ValueError if there is nothing to read, or if half
-    of the .txt files or more would not be.
+    it; without such names, all is train. Raises ValueError if there is nothing to read, or if
+    `datasets` would leave out half of the .txt files or more.
     """
     where = SAMPLE / "corpus" if path == "sample" else Path(path)
     if where.exists():
@@ -1024,7 +1027,7 @@ def get_dataset(
     try:
         builder = datasets.load_dataset_builder(source, name, **options)
         if where.exists():
-            check_texts_are_read(where, builder)
+            check_files_are_read(where, builder)
         if streaming:
             return builder.as_streaming_dataset(split)
         builder.download_and_prepare()
@@ -1041,16 +1044,17 @@ def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
     """Returns the arguments of `datasets.load_dataset_builder` for a file or a directory: the path
     to load, and options.
 
-    The kind of a directory is the kind of most of its files; hidden files are ignored. `datasets`
-    caches a file under its path and time. Here the size counts too, by a cache directory of its
-    own: a file that was overwritten within a second must not be read from the cache.
+    `datasets` takes the kind of most files for the kind of a directory; a tie is rejected here.
+
+    It recognizes a changed file by path and time alone. The cache directory that is named here
+    depends on the sizes, too, and so catches a file that was overwritten within a second.
     """
-    # An absolute path: "text" and "json" are names of kinds to `datasets`, though folders may have
-    # them.
+    # An absolute path, since `datasets` takes a folder's name, such as text or json, for one of its
+    # own kinds.
     folder = where.parent.resolve() if where.is_file() else where.absolute()
     if set("[]*?") & set(str(folder)):
         raise ValueError(f"{folder}: the library takes [ ] * ? in a folder's name for a pattern")
-    # The library reads no .TXT: `check_texts_are_read` names those.
+    # The library reads no .TXT: `check_files_are_read` names those.
     visible = [file for file in visible_files(where) if file.suffix in KINDS]
     kinds = Counter(".json" if file.suffix == ".jsonl" else file.suffix for file in visible)
     ranked = kinds.most_common()
@@ -1082,34 +1086,38 @@ def visible_files(where: Path) -> list[Path]:
     ]
 
 
-def check_texts_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
-    """Raises ValueError if the builder of a directory's data set would read texts by the line, or
-    would read no more than half of them. If it reads more, those that are not read are announced.
+def check_files_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
+    """Checks which files `datasets` has chosen to read.
 
-    `datasets` leaves out a text whose path makes no split, once another one's does: a single
-    night-train.txt hides a folder of books. And it has rules of its own for what kind a directory
-    is, where several kinds of files lie in it. A dataset card (README.md) may choose files.
+    Raises ValueError if it would read texts by the line, which it does where its rules make a
+    directory of several kinds of files one of texts. Says so if it leaves files out, and raises
+    ValueError if these are half of the texts or more. (Files of other kinds may be descriptions.)
+
+    It leaves out a file whose path makes no split, once another one's does: a single
+    night-train.txt hides a folder of books. A dataset card (README.md) may choose files, too.
     """
-    if builder.name != "text":
-        return
-    if getattr(builder.config, "sample_by", None) != "document":
+    is_text = builder.name == "text"
+    if is_text and getattr(builder.config, "sample_by", None) != "document":
         raise ValueError("its texts would be read by the line: name a folder of .txt files alone")
     card = where / "README.md"
     if where.is_file() or (card.exists() and re.search(rb"data_(files|dir)", card.read_bytes())):
         return
     used = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
-    texts = [file for file in visible_files(where) if file.suffix.lower() == ".txt"]
-    read = [file for file in texts if file.resolve() in used]
-    left_out = [file for file in texts if file.resolve() not in used]
+    kinds = {".txt"} if is_text else {file.suffix for file in used}
+    files = [file for file in visible_files(where) if file.suffix.lower() in kinds]
+    read = [file for file in files if file.resolve() in used]
+    left_out = [file for file in files if file.resolve() not in used]
     if not left_out:
         return
-    example = read[0].relative_to(where) if read else min(used).name
+    name_that_is_read = read[0].relative_to(where) if read else min(used).name
     reason = (
-        f"{len(left_out)} of {len(texts)} texts, such as {left_out[0].name}, are not read,"
-        f" because a name like {example} makes a split, or because they do not end in .txt"
+        f"{len(left_out)} of {len(files)} {'texts' if is_text else 'files'}, such as"
+        f" {left_out[0].name}, are not read, because a name like {name_that_is_read} makes a split"
     )
-    if len(left_out) >= len(texts) / 2:
-        raise ValueError(f"{reason}: rename {example}, or move the others away")
+    if is_text:
+        reason += ", or because they do not end in .txt"
+        if len(left_out) >= len(files) / 2:
+            raise ValueError(f"{reason}: rename {name_that_is_read}, or move the others away")
     print(f"{where}: {reason}", file=sys.stderr)
 
 
@@ -1143,11 +1151,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
             vocabulary = {token: i for i, token in enumerate(tokens)}
             about = path.with_name("tokenizer_config.json")
-            if about.exists():
-                tokenizer = wordpiece(vocabulary, **read_normalizer(about))
-            else:
+            normalizer = read_normalizer(about) if about.exists() else {}
+            if "lowercase" not in normalizer:
                 check_is_uncased(tokens)
-                tokenizer = wordpiece(vocabulary)
+            tokenizer = wordpiece(vocabulary, **normalizer)
         else:
             tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more precise

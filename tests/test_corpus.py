@@ -222,7 +222,7 @@ def test_large_corpora_are_tokenized_in_larger_pieces(monkeypatch):
 def test_stage_1_in_two_processes_gives_the_same_tokens(tmp_path, monkeypatch):
     path = write_texts(tmp_path / "corpus.jsonl", [f"{c} first\n\n{c} then" for c in LETTERS])
     alone = data.tokenize_dataset(data.get_dataset(str(path)), small_tokenizer())
-    monkeypatch.setattr(data, "STAGE_1", -2)  # or the cache would answer
+    monkeypatch.setattr(data, "STAGE_1_VERSION", -2)  # or the cache would answer
     two = data.tokenize_dataset(data.get_dataset(str(path)), small_tokenizer(), processes=2)
     assert (len(alone.cache_files), len(two.cache_files)) == (1, 2)
     assert two["tokens"][:] == alone["tokens"][:]
@@ -324,7 +324,7 @@ def test_a_second_start_reads_the_cache_and_another_tokenizer_does_not(tmp_path,
     assert np.array_equal(tokens, same)
     other = data.wordpiece({token: i for i, token in enumerate([*VOCABULARY, "new"])})
     assert start(other)[0] > 0
-    monkeypatch.setattr(data, "STAGE_1", -1)
+    monkeypatch.setattr(data, "STAGE_1_VERSION", -1)
     assert start(small_tokenizer())[0] > 0
 
 
@@ -444,6 +444,23 @@ def test_a_title_that_contains_train_does_not_hide_the_other_texts(streaming, tm
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         data.get_dataset(str(tmp_path), streaming=streaming)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_tables_beside_one_that_makes_a_split_are_announced(kind, tmp_path, capsys):
+    """They were left out without a word. (Some may be no tables but descriptions of these.)"""
+    for name in ("part-1", "part-2", "night-train"):
+        rows = rows_of([name])
+        write = rows.to_json if kind == "jsonl" else rows.to_parquet
+        write(str(tmp_path / f"{name}.{kind}"))
+    assert data.get_dataset(str(tmp_path))["text"][:] == ["night-train"]
+    assert (
+        f"2 of 3 files, such as part-1.{kind}, are not read, because a name like night-train.{kind}"
+        " makes a split\n"
+    ) in capsys.readouterr().err
+    (tmp_path / f"night-train.{kind}").rename(tmp_path / f"part-3.{kind}")
+    assert len(data.get_dataset(str(tmp_path))) == 3
+    assert "not read" not in capsys.readouterr().err
 
 
 def test_texts_that_are_links_or_end_in_upper_case_are_announced_by_their_names(tmp_path, capsys):
@@ -622,7 +639,7 @@ def test_a_corpus_of_four_documents_is_enough_and_of_three_is_not(tmp_path):
         write_rows(path, [{"body": f"{c} is one\n\nand two"} for c in LETTERS[:count]])
         if count == 3:
             with pytest.raises(
-                ValueError, match=r"corpus\.jsonl: 3 of 4 documents needed; see --rows-per-document"
+                ValueError, match=r"corpus\.jsonl has 3 documents of .*, 4 are needed \(a corpus"
             ):
                 data.get_corpus(str(path), "train", small_tokenizer(), text_column="body")
         else:

@@ -174,8 +174,7 @@ BUGS = {
         test_masks.test_exactly_15_percent_of_the_candidates_are_masked_and_at_least_one, {},
     ),
     "13 a whole word across [SEP]": (
-        *EXAMPLE, "continues_word = follows_candidate & ",
-        "follows_candidate[1:] = True; continues_word = follows_candidate & ",
+        *EXAMPLE, "first_of_segments = [0, len(segment_a)]", "first_of_segments = [0]",
         test_masks.test_a_word_never_reaches_across_sep, {},
     ),
     "14 the last [SEP] is cut off": (

@@ -386,14 +386,19 @@ def test_the_picture_of_pretraining_shows_losses_and_shares_by_step(tmp_path):
     train = [{"split": "train", "step": 5 * i, "mlm_loss": 4.0 - i} for i in range(3)]
     write_rows(tmp_path / "metrics.jsonl", [*train, *validation])
     left, right = figure.Figure().subplots(1, 2)
-    plot_pretraining(left, right, tmp_path, {"bigrams": 3.0})
+    plot_pretraining(left, right, tmp_path, {"bigrams": 3.0, "two words before": 2.0})
     steps = [0, 10, 20]
     assert curves_in(left) == {
         "training": ([0, 5, 10], [4.0, 3.0, 2.0]),
         "validation": (steps, [5.0, 4.0, 3.0]),
         "ln V: nothing is known": ([0, 1], [6.0, 6.0]),  # across the whole picture
         "bigrams": ([0, 1], [3.0, 3.0]),
+        "two words before": ([0, 1], [2.0, 2.0]),
     }
+    pale, _, *known = left.get_lines()
+    assert pale.get_color() == "0.85"
+    styles = [(line.get_color(), line.get_linestyle()) for line in known]
+    assert styles == [("black", ":"), ("black", "--"), ("black", "-.")]
     assert curves_in(right) == {
         "share of the most frequent prediction": (steps, [0.0, 0.1, 0.2]),
         "MLM accuracy": (steps, [0.1, 0.2, 0.3]),

@@ -183,7 +183,8 @@ def test_the_example_of_find_seam():
 def test_each_segment_has_a_token_whatever_share_of_the_tokens_is_drawn_for_a():
     seam, other = Seam(0, 8, 90, True), Seam(90, 97, 200, False)
     assert place_pair(seam, other, 12, 0.0, 0, 0) == Pair(7, 8, 8, 19, False)
-    assert place_pair(seam, other, 5, 1.0, 0, 0) == Pair(4, 8, 8, 9, False)
+    below_1 = math.nextafter(1.0, 0.0)
+    assert place_pair(seam, other, 5, below_1, 0, 0) == Pair(4, 8, 8, 9, False)
 
 
 def test_a_seam_of_a_rare_kind_is_forced():

@@ -52,6 +52,7 @@ def test_splitting_loses_nothing_but_white_space(text):
         ("Mr. X met J. K. Y. and mrs. Z. It", ["Mr. X met J. K. Y. and mrs. Z. It"]),
         ("It cost 1.5 dollars... Really", ["It cost 1.5 dollars...", "Really"]),
         ("你好。再见！", ["你好。", "再见！"]),
+        ("他说：“好。”她走了！？是。", ["他说：“好。”", "她走了！？", "是。"]),
         ("  \n\n  ", []),
     ],
 )
