@@ -51,7 +51,7 @@ from bert import (
     read_json,
     tokenizer_hash,
 )
-from support.command_line import LARGEST_SEED, LARGEST_SIZE, check_limits, run_script
+from support.command_line import LARGEST_INTEGER, LARGEST_SIZE, check_limits, run_script
 from support.curves import draw_pretraining
 from support.devices import (
     Precision,
@@ -179,8 +179,8 @@ class PretrainOptions:
 
 
 LIMITS = {  # the smallest and the largest value
-    "steps": (0, LARGEST_SEED),
-    "seed": (0, LARGEST_SEED),
+    "steps": (0, LARGEST_INTEGER),
+    "seed": (0, LARGEST_INTEGER),
     "rows_per_document": (1, LARGEST_SIZE),
     "vocab_size": (1, LARGEST_SIZE),
     "max_seq_length": (5, LARGEST_SIZE),  # [CLS] a [SEP] b [SEP]
@@ -190,12 +190,12 @@ LIMITS = {  # the smallest and the largest value
     "positions": (1, LARGEST_SIZE),
     "dropout": (0, 0.99),
     "learning_rate": (0, math.inf),
-    "warmup_steps": (0, LARGEST_SEED),
-    "log_every": (1, LARGEST_SEED),
-    "eval_every": (1, LARGEST_SEED),
+    "warmup_steps": (0, LARGEST_INTEGER),
+    "log_every": (1, LARGEST_INTEGER),
+    "eval_every": (1, LARGEST_INTEGER),
     "eval_batches": (1, LARGEST_SIZE),
-    "save_every": (1, LARGEST_SEED),
-    "export_steps": (0, LARGEST_SEED),
+    "save_every": (1, LARGEST_INTEGER),
+    "export_steps": (0, LARGEST_INTEGER),
 }
 # Options that may differ when a run is resumed. They do not change the training, except for
 # rounding; --device and --compile also change the random numbers of dropout. (On another device,
@@ -546,7 +546,7 @@ def probe(
 
 def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
     """Prints the metrics of --weights on the validation split, and writes nothing."""
-    tokenizer = load_tokenizer(options)
+    tokenizer = choose_tokenizer(options)
     model = make_model(options, tokenizer).to(device)
     # A head that the weights lack is new and random.
     missing = model.missing_parameters
@@ -597,7 +597,7 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
     return saved
 
 
-def load_tokenizer(options: PretrainOptions) -> Tokenizer:
+def choose_tokenizer(options: PretrainOptions) -> Tokenizer:
     """Returns the tokenizer of --weights, that of --tokenizer, or one learned from the corpus."""
     if options.weights:
         return matching_tokenizer(options.weights, options.tokenizer)
@@ -804,7 +804,7 @@ def run_pretraining(
     """
     torch.manual_seed(options.seed)
     with first_process_first(rank):  # rank 0 tokenizes, the others find the result in the cache
-        tokenizer = load_tokenizer(options)
+        tokenizer = choose_tokenizer(options)
         corpora = load_corpora(options, tokenizer)
     model = make_model(options, tokenizer).to(device).train()
     optimizer = make_optimizer(model)
@@ -818,7 +818,7 @@ def run_pretraining(
         "unigram_entropy": known_corpus.unigram_entropy(),
     }
 
-    def exported(step: int) -> Path:
+    def export_folder(step: int) -> Path:
         return out / "models" / f"step-{step}"
 
     identity = what_identifies(options, tokenizer, corpora, baselines)
@@ -835,7 +835,7 @@ def run_pretraining(
         print(*(f"{name} {value:.3f} nats" for name, value in baselines.items()))
         print(f"precision {options.precision}, dropout {options.dropout:g}")
         for step in options.export_steps or ():
-            if step < run.step and not exported(step).exists():
+            if step < run.step and not export_folder(step).exists():
                 print(f"--export-steps {step}: the run is past it; models/step-{step} is not made")
 
     def report(step: int) -> None:
@@ -846,7 +846,7 @@ def run_pretraining(
         run.bar.write(f"step {step}  {numbers}\n{example}")
 
     def export(step: int) -> None:
-        write_model(model, tokenizer, exported(step))
+        write_model(model, tokenizer, export_folder(step))
 
     train(options, run, model, optimizer, batches, progress, report, export)
     if rank == 0:

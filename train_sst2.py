@@ -33,7 +33,7 @@ from torch import Tensor
 
 import data
 from bert import BertConfig, SST2BertModel, check_tokenizer, fetch, read_json
-from support.command_line import LARGEST_SEED, LARGEST_SIZE, check_limits, run_script
+from support.command_line import LARGEST_INTEGER, LARGEST_SIZE, check_limits, run_script
 from support.curves import draw_sst2
 from support.devices import (
     Precision,
@@ -129,14 +129,14 @@ class SST2Options:
 
 LIMITS = {  # the smallest and the largest value
     "seeds": (1, LARGEST_SIZE),
-    "seed": (0, LARGEST_SEED - LARGEST_SIZE),  # so that all seeds of the run are valid
+    "seed": (0, LARGEST_INTEGER - LARGEST_SIZE),  # so that all seeds of the run are valid
     "vocab_size": (1, LARGEST_SIZE),
     "max_seq_length": (3, LARGEST_SIZE),  # [CLS] a [SEP]
     "dropout": (0, 0.99),
     "batch_size": (1, LARGEST_SIZE),
     "epochs": (1, LARGEST_SIZE),
     "learning_rate": (0, math.inf),
-    "log_every": (1, LARGEST_SEED),
+    "log_every": (1, LARGEST_INTEGER),
 }
 
 
@@ -254,7 +254,7 @@ def fine_tune(
 # ---- A run: every learning rate, every seed ----------------------------------
 
 
-def make_tokenizer(options: SST2Options) -> Tokenizer:
+def choose_tokenizer(options: SST2Options) -> Tokenizer:
     """Returns the tokenizer of --weights or --tokenizer, or one learned from the sentences."""
     if options.weights:
         return matching_tokenizer(options.weights, options.tokenizer)
@@ -306,7 +306,7 @@ def train(options: SST2Options) -> None:
 def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> None:
     """Trains a model for each learning rate and seed, writes the best one, and tests it once."""
     print(f"precision {options.precision}, dropout {options.dropout:g}")
-    tokenizer = make_tokenizer(options)
+    tokenizer = choose_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
     checked = make_model(options, tokenizer)  # only so that wrong options fail early
     longest = options.max_seq_length or checked.config.max_seq_length
@@ -405,7 +405,7 @@ def predict(options: SST2Options) -> None:
     """Prints a line for each text: its label, the probability of that label, the text."""
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    tokenizer = make_tokenizer(options)
+    tokenizer = choose_tokenizer(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # missing heads are handled below
         model = make_model(options, tokenizer).eval().to(device)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import tyro
 from tqdm import tqdm
 
-LARGEST_SEED = 2**63 - 1  # torch and numpy both accept it
+LARGEST_INTEGER = 2**63 - 1  # torch and numpy both accept it
 LARGEST_SIZE = 1_000_000  # of a batch, a sequence, a table: more is a typing error
 
 

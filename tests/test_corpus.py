@@ -772,7 +772,7 @@ def test_the_configuration_of_a_corpus_reaches_every_reader(is_streamed, options
     """Files have no configurations, and the library names the one that it does not find."""
     told = replace(options, dataset_name="other", tokenizer=None)
     with pytest.raises(ValueError, match="'other' not found"):
-        train_pretrain.load_tokenizer(told)
+        train_pretrain.choose_tokenizer(told)
     with pytest.raises(ValueError, match="'other' not found"):
         train_pretrain.load_corpora(replace(told, streaming=is_streamed), small_tokenizer())
 

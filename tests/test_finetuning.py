@@ -466,15 +466,15 @@ def test_another_tokenizer_than_that_of_the_weights_is_rejected(tmp_path):
     tokenizers[0].save(str(tmp_path / "same.json"))
     options = {"weights": str(tmp_path), "tokenizer": str(tmp_path / "other.json")}
     with pytest.raises(ValueError, match="is not the one .* was trained with"):
-        train_sst2.make_tokenizer(SST2Options(**options))
+        train_sst2.choose_tokenizer(SST2Options(**options))
     options["tokenizer"] = str(tmp_path / "same.json")
     assert (
-        train_sst2.make_tokenizer(SST2Options(**options)).get_vocab() == tokenizers[0].get_vocab()
+        train_sst2.choose_tokenizer(SST2Options(**options)).get_vocab() == tokenizers[0].get_vocab()
     )
     tokenizers[1].save(str(tmp_path / "tokenizer.json"))  # exchanged in the folder itself
     for named in (None, str(tmp_path / "other.json"), str(tmp_path / "same.json")):
         with pytest.raises(ValueError, match="is not the one .* was trained with"):
-            train_sst2.make_tokenizer(SST2Options(weights=str(tmp_path), tokenizer=named))
+            train_sst2.choose_tokenizer(SST2Options(weights=str(tmp_path), tokenizer=named))
 
 
 def test_fine_tuning_has_dropout_whatever_the_weights_had(tmp_path):

@@ -177,7 +177,7 @@ def test_checkpointed_activations_change_memory_and_nothing_else(tmp_path):
     """The gradients have the same bits, dropout included; less than half of the bytes wait for the
     backward pass."""
     options = PretrainOptions(str(tmp_path), size="mini")
-    tokenizer = train_pretrain.load_tokenizer(replace(options, vocab_size=150))
+    tokenizer = train_pretrain.choose_tokenizer(replace(options, vocab_size=150))
     found, waiting = [], []
     for checkpointed in (False, True):
         torch.manual_seed(0)

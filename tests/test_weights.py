@@ -637,7 +637,7 @@ def test_a_tokenizer_that_lowercases_otherwise_is_not_that_of_the_weights(publis
     small_tokenizer().save(str(published / "tokenizer.json"))
     told = PretrainOptions(weights=str(published), tokenizer=str(tmp_path / "cased.json"))
     with pytest.raises(ValueError, match=r"cased\.json is not the one .* was trained with"):
-        train_pretrain.load_tokenizer(told)
+        train_pretrain.choose_tokenizer(told)
 
 
 def test_the_hash_of_older_models_is_accepted_for_their_vocabulary(published, tmp_path):
