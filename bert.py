@@ -589,7 +589,10 @@ def fetch(source: str | Path) -> Path:
 
 def read_json(path: Path) -> dict:
     """Returns the object in a JSON file. Raises ValueError or OSError if it cannot be read."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no JSON object")
     return content

@@ -7,9 +7,9 @@
 
 Writes into the folder --out:
     config.json    the options
-    metrics.jsonl  a line for every log and every evaluation; losses in nats. "step": N means that
-                   N updates have been made. A line of an evaluation describes the model then, a
-                   line of training the update that is made next
+    metrics.jsonl  a line for every log and every evaluation; losses in nats. "step" counts the
+                   updates made before. A line of an evaluation describes the model after N
+                   updates; a line of training has the loss of the next one, update N + 1
     checkpoints/   the last two; a run that was killed at any point resumes exactly with --resume
     model/         weights and tokenizer in the published format
     models/step-N  the same after N updates: for --export-steps, and when the run is stopped
@@ -162,7 +162,7 @@ class PretrainOptions:
             raise ValueError(
                 f"--export-steps {late_exports[0]} comes after the last of --steps {self.steps}"
             )
-        if (self.warmup_steps or 0) > self.steps > 0:
+        if self.steps > 0 and self.warmup > self.steps:
             raise ValueError(
                 f"--warmup-steps {self.warmup_steps} is more than --steps {self.steps}"
             )
@@ -197,10 +197,10 @@ LIMITS = {  # the smallest and the largest value
     "save_every": (1, LARGEST_INTEGER),
     "export_steps": (0, LARGEST_INTEGER),
 }
-# Options that may differ when a run is resumed. They do not change the training, except for
-# rounding; --device and --compile also change the random numbers of dropout. (On another device,
-# --precision auto may choose another precision, which may not differ. A streamed run must keep
-# --workers and the number of ranks, which extras/streaming.py checks.)
+# Options that may differ when a run is resumed. They change nothing but rounding, and --device and
+# --compile the random numbers of dropout. But the precision must stay, even if --precision auto
+# would choose another one on the new device; and a stream must keep --workers and the number of
+# ranks, which extras/streaming.py checks.
 MAY_CHANGE = {
     "out",
     "resume",
@@ -247,7 +247,7 @@ def forward(
         mlm_logits, nsp_logits = model(
             batch["input_ids"], batch["token_type_ids"], positions=batch["positions"]
         )
-    if precision == "bfloat16":  # not always: a model in float64 keeps its digits
+    if precision == "bfloat16":  # a model in float64 keeps its digits
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
     return mlm_logits, nsp_logits
 
@@ -266,8 +266,8 @@ def sum_losses(
 
 
 class PretrainLosses(nn.Module):
-    """`sum_losses` as a module. torch.compile and DistributedDataParallel wrap modules, and with
-    the loss inside, both see the whole forward pass.
+    """`sum_losses` as a module, which DistributedDataParallel needs. With the loss inside, it and
+    torch.compile see the whole forward pass.
     """
 
     def __init__(self, model: BertPretrainModel, precision: str = "float32") -> None:
@@ -290,11 +290,9 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     model are large at the start.
 
     A rate that is too large is a trap. At 1e-2 a model of the size mini cannot overfit even one
-    pair (WALKTHROUGH.md, section 12, shows it with a smaller model at 0.3). The first huge steps
-    leave every position with the same hidden state, so the model predicts the same token
-    everywhere. If the n masked tokens of the pair all differ, the best it can do is to give each of
-    them the probability 1/n, and the loss stays at ln n. (If some tokens repeat, it stays at the
-    entropy of their frequencies.)
+    pair: after the first huge steps every position has the same hidden state, the model predicts
+    the same token everywhere, and the loss stays at ln n for n masked tokens that all differ
+    (WALKTHROUGH.md, section 12).
 
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
@@ -375,17 +373,16 @@ def add_gradients(
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
     """Clips the accumulated gradients to norm 1 ([Code]), takes one optimizer step, zeroes them.
 
-    Returns the norm before clipping, (). If it is not finite, no weight changes: where
-    `optimizer.found_inf` is 1, fused AdamW changes nothing. (`train` ends the run later, where it
-    waits for the GPU anyway.) It reads this on the device, so that
-    the CPU need not wait for the norm.
+    Returns the norm before clipping, (). If it is not finite, no weight changes: fused AdamW skips
+    a step in which `found_inf` is 1. It reads `found_inf` on the device, so the CPU need not wait
+    for the norm. `FiniteGuard` ends the run later.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
 
@@ -463,7 +460,7 @@ def train(
         guard.note(step, norm)
         run.bar.update()
 
-        # Log. Between evaluations and saves, only here does the CPU wait for a GPU: to read a loss.
+        # Log. To read a loss, the CPU waits for the GPU, as it does to evaluate, save or export.
         if step % options.log_every == 0 or step + 1 == options.steps:
             guard.check()
             mlm_loss, nsp_loss = run.add_up(losses)  # over the ranks
@@ -509,7 +506,8 @@ def evaluate(
     model.train()
 
     mlm_loss = sums["mlm_loss"] / sums["masked"]
-    perplexity = torch.tensor(mlm_loss, dtype=torch.float64).exp().item()  # inf, not an error
+    # torch's exp gives inf where math.exp raises OverflowError: above 709.
+    perplexity = torch.tensor(mlm_loss, dtype=torch.float64).exp().item()
     occurrences = torch.cat(predictions).bincount()  # of each token among the predictions
     return {
         "mlm_loss": mlm_loss,
@@ -570,29 +568,24 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
 
 
 def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
-    """Returns the tokenizer that is saved with the weights, once it is known to be the right one.
+    """Returns the tokenizer that lies beside the weights, if it is the right one.
 
-    tokenizer: what --tokenizer names, or None.
-    Raises ValueError if the weights were trained with another tokenizer than the saved one, or than
-    that of --tokenizer. Every id would mean another token, and nothing but a low accuracy would
-    show it.
+    The right one has the hash in config.json. Only models that this project saved have a hash
+    there; for others, the tokenizer beside the weights counts as the right one.
+    tokenizer: what --tokenizer names, or None; it must be the right one, too.
+    Raises ValueError if one of them is not. Every id would mean another token, and nothing but a
+    low accuracy would show it.
     """
     directory = fetch(weights)
     saved = data.load_tokenizer(directory)
     path = directory / "config.json"
     config = read_json(path) if path.exists() else {}
-    # Checked now, since to tokenize a corpus may take hours.
-    if saved.get_vocab_size() > config.get("vocab_size", math.inf):
-        raise ValueError(f"{weights}: more tokens than the {config['vocab_size']} of the weights")
-
-    # Only models that this project saved have the hash. Without it, the tokenizer beside the
-    # weights counts as the right one, and --tokenizer is compared with it.
-    saved_hash = config.get("tokenizer_hash", tokenizer_hash(saved))
+    right_hash = config.get("tokenizer_hash", tokenizer_hash(saved))
     candidates = [(str(directory), saved)]
     if tokenizer:
         candidates.append((tokenizer, data.load_tokenizer(tokenizer)))
     for source, candidate in candidates:
-        if not is_tokenizer_of(candidate, saved_hash):
+        if not is_tokenizer_of(candidate, right_hash):
             raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
     return saved
 
@@ -649,7 +642,7 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
     """Returns the model of --weights, or a new one with initial weights from torch's seed.
 
     Position embeddings are learned, so an example cannot have more tokens than the position table
-    has rows. A table may have more rows than --max-seq-length: the rows beyond learn nothing in
+    has rows. A table may have more rows than --max-seq-length: the rows beyond are not trained in
     this run, but a later one can use longer examples. [BERT] A.2 trains 900,000 steps with 128
     tokens, then 100,000 with 512.
     """
@@ -716,10 +709,10 @@ def make_batches(
     run: Run,
     saved_progress: list[dict] | None,
 ) -> tuple[Iterator[Batch], dict]:
-    """Returns this rank's micro-batches from the run's step on, and how far they have been read.
+    """Returns this rank's micro-batches from the run's step on, and its progress in a stream: a
+    dict that changes with every batch that is taken, and that `train` saves in each checkpoint. For
+    a corpus on disk the step is enough, and the progress is {}.
 
-    A corpus on disk can be read from any step on, so its progress is {}. The progress in a stream
-    is a dict that changes while it is read, and is saved with every checkpoint.
     saved_progress: that of each rank, from the checkpoint that is resumed.
     """
     # Forked workers share memory until it is written to. The garbage collector writes into every
@@ -733,7 +726,7 @@ def make_batches(
         if saved_progress is None:
             progress = fresh_progress[run.rank]
         else:
-            # The saved progress. Raises ValueError if the number of ranks or workers has changed.
+            # Raises ValueError if the number of ranks or workers has changed meanwhile.
             progress = streaming.same_readers(saved_progress, fresh_progress)[run.rank]
         loader = streaming.get_stream_dataloader(
             corpus,
@@ -745,7 +738,7 @@ def make_batches(
             batch_size=options.batch_size,
             make_dataset=partial(make_dataset, options),
         )
-        loader.worker_init_fn = leave_group  # Ctrl-C must not reach the workers
+        loader.worker_init_fn = leave_group  # Ctrl-C must not end the workers
         return streaming.take(loader, progress), progress
 
     loader = data.get_split_dataloader(
@@ -756,19 +749,20 @@ def make_batches(
         world_size=run.world_size,
         workers=options.workers,
     )
-    loader.worker_init_fn = leave_group  # Ctrl-C must not reach the workers
+    loader.worker_init_fn = leave_group  # Ctrl-C must not end the workers
     return iter_later(loader), {}
 
 
 def iter_later(loader: Iterable[Batch]) -> Iterator[Batch]:
     """Yields the loader's batches. Its workers start when the first batch is asked for: after the
-    run has begun, so that they inherit its handling of signals.
+    run has begun. Until a worker has called `leave_group`, it may get a Ctrl-C, and then it must
+    have inherited the run's own handler, which only notes it.
     """
     yield from loader
 
 
 def what_identifies(
-    options: PretrainOptions, tokenizer: Tokenizer, corpora: dict[str, Any], baselines: dict
+    options: PretrainOptions, tokenizer: Tokenizer, corpora: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns everything that must be the same when the run is resumed."""
     identity = {name: v for name, v in asdict(options).items() if name not in MAY_CHANGE}
@@ -778,7 +772,7 @@ def what_identifies(
         identity["shards"] = corpora["train"].num_shards
     else:
         identity["corpus_checksum"] = corpora["train"].checksum()
-    return identity | baselines
+    return identity
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -805,26 +799,26 @@ def run_pretraining(
     torch.manual_seed(options.seed)
     with first_process_first(rank):  # rank 0 tokenizes, the others find the result in the cache
         tokenizer = choose_tokenizer(options)
+        model = make_model(options, tokenizer)  # wrong options end here; to tokenize takes hours
         corpora = load_corpora(options, tokenizer)
-    model = make_model(options, tokenizer).to(device).train()
+    model.to(device).train()
     optimizer = make_optimizer(model)
     validation = make_validation(options, corpora["validation"], tokenizer, device)
 
     # Two losses to compare with: of a model that knows nothing, and of one that knows how often
     # each token occurs.
-    known_corpus = corpora["validation" if options.streaming else "train"]
+    counted = corpora["validation" if options.streaming else "train"]  # a stream is not read yet
     baselines = {
         "ln_vocab_size": math.log(model.config.vocab_size),
-        "unigram_entropy": known_corpus.unigram_entropy(),
+        "unigram_entropy": counted.unigram_entropy(),
     }
 
     def export_folder(step: int) -> Path:
         return out / "models" / f"step-{step}"
 
-    identity = what_identifies(options, tokenizer, corpora, baselines)
+    identity = what_identifies(options, tokenizer, corpora)
     run = Run(out, rank, world_size, options.steps, identity)
-    # A resumed run loads weights, moments and its step. What it returns is how far each rank has
-    # read its stream.
+    # `resume` loads weights, moments and step, and returns each rank's progress in a stream.
     saved_progress = run.resume(model=model, optimizer=optimizer) if options.resume else None
     batches, progress = make_batches(options, corpora["train"], tokenizer, run, saved_progress)
     run.begin(options)

@@ -308,8 +308,8 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     print(f"precision {options.precision}, dropout {options.dropout:g}")
     tokenizer = choose_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
-    checked = make_model(options, tokenizer)  # only so that wrong options fail early
-    longest = options.max_seq_length or checked.config.max_seq_length
+    model = make_model(options, tokenizer)  # not trained: wrong options fail early, and its length
+    longest = options.max_seq_length or model.config.max_seq_length
 
     def load(path: str, split: str, name: str | None = None) -> data.SST2Batches:
         texts, labels = data.get_reviews(path, split, name)
@@ -321,7 +321,7 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     validation = load(options.dataset, "validation", options.dataset_name)
     test_source = options.test_dataset or ("sample" if options.dataset == "sample" else None)
     test = load(test_source, "test") if test_source else None
-    # A rejected command writes nothing, so this comes after all that may be rejected.
+    # A rejected command leaves no config.json, so this comes after all that may be rejected.
     write_whole(out / "config.json", json.dumps(asdict(options), indent=2) + "\n")
 
     best_model: Any = None
@@ -347,13 +347,15 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
                 best_model, best_accuracy = model, accuracy
                 # Now, since the next one may diverge, or be killed.
                 write_model(best_model, tokenizer, out / "model")
-        deviation = np.std(accuracies, ddof=1) if options.seeds > 1 else 0.0
+        accuracy_of_seeds = f"{np.mean(accuracies):.4f}"
+        if options.seeds > 1:
+            accuracy_of_seeds += f" ± {np.std(accuracies, ddof=1):.4f}"
         print(
-            f"learning rate {rate:g}: validation accuracy {np.mean(accuracies):.4f} "
-            f"± {deviation:.4f}, seeds {options.seeds}"
+            f"learning rate {rate:g}: validation accuracy {accuracy_of_seeds},"
+            f" seeds {options.seeds}"
         )
 
-    if test:
+    if test is not None:
         metrics = evaluate(best_model, test, device, options.precision)
         write_line(out, split="test", **metrics)
         print(f"test accuracy {metrics['accuracy']:.4f} (validation {best_accuracy:.4f})")
@@ -386,18 +388,16 @@ def texts_to_predict(texts: Sequence[str]) -> Iterator[str]:
 
 
 def label_names(weights: str) -> Sequence[str]:
-    """Returns the names of the two classes: those in the config.json of a published model, if it
-    has any. In a model of somebody else class 0 need not be the negative one.
+    """Returns the names of the two classes. They are those in the config.json of a published model,
+    because in a model of somebody else class 0 need not be the negative one; without names there,
+    or with LABEL_0 and LABEL_1, which transformers writes then, they are those of SST-2.
     """
     published = read_json(fetch(weights) / "config.json").get("id2label")
     if not isinstance(published, dict):
         return LABELS
-    names = [published.get(str(i)) for i in range(len(LABELS))]
-    given = [name for name in names if isinstance(name, str) and name]
-    unnamed = ["LABEL_0", "LABEL_1"]  # what transformers writes where no names are known
-    if len(given) < len(LABELS) or given == unnamed:
-        return LABELS
-    return given
+    names: list[Any] = [published.get("0"), published.get("1")]
+    are_names = all(isinstance(name, str) and name for name in names)
+    return names if are_names and names != ["LABEL_0", "LABEL_1"] else LABELS
 
 
 @torch.no_grad()

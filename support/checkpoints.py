@@ -30,9 +30,9 @@ def save_checkpoint(out: Path, state: dict, previous_step: int) -> None:
     1. Note how long metrics.jsonl is. A resumed run cuts off what is added later.
     2. Write a temporary file, and force it to disk.
     3. Rename it, and force the folder to disk, which holds the new name.
-    4. Delete the others of earlier steps. Those between the two kept ones are damaged, or the run
-       would have been resumed from them. So are those of later steps, which are left alone.
-       Temporary files that a killed process left are deleted, too.
+    4. Delete all others of earlier steps: they are older, or damaged, or the run would have been
+       resumed from them. Those of later steps must be damaged, too, and are left alone. Temporary
+       files that a killed process left are deleted.
     """
     folder = out / "checkpoints"
     folder.mkdir(exist_ok=True)

@@ -103,5 +103,8 @@ def note_signals() -> list[int]:
 def leave_group(worker: int) -> None:
     """Moves a data worker to a process group of its own. Ctrl-C reaches a whole group, and workers
     have to make batches until the loop ends.
+
+    (A SIGTERM that is sent to every process, not to the main one alone, still ends the workers, and
+    so the run. They cannot ignore it, because Python ends them by the same signal when it exits.)
     """
     os.setpgrp()

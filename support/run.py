@@ -57,7 +57,9 @@ class FiniteGuard:
             raise ValueError(
                 f"step {step}: the gradient was not finite, so it was skipped; {self.advice}"
             )
-        for name, parameter in model.named_parameters() if model else ():
+        if model is None:
+            return
+        for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise ValueError(f"a weight in {name} is no longer finite; {self.advice}")
 

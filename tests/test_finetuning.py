@@ -95,7 +95,7 @@ def test_each_split_is_read_from_its_own_data_set_and_its_accuracy_is_printed(
     own = [("reviews", split, "sst2") for split in ("train", "train", "validation")]
     assert asked == [*own, ("other", "test", None)]
     printed = capsys.readouterr().out
-    assert "learning rate 5e-05: validation accuracy 0.5000 ± 0.0000, seeds 1\n" in printed
+    assert "learning rate 5e-05: validation accuracy 0.5000, seeds 1\n" in printed
     (accuracy,) = read_lines(tmp_path / "with", "test")["accuracy"]
     assert f"test accuracy {accuracy:.4f} (validation 0.5000)\n" in printed
 
