@@ -43,7 +43,7 @@ lint: $(VENV)/ready
 
 # What `pip install .` gives in an empty environment works in any folder.
 wheel:
-	rm -rf runs/wheel
+	rm -rf runs/wheel build
 	$(PYTHON) -m venv runs/wheel
 	runs/wheel/bin/pip install --quiet --constraint constraints.txt .
 	cd runs/wheel && bin/python -m train_pretrain --steps 2

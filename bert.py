@@ -898,6 +898,7 @@ def look(source: str, text: str) -> None:
     """Prints how many parameters each part of a model has, and its guesses for each [MASK]."""
     from data import load_tokenizer  # the only use of another file of this project
 
+    text.encode()  # raises ValueError if it is not UTF-8
     directory = fetch(source)
     tokenizer = load_tokenizer(directory)
     with warnings.catch_warnings():

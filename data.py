@@ -1082,6 +1082,7 @@ def visible_files(where: Path) -> list[Path]:
         file
         for file in files
         if file.suffix.lower() in KINDS
+        and file.is_file()
         and not any(part.startswith((".", "__")) for part in file.relative_to(where).parts)
     ]
 

@@ -179,7 +179,7 @@ class PretrainOptions:
 
 
 LIMITS = {  # the smallest and the largest value
-    "steps": (0, LARGEST_INTEGER),
+    "steps": (0, 10**9 - 1),  # the nine digits in the name of a checkpoint
     "seed": (0, LARGEST_INTEGER),
     "rows_per_document": (1, LARGEST_SIZE),
     "vocab_size": (1, LARGEST_SIZE),
@@ -210,6 +210,7 @@ MAY_CHANGE = {
     "device",
     "compile",
     "checkpoint_activations",
+    "tokenizer",  # its hash is compared
 }
 
 
@@ -772,6 +773,7 @@ def what_identifies(
         identity["shards"] = corpora["train"].num_shards
     else:
         identity["corpus_checksum"] = corpora["train"].checksum()
+        del identity["dataset"]  # the same corpus may have another path now
     return identity
 
 
@@ -837,7 +839,7 @@ def run_pretraining(
         run.write("validation", step, **metrics, **baselines)
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         example = probe(model, validation[0], tokenizer, options.precision)
-        run.bar.write(f"step {step}  {numbers}\n{example}")
+        run.print(f"step {step}  {numbers}\n{example}")
 
     def export(step: int) -> None:
         write_model(model, tokenizer, export_folder(step))

@@ -50,7 +50,7 @@ from support.folder import (
     write_whole,
 )
 from support.processes import need_one_process
-from support.run import FiniteGuard, progress_bar, set_seed
+from support.run import Display, FiniteGuard, progress_bar, set_seed
 from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
 
 LABELS = ("negative", "positive")
@@ -245,7 +245,8 @@ def fine_tune(
         write_line(out, split="validation", step=step, epoch=epoch + 1, **measured)
         bar.write(
             f"epoch {epoch + 1}: validation loss {metrics['loss']:.3f}, "
-            f"accuracy {metrics['accuracy']:.4f}"
+            f"accuracy {metrics['accuracy']:.4f}",
+            file=Display(sys.stdout),
         )
     bar.close()
     return best_model, max(accuracies)

@@ -11,6 +11,7 @@ import itertools
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,13 +19,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from experiments.story import best_accuracies, mean_and_deviation
 from support.checkpoints import checkpoint_paths
-from support.curves import optional, read_lines, unigrams
+from support.curves import new_figure, optional, read_lines, unigrams
 from support.folder import lock, write_whole
 
 RECIPE = """
@@ -104,6 +105,14 @@ def check_commands(out: Path, every_stage: list[Stage]) -> None:
     write_whole(noted, commands)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends an afternoon as Ctrl-C does."""
+
+
+def terminate(number: int, frame: Any) -> NoReturn:
+    raise Terminated
+
+
 def run_stage(stage: Stage, log: Path | None = None) -> None:
     """Runs the command of a stage, unless it is finished.
 
@@ -135,8 +144,10 @@ def run_stage(stage: Stage, log: Path | None = None) -> None:
         )
         try:
             status = process.wait()
-        except KeyboardInterrupt:  # the command was interrupted, too: it saves, and ends
-            process.wait()
+        except KeyboardInterrupt as stopped:
+            if isinstance(stopped, Terminated):  # Ctrl-C has reached the command, too; SIGTERM not
+                process.terminate()
+            process.wait()  # it saves, and ends
             raise
     if status:
         raise RuntimeError(f"this command failed{f', see {log}' if log else ''}: {' '.join(words)}")
@@ -235,9 +246,7 @@ def loss_table(pretrain: Path, steps: tuple[int, ...]) -> list[str]:
 @optional
 def draw_afternoon(out: Path) -> None:
     """curves.png: the loss, and the gain at each share of the labels."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = new_figure((11, 4.2))
     loss, bars = figure.subplots(1, 2)
     plot_loss(loss, out / "pretrain")
     plot_gain(bars, accuracies(out))
@@ -280,13 +289,14 @@ def ends_in_one_message() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from here")
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         sys.exit(str(error))
 
 
 def main(corpus: str, sst2: str, out: str) -> None:
+    signal.signal(signal.SIGTERM, terminate)
     with ends_in_one_message():
-        run(corpus, sst2, Path(out))
+        run(corpus.rstrip("/"), sst2.rstrip("/"), Path(out))
     print(*gain_table(Path(out)), sep="\n")
     draw_afternoon(Path(out))
     if (Path(out) / "curves.png").exists():

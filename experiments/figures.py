@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from support.curves import means_of_seeds, plot_pretraining, read_lines
+from support.curves import means_of_seeds, new_figure, plot_pretraining, read_lines
 from experiments import afternoon, recipe
 from experiments.story import best_accuracies, mean_and_deviation
 
@@ -226,12 +226,6 @@ def draw_afternoon() -> Any:
     accuracy.set_xticks([1, 10, 100], ["1", "10", "100"])
     accuracy.legend(fontsize=8, loc="upper left")
     return figure
-
-
-def new_figure(inches: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=inches, layout="constrained")
 
 
 def curves(axes: Any, run: str, split: str, name: str, rate: float, **style: Any) -> None:

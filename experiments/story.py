@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 import data
-from support.curves import means_of_seeds, optional, plot_pretraining, read_lines, unigrams
+from support.curves import (
+    means_of_seeds,
+    new_figure,
+    optional,
+    plot_pretraining,
+    read_lines,
+    unigrams,
+)
 from train_pretrain import PretrainOptions
 
 
@@ -70,9 +77,7 @@ def table(folder: Path) -> str:
 @optional
 def draw_story(folder: Path) -> None:
     """curves.png: the loss beside its baselines, shares and accuracies, both classifiers."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    figure = new_figure((14, 4.2))
     panels: Any = figure.subplots(1, 3)
     loss, shares, reviews = panels
     plot_pretraining(loss, shares, folder / "pretrain", unigrams(folder / "pretrain"))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import data
 from bert import Bert, MultiHeadAttention, attention, check_tokenizer, fetch
+from support.curves import new_figure
 
 
 @torch.no_grad()
@@ -52,12 +53,10 @@ def draw_attention(probs: Tensor, tokens: list[str]) -> Any:
     A row of a panel belongs to a query, the token at its left. It shows how much this token attends
     to each of the tokens below, and adds up to 1.
     """
-    from matplotlib.figure import Figure
-
     layers, heads, length, _ = probs.shape
     side = max(1.2, 0.14 * length)  # inches of a panel
     size = (side * heads + 1.5, side * layers + 1.5)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = new_figure(size)
     panels = figure.subplots(layers, heads, sharex=True, sharey=True, squeeze=False)
     for (layer, head), panel in np.ndenumerate(panels):
         image = panel.imshow(probs[layer, head].numpy(), vmin=0, vmax=1, cmap="viridis")
@@ -77,6 +76,7 @@ def draw_text(source: str, text: str, out: str) -> None:
     """Draws a model's attention in a text to a file. source: a directory or a hub id."""
     if not Path(out).resolve().parent.is_dir():
         raise ValueError(f"--out {out}: its folder does not exist")
+    text.encode()  # raises ValueError if it is not UTF-8
     directory = fetch(source)
     tokenizer = data.load_tokenizer(directory)
     with warnings.catch_warnings():

@@ -90,6 +90,22 @@ def tokenize_block(
     return data.TokenizedCorpus(Dataset.from_dict(columns))
 
 
+def readable(rows: Any) -> Iterator[dict]:
+    """Yields the rows. What the libraries raise for a file that they cannot read becomes a
+    ValueError of one line, since not all of their errors can be passed on by a data worker.
+    """
+    iterator = iter(rows)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # of pyarrow, datasets, codecs, fsspec
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"a part of the stream cannot be read: {reason}") from error
+        yield row
+
+
 class StreamedBatches(IterableDataset):
     """Yields batches without end, each with the bookmark behind it under the key "bookmark".
 
@@ -128,7 +144,7 @@ class StreamedBatches(IterableDataset):
             rows.load_state_dict(bookmark["rows"])
         while True:
             index_before = index
-            for row in rows:
+            for row in readable(rows):
                 index += 1
                 behind = {"rows": copy.deepcopy(rows.state_dict()), "documents": index}
                 yield behind, row[self.column]

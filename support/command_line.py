@@ -1,5 +1,6 @@
 """The command line of a training script, and what a user sees of a mistake."""
 
+import io
 import math
 import os
 import re
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 
 import tyro
 from tqdm import tqdm
+
+from support.processes import signals_to_handle
 
 LARGEST_INTEGER = 2**63 - 1  # torch and numpy both accept it
 LARGEST_SIZE = 1_000_000  # of a batch, a sequence, a table: more is a typing error
@@ -61,10 +64,11 @@ def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None
     User errors (ValueError) and system errors (OSError) become one message and exit status 2.
     Anything else is a bug and keeps its traceback.
 
-    Ctrl-C and SIGTERM end the process quietly, with status 130 and 143. The processes that tokenize
-    are forked, so they inherit the handler, and it ends them too. Training replaces the handler by
-    its own: see `note_signals`.
+    Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the process quietly, with status 130, 143 and
+    129. The processes that tokenize are forked, so they inherit the handler, and it ends them too.
+    Training replaces the handler by its own: see `note_signals`.
     """
+    prepare_streams()
     options = parse_options(cls, arguments)
     received: list[int] = []
     main_process = os.getpid()
@@ -75,8 +79,7 @@ def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None
         received.append(signal_number)
         sys.exit(128 + signal_number)
 
-    handled = (signal.SIGINT, signal.SIGTERM)
-    handlers_before = {number: signal.signal(number, stop) for number in handled}
+    handlers_before = {number: signal.signal(number, stop) for number in signals_to_handle()}
     try:
         try:
             main(options)
@@ -105,9 +108,21 @@ def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None
             signal.signal(number, handler)
 
 
+def prepare_streams() -> None:
+    """Makes every text printable: a character that the terminal's encoding lacks is escaped, and a
+    stream that was closed by the caller leads nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def without_worker_traceback(message: str) -> str:
     """Returns the message of an error that was raised in a DataLoader worker, and of any other."""
-    return re.sub(r"(?s)^Caught \w+ in DataLoader worker.*\n\w+: ", "", message.strip())
+    return re.sub(r"(?s)^Caught \w+ in DataLoader worker.*\n[\w.]+: ", "", message.strip())
 
 
 def worker_died(error: Exception) -> bool:

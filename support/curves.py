@@ -1,9 +1,10 @@
 """Draws the curves of a run from its metrics.jsonl."""
 
-import contextlib
 import functools
 import json
 import math
+import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,28 @@ def read_lines(run: Path, split: str) -> dict[str, list]:
 
 
 def optional(draw: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Makes a drawing function do nothing where matplotlib is not installed."""
+    """Makes a drawing function do nothing where matplotlib is not installed, and warn where it
+    cannot draw: a run that took days must not fail at its picture.
+    """
 
     @functools.wraps(draw)
     def draw_if_possible(run: Path) -> None:
-        with contextlib.suppress(ImportError):
+        try:
             draw(run)
+        except ImportError:
+            return
+        except (OSError, RuntimeError, ValueError) as error:
+            warnings.warn(f"{run} has no picture: {error}", stacklevel=2)
 
     return draw_if_possible
+
+
+def new_figure(inches: tuple[float, float]) -> Any:
+    """Returns an empty figure that is only saved, and so needs no window."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's own window, which need not be installed here
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=inches, layout="constrained")
 
 
 def means_of_seeds(
@@ -82,9 +97,7 @@ def unigrams(run: Path) -> dict[str, float]:
 @optional
 def draw_pretraining(run: Path) -> None:
     """Draws curves.png into the folder of a run of train_pretrain.py."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = new_figure((11, 4))
     left, right = figure.subplots(1, 2)
     plot_pretraining(left, right, run, unigrams(run))
     left.legend()
@@ -97,9 +110,7 @@ def draw_sst2(run: Path) -> None:
     """Draws curves.png into the folder of a run of train_sst2.py: means over the seeds, in a colour
     for each learning rate.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = new_figure((11, 4))
     left, right = figure.subplots(1, 2)
     rates = sorted(set(read_lines(run, "validation")["learning_rate"]))
     for number, rate in enumerate(rates):

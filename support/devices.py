@@ -15,7 +15,7 @@ def choose_device(name: str | None) -> torch.device:
     """Returns the device of --device; without a name, the GPU if there is one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:(0|[1-9]\d?))?", name):  # torch takes cuda:256 for cuda:0
         raise ValueError(f"--device {name} is not cpu, cuda or cuda:0")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {name}, but torch sees no GPU here")

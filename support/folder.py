@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,14 +97,30 @@ def is_of_a_run(config: Path) -> bool:
 
 
 def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Writes a model with its tokenizer. Until it is complete, the one before it stays."""
+    """Writes a model with its tokenizer. The one before it stays until this one is on the disk and
+    has its name. (A folder cannot be replaced at once: a process that is killed between the two
+    renamings leaves both models, complete, as .before and .unfinished.)
+    """
     unfinished = folder.with_name(folder.name + ".unfinished")
+    before = folder.with_name(folder.name + ".before")
     model.save_pretrained(unfinished, tokenizer)
+    force_to_disk(*unfinished.iterdir(), unfinished)
     if folder.is_symlink():  # someone has moved the one before
         folder.unlink()
     elif folder.exists():
-        shutil.rmtree(folder)
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
     unfinished.rename(folder)
+    force_to_disk(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def force_to_disk(*paths: Path) -> None:
+    """Waits until these files and folders would survive a power cut. A folder holds the names."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def write_whole(path: Path, text: str) -> None:

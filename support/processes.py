@@ -39,6 +39,8 @@ def join_processes(device: str | None = None, micro_batches: int = 0) -> tuple[i
             " use torchrun, or unset it"
         )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK {rank} of WORLD_SIZE {world_size} in the environment: unset both")
     if world_size > 1 and device not in (None, "cpu", "cuda"):
         raise ValueError(
             f"--device {device} would put all {world_size} ranks on one GPU; with --device cuda"
@@ -89,13 +91,21 @@ def total(*numbers: int) -> list[int]:
     return sums.tolist()
 
 
+def signals_to_handle() -> list[int]:
+    """Returns the signals that ask a run to stop: Ctrl-C, SIGTERM, and SIGHUP from a terminal that
+    is closed; without those that the caller has made the process ignore, as nohup does.
+    """
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in asking if signal.getsignal(number) != signal.SIG_IGN]
+
+
 def note_signals() -> list[int]:
-    """Returns a list to which Ctrl-C and SIGTERM are appended from now on, instead of ending the
+    """Returns a list to which `signals_to_handle` are appended from now on, instead of ending the
     process: the loop can stop between two steps. A signal may arrive several times, because
     torchrun forwards what its ranks have received themselves.
     """
     noted: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in signals_to_handle():
         signal.signal(number, lambda number, frame: noted.append(number))
     return noted
 

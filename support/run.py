@@ -1,5 +1,6 @@
 """A run of many steps: how far it is, what it writes on the way, and how it is resumed."""
 
+import contextlib
 import json
 import sys
 import time
@@ -24,13 +25,44 @@ def set_seed(*numbers: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
+class Display:
+    """A stream for what people see of a run. What cannot be written is dropped: a full disk under a
+    log, or a pipe that was closed (Ctrl-C also ends the tee of `| tee log`), must not end training.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:  # encoding, isatty, fileno
+        return getattr(self.stream, name)
+
+    def __eq__(self, other: object) -> bool:  # tqdm clears the bar of a stream before it writes
+        return self.stream == getattr(other, "stream", other)
+
+    def __hash__(self) -> int:
+        return hash(self.stream)
+
+
 def progress_bar(steps: int, name: str | None = None, **more: Any) -> tqdm:
     """Returns a bar of the steps done, steps per second and time left. In a log file, or wherever
     there is no terminal, it is drawn every 30 seconds at most.
     """
-    interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(
-        total=steps, unit="step", desc=name, dynamic_ncols=True, mininterval=interval, **more
+        total=steps,
+        unit="step",
+        desc=name,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        file=Display(sys.stderr),
+        **more,
     )
 
 
@@ -119,6 +151,10 @@ class Run:
             progress = {"tokens": self.tokens, "seconds": self.seconds}
             write_line(self.out, split=split, step=step, **progress, **values)
 
+    def print(self, text: str) -> None:
+        """Prints above the bar."""
+        self.bar.write(text, file=Display(sys.stdout))
+
     def show(self, loss: str) -> None:
         """Sets the text behind the bar, which appears when the bar is drawn next."""
         self.bar.set_postfix_str(f"{loss}, {self.tokens / self.seconds:,.0f} tokens/s", False)
@@ -139,7 +175,7 @@ class Run:
         self.saved_step = step
 
     def asked_to_stop(self) -> bool:
-        """Returns whether any rank has received Ctrl-C or SIGTERM."""
+        """Returns whether any rank has received a signal to stop."""
         return total(len(self.signals)) != [0]
 
     def add_up(self, numbers: torch.Tensor) -> list[float]:
@@ -156,5 +192,6 @@ class Run:
     def stop(self, step: int) -> NoReturn:
         """Ends the process after a signal, with the exit status that belongs to it."""
         self.bar.close()
-        print(f"stopped before step {step}; --resume continues from there", file=sys.stderr)
+        message = f"stopped before step {step}; --resume continues from there"
+        print(message, file=Display(sys.stderr))
         sys.exit(128 + max(self.signals, default=0))

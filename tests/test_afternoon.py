@@ -262,12 +262,23 @@ def test_no_other_stage_starts_once_one_has_failed(tmp_path, monkeypatch):
     assert not (tmp_path / "never").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit, match="File exists"):
+            afternoon.main("corpus", "sst2", str(tmp_path / "file"))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def in_a_group_of_its_own(folder: str) -> None:
     """Runs an afternoon of one stage, as a terminal would: Ctrl-C reaches every process."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 folder = pathlib.Path(sys.argv[1]); folder.mkdir()
 try: (folder / "started").touch(); time.sleep(60)
 except KeyboardInterrupt: time.sleep(1); (folder / "saved").touch()
@@ -278,12 +289,16 @@ except KeyboardInterrupt: time.sleep(1); (folder / "saved").touch()
 
 
 @pytest.mark.slow
-def test_ctrl_c_lets_the_running_command_save_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(
+    ("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
+)
+def test_a_signal_lets_the_running_command_save_and_says_how_to_go_on(send, number, tmp_path):
+    """Ctrl-C reaches the whole group, SIGTERM the afternoon alone."""
     process = start(in_a_group_of_its_own, str(tmp_path), output=tmp_path / "log")
     while not (tmp_path / "a/started").exists():
         assert process.is_alive()
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    send(process.pid, number)
     assert wait(process) == [1]
     assert (tmp_path / "a/saved").exists()
     last_line = (tmp_path / "log").read_text().splitlines()[-1]

@@ -3,10 +3,12 @@
 import ast
 import gc
 import inspect
+import io
 import os
 import pickle
 import re
 import signal
+import sys
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +22,7 @@ from strategies import LETTERS, VOCABULARY, write_mistakes, write_rows
 import support.command_line
 from bert import SIZES
 from support.command_line import check_limits, parse_options, run_script
+from support.processes import signals_to_handle
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options, main
 
@@ -433,7 +436,7 @@ def test_a_line_of_50_megabytes_empty_rows_and_nulls_are_no_mistake(tmp_path, ca
 # ---- Signals, errors of data workers, and our own -----------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("raises_another_error", [False, True])
 def test_a_signal_ends_a_script_and_what_it_has_forked_with_its_status_and_no_message(
     number, raises_another_error, capfd
@@ -483,6 +486,31 @@ def test_an_error_in_a_data_worker_is_reported_as_in_the_main_process(capsys, mo
     assert capsys.readouterr().err == "error: a mistake\nof two lines\n"
     loader = None
     gc.collect()  # the workers end here, and not in another test
+
+
+def test_a_signal_that_the_caller_ignores_stays_ignored(monkeypatch):
+    """nohup ignores SIGHUP, and a shell ignores Ctrl-C for what it starts in the background."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run_script(lambda _: os.kill(os.getpid(), signal.SIGHUP), PretrainOptions, [])
+        assert signals_to_handle() == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_text_that_the_terminal_cannot_show_is_escaped(monkeypatch):
+    """A ± ended a run of fine-tuning after its first learning rate."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii", write_through=True))
+    run_script(lambda _: print("0.5 ± 0.1"), PretrainOptions, [])
+    assert shown.getvalue() == b"0.5 \\xb1 0.1\n"
+
+
+def test_a_closed_terminal_hides_the_bar_and_ends_nothing(options, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    run_script(lambda _: pretrain(options), PretrainOptions, [])
+    assert (Path(options.out) / "model").exists()
 
 
 def test_a_mistake_that_a_worker_passes_on_is_shown_without_its_traceback(capsys):

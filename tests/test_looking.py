@@ -4,6 +4,7 @@ Then the curves of a run.
 
 import dataclasses
 import itertools
+import os
 import re
 import sys
 from dataclasses import replace
@@ -445,6 +446,29 @@ def test_a_picture_needs_a_tokenizer_that_fits(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="tokenizer has the id 41, the weights have 41 tokens"):
         draw_text(str(tmp_path), "a more", str(tmp_path / "a.png"))
+
+
+def test_a_text_that_is_not_utf_8_is_rejected(tmp_path):
+    for see in (look, lambda source, text: draw_text(source, text, str(tmp_path / "a.png"))):
+        with pytest.raises(ValueError, match="surrogates not allowed"):
+            see(str(publish(tmp_path / "model")), "caf\udce9 [MASK]")
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch):
+    """A full disk, or a backend of a notebook, made a finished run fail."""
+    figure = pytest.importorskip("matplotlib.figure")
+    write_validation(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "module://a_notebook")
+    draw_sst2(tmp_path)
+    assert (tmp_path / "curves.png").exists()
+    assert "MPLBACKEND" not in os.environ  # which matplotlib reads when it is first imported
+
+    def full_disk(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(figure.Figure, "savefig", full_disk)
+    with pytest.warns(UserWarning, match=f"{tmp_path} has no picture: no space left"):
+        draw_sst2(tmp_path)
 
 
 def test_without_matplotlib_a_run_ends_without_a_picture(tmp_path, monkeypatch):

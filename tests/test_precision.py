@@ -31,7 +31,9 @@ from train_pretrain import (
 # ---- Devices ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["meta", "mps", "cuda:x", "cpu:1", "cuda:", "gpu", ""])
+@pytest.mark.parametrize(
+    "name", ["meta", "mps", "cuda:x", "cpu:1", "cuda:", "gpu", "", "cuda:01", "cuda:256"]
+)
 def test_a_device_is_cpu_or_cuda(name):
     with pytest.raises(ValueError, match=f"--device {name} is not cpu, cuda or cuda:0"):
         choose_device(name)

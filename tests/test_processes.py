@@ -82,6 +82,14 @@ def test_half_of_what_torchrun_sets_is_rejected(variable, other, monkeypatch):
         join_processes()
 
 
+@pytest.mark.parametrize(("rank", "world_size"), [("0", "0"), ("2", "2"), ("-1", "2")])
+def test_a_rank_that_cannot_be_is_rejected(rank, world_size, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(ValueError, match=f"RANK {rank} of WORLD_SIZE {world_size} in the env"):
+        join_processes()
+
+
 def test_ranks_never_share_one_gpu(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -303,6 +304,16 @@ def test_a_resumed_run_may_have_another_folder_and_device_and_other_ways_to_comp
     otherwise = {"device": "cuda", "compile": True, "checkpoint_activations": True}
     run(replace(finished, out=str(moved), **otherwise))
     assert (moved / "checkpoints/step-000000006.pt").exists()
+
+
+def test_a_resumed_run_may_find_corpus_and_tokenizer_under_other_paths(finished, tmp_path):
+    """With a slash at the end, or moved: it is their content that counts."""
+    expected = state(Path(finished.out))
+    checkpoints(finished)[-1].unlink()
+    corpus = shutil.copy(finished.dataset, tmp_path / "elsewhere.jsonl")
+    shutil.copytree(Path(finished.out) / "model", tmp_path / "model")  # which has the tokenizer
+    run(replace(finished, dataset=str(corpus), tokenizer=f"{tmp_path}/model/"))
+    assert_same(state(Path(finished.out)), expected)
 
 
 def test_resuming_a_finished_run_writes_no_checkpoint(finished):

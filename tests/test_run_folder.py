@@ -13,18 +13,20 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, contents, run, weights_of
-from strategies import LETTERS, PADDING, SMALL, publish, small_tokenizer, write_corpus
+from helpers import ROOT, contents, metrics_of, run, weights_of
+from strategies import LETTERS, PADDING, SMALL, TINY, publish, small_tokenizer, write_corpus
 
 import data
+import support.folder
 import support.run
 import train_pretrain
 import train_sst2
-from bert import BertPretrainModel
+from bert import BertPretrainModel, SST2BertModel
 from support.checkpoints import checkpoint_paths, save_checkpoint
 from support.folder import check_lies_outside, run_folder, write_line, write_model
 from train_pretrain import PretrainOptions, pretrain
@@ -69,6 +71,65 @@ def test_a_checkpoint_is_on_disk_before_it_is_renamed_and_others_deleted(tmp_pat
         "force checkpoints",
         "delete step-000000000.pt",
     ]
+
+
+def test_a_model_is_on_the_disk_before_the_one_before_it_is_deleted(tmp_path, monkeypatch):
+    """A process that is killed between the two renamings leaves both, complete."""
+    model = SST2BertModel(TINY, PADDING)
+    write_model(model, small_tokenizer(), tmp_path / "model")
+    content = contents(tmp_path / "model")
+    forced, rename = [], Path.rename
+    force_to_disk = support.folder.force_to_disk
+
+    def note(*paths):
+        forced.append({path.name for path in paths})
+        force_to_disk(*paths)
+
+    def die_at_the_second(path, other):
+        if path.name == "model.unfinished":
+            raise KeyboardInterrupt
+        return rename(path, other)
+
+    monkeypatch.setattr(support.folder, "force_to_disk", note)
+    monkeypatch.setattr(Path, "rename", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        write_model(model, small_tokenizer(), tmp_path / "model")
+    monkeypatch.setattr(Path, "rename", rename)
+    assert forced == [{*content, "model.unfinished"}]
+    names = ["model.before", "model.unfinished"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        assert contents(tmp_path / name) == content
+    write_model(model, small_tokenizer(), tmp_path / "model")
+    assert forced[1:] == [{*content, "model.unfinished"}, {tmp_path.name}]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+class Broken(io.StringIO):
+    """A pipe whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+def test_a_run_goes_on_where_nothing_can_be_shown(options, monkeypatch):
+    """Ctrl-C in `... | tee log` ends tee first. What the run then could not print ended it before
+    it had saved."""
+    train = train_pretrain.train
+
+    def reader_goes(*arguments):
+        monkeypatch.setattr(sys, "stdout", Broken())
+        arguments[1].bar.fp.stream = Broken()
+        train(*arguments)
+
+    monkeypatch.setattr(train_pretrain, "train", reader_goes)
+    monkeypatch.setattr(support.run, "progress_bar", partial(support.run.progress_bar, miniters=1))
+    pretrain(replace(options, eval_every=1))
+    assert [line["step"] for line in metrics_of(Path(options.out))][-1] == 4
+    assert (Path(options.out) / "model").exists()
 
 
 def test_the_clock_and_the_count_of_tokens_of_a_resumed_run_go_on(options, monkeypatch):

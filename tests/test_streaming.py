@@ -40,7 +40,8 @@ from torch.utils.data import DataLoader
 
 import data
 from extras import streaming
-from train_pretrain import pretrain
+from support.command_line import run_script
+from train_pretrain import PretrainOptions, pretrain
 
 SHARDS = 5
 
@@ -330,6 +331,38 @@ def test_the_batches_of_a_block_are_full_and_take_every_example(left_over, folde
         indices = list(itertools.chain(*asked))
         assert len(set(indices)) == len(indices)  # each a draw of its own
         assert {index % examples for index in indices} == set(range(examples))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("zz.jsonl", '{"text": "né"}\n'.encode("latin-1")),
+        ("zz.jsonl", b'{"text": "a", "more": 1}\n{"text"'),
+        ("zz.parquet", b"PAR1 and no more"),
+        ("zz.parquet", b""),
+    ],
+    ids=["encoding", "no JSON", "no parquet", "empty"],
+)
+def test_a_file_of_a_stream_that_cannot_be_read_is_one_line(
+    name, content, workers, tmp_path, capsys
+):
+    """In a data worker, most of the libraries' errors became a traceback of 80 lines."""
+    rows = Dataset.from_dict({"text": TEXTS})
+    write = rows.to_json if name.endswith("jsonl") else rows.to_parquet
+    for part in ("validation/a", "train/a", "train/b"):
+        (tmp_path / part).parent.mkdir(exist_ok=True)
+        write(str(tmp_path / f"{part}{Path(name).suffix}"))
+    (tmp_path / "train" / name).write_bytes(content)
+    progress = streaming.new_progress(workers)
+    with pytest.raises(SystemExit):
+        run_script(
+            lambda _: list(islice(streaming.take(loader(tmp_path, progress), progress), 99)),
+            PretrainOptions,
+            [],
+        )
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("error: a part of the stream cannot be read: ")
 
 
 def test_a_stream_without_a_document_is_rejected(folder):
