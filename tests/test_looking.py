@@ -410,6 +410,29 @@ def test_the_picture_of_pretraining_shows_losses_and_shares_by_step(tmp_path):
     assert right.get_ylim() == (0, 1.02)
 
 
+def test_the_picture_of_pretraining_compares_with_the_frequencies_of_tokens(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    line = {"split": "validation", "step": 4, "mlm_loss": 3.5, "unigram_entropy": 3.0,
+            "ln_vocab_size": 4.0, "most_frequent_prediction": 0.5, "mlm_accuracy": 0.5,
+            "nsp_accuracy": 0.5}  # fmt: skip
+    write_rows(tmp_path / "metrics.jsonl", [line])
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda f, path, dpi: drawn.append((f, path, dpi)))
+    draw_pretraining(tmp_path)
+    ((picture, path, dpi),) = drawn
+    assert (path, dpi, picture.get_size_inches().tolist()) == (
+        tmp_path / "curves.png",
+        120,
+        [11, 4],
+    )
+    for panel in picture.axes:
+        shown = [text.get_text() for text in panel.get_legend().get_texts()]
+        assert sorted(shown) == sorted(curves_in(panel))
+    unigrams = curves_in(picture.axes[0])["unigram entropy: how often tokens occur"]
+    assert unigrams == ([0, 1], [3.0, 3.0])
+    assert picture.get_layout_engine() is not None  # so that nothing overlaps
+
+
 def test_a_run_without_its_training_lines_or_with_a_loss_that_is_null_is_drawn(tmp_path):
     """metrics.jsonl may have been moved away before the last step of a resumed run."""
     pytest.importorskip("matplotlib")
