@@ -81,14 +81,14 @@ class BertConfig:
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
-        # `type(...) is`, not isinstance: True is an int, too.
+        # `type(...) is`, because for isinstance True is an int, too.
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type is int and type(value) is not int:
                 raise ValueError(f"{name} must be an integer, got {value!r}")
             if field.type is int and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-            if field.type is float and type(value) not in (int, float):
+            if field.type is float and (type(value) is bool or not isinstance(value, int | float)):
                 raise ValueError(f"{name} must be a number, got {value!r}")
             if field.type is bool and type(value) is not bool:
                 raise ValueError(f"{name} must be true or false, got {value!r}")
@@ -834,13 +834,13 @@ def is_tokenizer_of(tokenizer: Any, saved_hash: str) -> bool:
 def check_tokenizer(model: PretrainedModel, tokenizer: Any) -> None:
     """Raises ValueError if the tokenizer has an id that the model has no embedding of.
 
-    Raises it, too, if they have different padding ids. Otherwise the model would attend to padding,
-    and ignore an ordinary token. Another vocabulary of the same size is not noticed here.
+    Raises it, too, if it has no [PAD], or another id for it than the model. Otherwise the model
+    would attend to padding, and ignore an ordinary token. Another vocabulary of the same size is
+    not noticed here.
     """
     vocabulary = tokenizer.get_vocab()
-    for token in ("[PAD]", "[MASK]"):
-        if token not in vocabulary:
-            raise ValueError(f"the tokenizer has no {token}")
+    if "[PAD]" not in vocabulary:
+        raise ValueError("the tokenizer has no [PAD]")
     largest_id, rows = max(vocabulary.values()), model.config.vocab_size
     if largest_id >= rows:
         raise ValueError(f"the tokenizer has the id {largest_id}, the weights have {rows} tokens")
@@ -877,13 +877,17 @@ def fill_masks(
 ) -> list[dict[str, float]]:
     """Returns, for each [MASK] in a text, the k most probable tokens and their probabilities.
 
-    The model is in evaluation mode afterwards. Raises ValueError as `check_tokenizer` does.
+    The model is in evaluation mode afterwards. Raises ValueError as `check_tokenizer` does, and if
+    the tokenizer has no [MASK].
     """
     check_tokenizer(model, tokenizer)
+    mask_id = tokenizer.token_to_id("[MASK]")
+    if mask_id is None:
+        raise ValueError("the tokenizer has no [MASK]")
     device = model.mlm_bias.device
     ids = tokenizer.encode(text).ids  # with [CLS] and [SEP]
     input_ids = torch.tensor([ids], device=device)  # (1, seq)
-    positions = (input_ids[0] == tokenizer.token_to_id("[MASK]")).nonzero().flatten()
+    positions = (input_ids[0] == mask_id).nonzero().flatten()
     mlm_logits, _ = model.eval()(input_ids, positions=positions)  # (masked, vocab)
     vocabulary = tokenizer.get_vocab()
     guesses = []

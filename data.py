@@ -47,6 +47,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Features, List, Value
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import snapshot_download
 from numpy.random.bit_generator import ISeedSequence
@@ -112,7 +113,7 @@ def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> T
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     """Returns uncased WordPiece learned from texts; the same texts give the same ids, in any order.
 
     texts: are read twice, so that they need not fit into memory; None is an empty text.
@@ -226,8 +227,8 @@ def tokenize_dataset(
     largest_id = max(tokenizer.get_vocab().values())  # a vocabulary may have holes
     tokens = List(Value("uint16" if largest_id < 2**16 else "uint32"))
     key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1_VERSION]
-    # The documents of a call become one chunk of the stored table. Each has 16 to 1,000 documents;
-    # within these limits, so many that there are about 1,000 chunks.
+    # The documents of a call become one chunk of the stored table: a thousandth of all documents,
+    # but at least 16 and at most 1,000.
     documents_per_call = min(max(len(dataset) // 1000, 16), 1000)
     return dataset.map(
         tokenize_documents,
@@ -1105,7 +1106,11 @@ def check_files_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
         return
     used = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
     kinds = {".txt"} if is_text else {file.suffix for file in used}
-    files = [file for file in visible_files(where) if file.suffix.lower() in kinds]
+    files = [
+        file
+        for file in visible_files(where)
+        if file.suffix.lower() in kinds and file.name not in FILES_TO_IGNORE
+    ]
     read = [file for file in files if file.resolve() in used]
     left_out = [file for file in files if file.resolve() not in used]
     if not left_out:
@@ -1113,13 +1118,18 @@ def check_files_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
     name_that_is_read = read[0].relative_to(where) if read else min(used).name
     reason = (
         f"{len(left_out)} of {len(files)} {'texts' if is_text else 'files'}, such as"
-        f" {left_out[0].name}, are not read, because a name like {name_that_is_read} makes a split"
+        f" {left_out[0].name}, are not read, because a name like {name_that_is_read} makes a split,"
+        " or because their names end in upper case"
     )
-    if is_text:
-        reason += ", or because they do not end in .txt"
-        if len(left_out) >= len(files) / 2:
-            raise ValueError(f"{reason}: rename {name_that_is_read}, or move the others away")
-    print(f"{where}: {reason}", file=sys.stderr)
+    if is_text and len(left_out) >= len(files) / 2:
+        raise ValueError(f"{reason}: rename {name_that_is_read}, or move the others away")
+    announce(f"{where}: {reason}")
+
+
+@lru_cache
+def announce(message: str) -> None:
+    """Prints a message, once in a process."""
+    print(message, file=sys.stderr)
 
 
 def is_hub_id(source: str) -> bool:

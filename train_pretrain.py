@@ -197,10 +197,10 @@ LIMITS = {  # the smallest and the largest value
     "save_every": (1, LARGEST_INTEGER),
     "export_steps": (0, LARGEST_INTEGER),
 }
-# Options that may differ when a run is resumed. They change nothing but rounding, and --device and
-# --compile the random numbers of dropout. But the precision must stay, even if --precision auto
-# would choose another one on the new device; and a stream must keep --workers and the number of
-# ranks, which extras/streaming.py checks.
+# Options that may differ when a run is resumed. They change rounding at most, but for --device and
+# --compile, with which dropout draws other numbers. Tokenizer and corpus are compared by content:
+# see `what_identifies`. The precision must stay, even if --precision auto would choose another one
+# on the new device. A stream must keep --workers and the number of ranks: see extras/streaming.py.
 MAY_CHANGE = {
     "out",
     "resume",
@@ -839,7 +839,7 @@ def run_pretraining(
         run.write("validation", step, **metrics, **baselines)
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         example = probe(model, validation[0], tokenizer, options.precision)
-        run.print(f"step {step}  {numbers}\n{example}")
+        run.show_above_bar(f"step {step}  {numbers}\n{example}")
 
     def export(step: int) -> None:
         write_model(model, tokenizer, export_folder(step))

@@ -50,7 +50,7 @@ from support.folder import (
     write_whole,
 )
 from support.processes import need_one_process
-from support.run import Display, FiniteGuard, progress_bar, set_seed
+from support.run import Display, FiniteGuard, progress_bar, set_seed, show
 from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
 
 LABELS = ("negative", "positive")
@@ -351,7 +351,7 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
         accuracy_of_seeds = f"{np.mean(accuracies):.4f}"
         if options.seeds > 1:
             accuracy_of_seeds += f" ± {np.std(accuracies, ddof=1):.4f}"
-        print(
+        show(
             f"learning rate {rate:g}: validation accuracy {accuracy_of_seeds},"
             f" seeds {options.seeds}"
         )
@@ -359,9 +359,9 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     if test is not None:
         metrics = evaluate(best_model, test, device, options.precision)
         write_line(out, split="test", **metrics)
-        print(f"test accuracy {metrics['accuracy']:.4f} (validation {best_accuracy:.4f})")
+        show(f"test accuracy {metrics['accuracy']:.4f} (validation {best_accuracy:.4f})")
     draw_sst2(out)
-    print(f"{out}/model holds the best weights and their tokenizer")
+    show(f"{out}/model holds the best weights and their tokenizer")
 
 
 # ---- Prediction --------------------------------------------------------------

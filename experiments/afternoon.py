@@ -105,12 +105,22 @@ def check_commands(out: Path, every_stage: list[Stage]) -> None:
     write_whole(noted, commands)
 
 
+running: set[subprocess.Popen] = set()  # the commands, also those of other threads
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends an afternoon as Ctrl-C does."""
 
 
 def terminate(number: int, frame: Any) -> NoReturn:
     raise Terminated
+
+
+def stop_commands(stopped: BaseException) -> None:
+    """Passes SIGTERM on to the running commands. Ctrl-C has reached them, too."""
+    if isinstance(stopped, Terminated):
+        for process in list(running):
+            process.terminate()
 
 
 def run_stage(stage: Stage, log: Path | None = None) -> None:
@@ -142,13 +152,15 @@ def run_stage(stage: Stage, log: Path | None = None) -> None:
         process = subprocess.Popen(
             [sys.executable, *words], env=environment, stdout=output, stderr=output
         )
+        running.add(process)
         try:
             status = process.wait()
         except KeyboardInterrupt as stopped:
-            if isinstance(stopped, Terminated):  # Ctrl-C has reached the command, too; SIGTERM not
-                process.terminate()
+            stop_commands(stopped)
             process.wait()  # it saves, and ends
             raise
+        finally:
+            running.discard(process)
     if status:
         raise RuntimeError(f"this command failed{f', see {log}' if log else ''}: {' '.join(words)}")
     if not stage.resumes:
@@ -195,8 +207,9 @@ def run_at_the_same_time(chains: list[list[Stage]]) -> None:
         try:
             for ended in runs:
                 ended.result()
-        except BaseException:  # Ctrl-C, too
+        except BaseException as stopped:  # Ctrl-C, too
             must_stop.set()
+            stop_commands(stopped)
             raise
 
 
@@ -296,11 +309,11 @@ def ends_in_one_message() -> Iterator[None]:
 def main(corpus: str, sst2: str, out: str) -> None:
     signal.signal(signal.SIGTERM, terminate)
     with ends_in_one_message():
-        run(corpus.rstrip("/"), sst2.rstrip("/"), Path(out))
-    print(*gain_table(Path(out)), sep="\n")
-    draw_afternoon(Path(out))
-    if (Path(out) / "curves.png").exists():
-        print(f"{out}/curves.png shows it")
+        run(corpus, sst2, Path(out))
+        print(*gain_table(Path(out)), sep="\n")
+        draw_afternoon(Path(out))
+        if (Path(out) / "curves.png").exists():
+            print(f"{out}/curves.png shows it")
 
 
 if __name__ == "__main__":

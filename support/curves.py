@@ -30,7 +30,7 @@ def read_lines(run: Path, split: str) -> dict[str, list]:
 
 def optional(draw: Callable[[Path], None]) -> Callable[[Path], None]:
     """Makes a drawing function do nothing where matplotlib is not installed, and warn where it
-    cannot draw: a run that took days must not fail at its picture.
+    fails: a run that took days must not fail at its picture.
     """
 
     @functools.wraps(draw)
@@ -39,17 +39,22 @@ def optional(draw: Callable[[Path], None]) -> Callable[[Path], None]:
             draw(run)
         except ImportError:
             return
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:
             warnings.warn(f"{run} has no picture: {error}", stacklevel=2)
 
     return draw_if_possible
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
-    """Returns an empty figure that is only saved, and so needs no window."""
-    os.environ.pop("MPLBACKEND", None)  # a notebook's own window, which need not be installed here
-    from matplotlib.figure import Figure
-
+    """Returns an empty figure that is only saved. So it needs no backend, and that of a notebook,
+    which the processes of the notebook inherit, need not be installed here.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)  # is read when matplotlib is imported first
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return Figure(figsize=inches, layout="constrained")
 
 

@@ -81,6 +81,8 @@ def check_holds_no_run(out: Path, can_resume: bool) -> None:
     has_metrics = metrics.exists() and metrics.stat().st_size > 0
     if has_metrics or (out / "model").exists() or checkpoint_paths(out):
         advice = "name a new folder, or --resume" if can_resume else "name a new folder"
+        if (out / "model.before").exists():
+            advice += "; model.before and model.unfinished are complete models of a killed run"
         raise ValueError(f"--out {out} holds another run; {advice}")
     config = out / "config.json"
     if config.exists() and not is_of_a_run(config):

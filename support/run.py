@@ -51,6 +51,11 @@ class Display:
         return hash(self.stream)
 
 
+def show(text: str, stream: Any = None) -> None:
+    """Prints a line on standard output, or on another stream, if it can be written to."""
+    print(text, file=Display(stream or sys.stdout))
+
+
 def progress_bar(steps: int, name: str | None = None, **more: Any) -> tqdm:
     """Returns a bar of the steps done, steps per second and time left. In a log file, or wherever
     there is no terminal, it is drawn every 30 seconds at most.
@@ -151,8 +156,7 @@ class Run:
             progress = {"tokens": self.tokens, "seconds": self.seconds}
             write_line(self.out, split=split, step=step, **progress, **values)
 
-    def print(self, text: str) -> None:
-        """Prints above the bar."""
+    def show_above_bar(self, text: str) -> None:
         self.bar.write(text, file=Display(sys.stdout))
 
     def show(self, loss: str) -> None:
@@ -193,5 +197,5 @@ class Run:
         """Ends the process after a signal, with the exit status that belongs to it."""
         self.bar.close()
         message = f"stopped before step {step}; --resume continues from there"
-        print(message, file=Display(sys.stderr))
+        show(message, sys.stderr)
         sys.exit(128 + max(self.signals, default=0))

@@ -1,6 +1,7 @@
 """Profiles of hypothesis, the devices that tests run on, and a small run that several files use."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from hypothesis import HealthCheck, settings
 
 # No test needs the hub. The libraries read this when they are imported, so they are imported later.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# As a terminal has them, whatever has started the tests: nohup and `&` let children ignore some.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 
 shared = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("ci", max_examples=30, derandomize=True, **shared)

@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
-def in_a_group_of_its_own(folder: str) -> None:
+def in_a_group_of_its_own(folder: str, at_the_same_time: bool) -> None:
     """Runs an afternoon of one stage, as a terminal would: Ctrl-C reaches every process."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -284,17 +284,20 @@ try: (folder / "started").touch(); time.sleep(60)
 except KeyboardInterrupt: time.sleep(1); (folder / "saved").touch()
 """
     stage = Stage(Path(folder) / "a", ["-c", code], resumes=True)
-    afternoon.stages = lambda *_: ([stage], [])
+    afternoon.stages = lambda *_: ([], [stage]) if at_the_same_time else ([stage], [])
     afternoon.main("corpus", "sst2", folder)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("at_the_same_time", [False, True])
 @pytest.mark.parametrize(
     ("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
 )
-def test_a_signal_lets_the_running_command_save_and_says_how_to_go_on(send, number, tmp_path):
+def test_a_signal_lets_the_running_command_save_and_says_how_to_go_on(
+    send, number, at_the_same_time, tmp_path
+):
     """Ctrl-C reaches the whole group, SIGTERM the afternoon alone."""
-    process = start(in_a_group_of_its_own, str(tmp_path), output=tmp_path / "log")
+    process = start(in_a_group_of_its_own, str(tmp_path), at_the_same_time, output=tmp_path / "log")
     while not (tmp_path / "a/started").exists():
         assert process.is_alive()
         time.sleep(0.05)

@@ -488,7 +488,7 @@ def test_an_error_in_a_data_worker_is_reported_as_in_the_main_process(capsys, mo
     gc.collect()  # the workers end here, and not in another test
 
 
-def test_a_signal_that_the_caller_ignores_stays_ignored(monkeypatch):
+def test_a_signal_that_the_caller_ignores_stays_ignored():
     """nohup ignores SIGHUP, and a shell ignores Ctrl-C for what it starts in the background."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -506,7 +506,7 @@ def test_a_text_that_the_terminal_cannot_show_is_escaped(monkeypatch):
     assert shown.getvalue() == b"0.5 \\xb1 0.1\n"
 
 
-def test_a_closed_terminal_hides_the_bar_and_ends_nothing(options, monkeypatch):
+def test_closed_streams_hide_the_bar_and_end_nothing(options, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     monkeypatch.setattr(sys, "stdout", None)
     run_script(lambda _: pretrain(options), PretrainOptions, [])

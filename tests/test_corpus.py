@@ -456,10 +456,19 @@ def test_tables_beside_one_that_makes_a_split_are_announced(kind, tmp_path, caps
     assert data.get_dataset(str(tmp_path))["text"][:] == ["night-train"]
     assert (
         f"2 of 3 files, such as part-1.{kind}, are not read, because a name like night-train.{kind}"
-        " makes a split\n"
+        " makes a split, or because"
     ) in capsys.readouterr().err
     (tmp_path / f"night-train.{kind}").rename(tmp_path / f"part-3.{kind}")
     assert len(data.get_dataset(str(tmp_path))) == 3
+    assert "not read" not in capsys.readouterr().err
+
+
+def test_files_that_the_library_never_reads_are_not_announced(tmp_path, capsys):
+    for name in ("a", "b"):
+        rows_of([name]).to_json(str(tmp_path / f"{name}.json"))
+    for name in ("config.json", "dataset_infos.json"):
+        write_whole(tmp_path / name, "{}")
+    assert data.get_dataset(str(tmp_path))["text"][:] == ["a", "b"]
     assert "not read" not in capsys.readouterr().err
 
 
