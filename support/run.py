@@ -47,9 +47,6 @@ class Display:
     def __eq__(self, other: object) -> bool:  # tqdm clears the bar of a stream before it writes
         return self.stream == getattr(other, "stream", other)
 
-    def __hash__(self) -> int:
-        return hash(self.stream)
-
 
 def show(text: str, stream: Any = None) -> None:
     """Prints a line on standard output, or on another stream, if it can be written to."""

@@ -6,8 +6,9 @@ import contextlib
 import copy
 import io
 import json
-import re
 import math
+import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -251,6 +252,29 @@ def test_lines_and_bar_say_how_far_a_model_is(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for epoch, loss in enumerate(validation["loss"], start=1):
         assert f"epoch {epoch}: validation loss {loss:.3f}, " in printed
+
+
+def test_fine_tuning_goes_on_where_nothing_can_be_shown(tmp_path, monkeypatch):
+    """The reader of a pipe may have ended."""
+
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9, test=9)
+    options = SST2Options(
+        out=str(tmp_path / "run"), dataset=dataset, test_dataset=dataset, vocab_size=60, epochs=1,
+        device="cpu",
+    )  # fmt: skip
+    fine_tune = train_sst2.fine_tune
+
+    def reader_ends(*arguments):
+        monkeypatch.setattr(sys, "stdout", Broken())
+        return fine_tune(*arguments)
+
+    monkeypatch.setattr(train_sst2, "fine_tune", reader_ends)
+    main(options)
+    assert len(read_lines(tmp_path / "run", "test")["accuracy"]) == 1
 
 
 def test_an_evaluation_has_no_dropout_and_training_continues_with_it():

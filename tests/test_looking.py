@@ -329,7 +329,8 @@ def write_validation(run: Path) -> None:
 
 def test_curves_are_means_over_the_seeds_of_a_learning_rate(tmp_path):
     write_validation(tmp_path)
-    assert means_of_seeds(tmp_path, "validation", "loss", 1e-3) == ([10, 20], [2.0, 3.5])
+    for source in (tmp_path, tmp_path / "metrics.jsonl"):
+        assert means_of_seeds(source, "validation", "loss", 1e-3) == ([10, 20], [2.0, 3.5])
     assert means_of_seeds(tmp_path, "validation", "loss", 1e-4, "epoch") == ([1, 2], [9.0, 9.5])
     assert means_of_seeds(tmp_path, "validation", "loss")[1] == pytest.approx([13 / 3, 16.5 / 3])
 

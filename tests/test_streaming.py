@@ -365,6 +365,20 @@ def test_a_file_of_a_stream_that_cannot_be_read_is_one_line(
     assert last_line.startswith("error: a part of the stream cannot be read: ")
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"), [(KeyError(), "KeyError"), (OSError("first\nsecond"), "first")]
+)
+def test_the_reason_why_a_stream_cannot_be_read_is_one_line(error, reason):
+    def rows():
+        yield 1
+        raise error
+
+    found = streaming.readable(rows())
+    assert next(found) == 1
+    with pytest.raises(ValueError, match=f"^a part of the stream cannot be read: {reason}$"):
+        next(found)
+
+
 def test_a_stream_without_a_document_is_rejected(folder):
     batches = loader(folder, streaming.new_progress(0)).dataset
     batches.rows = batches.rows.filter(lambda row: False)
