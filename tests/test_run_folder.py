@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import train_sst2
 from bert import BertPretrainModel, SST2BertModel
 from support.checkpoints import checkpoint_paths, save_checkpoint
 from support.folder import check_lies_outside, run_folder, write_line, write_model
+from support.processes import note_signals, signals_to_handle
 from train_pretrain import PretrainOptions, pretrain
 from train_sst2 import SST2Options
 
@@ -71,6 +72,66 @@ def test_a_checkpoint_is_on_disk_before_it_is_renamed_and_others_deleted(tmp_pat
         "force checkpoints",
         "delete step-000000000.pt",
     ]
+
+
+def test_a_checkpoint_that_cannot_be_written_says_that_the_one_before_stays(tmp_path, monkeypatch):
+    open_, save = Path.open, torch.save
+
+    def full_disk(*_, **__):
+        raise OSError("no space")
+
+    def full_folder(path, *how, **more):
+        return full_disk() if path.suffix == ".unfinished" else open_(path, *how, **more)
+
+    save_checkpoint(tmp_path, {"step": 1}, 0)
+    for owner, name, fails in ((torch, "save", full_disk), (Path, "open", full_folder)):
+        monkeypatch.setattr(owner, name, fails)
+        with pytest.raises(OSError, match=r"step-0+2\.pt not saved, the one .* stays: no space"):
+            save_checkpoint(tmp_path, {"step": 2}, 1)
+        monkeypatch.setattr(torch, "save", save)
+        monkeypatch.setattr(Path, "open", open_)
+        names = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+        assert names == ["step-000000001.pt"]
+
+
+def test_a_run_leaves_its_options_for_people_to_read(options):
+    run(options)
+    text = (Path(options.out) / "config.json").read_text()
+    assert text == json.dumps(asdict(options), indent=2) + "\n"
+
+
+def test_a_checkpoint_has_what_every_rank_keeps_and_losses_are_summed_over_them(
+    tmp_path, monkeypatch
+):
+    """The ranks are pretended."""
+    first = support.run.Run(tmp_path, 0, 2, 4, {})
+    first.started = 0.0
+    assert (first.tokens, first.seconds_before) == (0, 0.0)
+
+    def gather(gathered, own):
+        assert len(gathered) == 2
+        gathered[:] = [own, f"{own} of rank 1"]
+
+    monkeypatch.setattr(support.run.dist, "all_gather_object", gather)
+    first.save(2, "what is kept")
+    (path,) = checkpoint_paths(tmp_path)
+    assert torch.load(path)["own"] == ["what is kept", "what is kept of rank 1"]
+
+    monkeypatch.setattr(support.run.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(support.run.dist, "all_reduce", lambda numbers: numbers.mul_(3))
+    assert first.add_up(torch.tensor([1.0, 2.0])) == [3.0, 6.0]
+
+
+def test_signals_are_noted_instead_of_ending_the_process():
+    before = {number: signal.getsignal(number) for number in signals_to_handle()}
+    try:
+        noted = note_signals()
+        for number in before:
+            os.kill(os.getpid(), number)
+        assert noted == list(before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_model_is_on_the_disk_before_the_one_before_it_is_deleted(tmp_path, monkeypatch):

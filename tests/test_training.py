@@ -14,6 +14,7 @@ import torch
 from helpers import weights_of
 from safetensors.torch import load_file, save_file
 from strategies import (
+    corpus_of,
     FIXED,
     LETTERS,
     PADDING,
@@ -363,6 +364,33 @@ def test_steps_0_reads_no_training_text(options, tmp_path):
     write_texts(tmp_path / "corpus/validation.jsonl", ["aa bb. cc dd.", "ee ff. gg hh."])
     weights = str(publish(tmp_path / "model", TINY))
     pretrain(replace(options, dataset=str(tmp_path / "corpus"), weights=weights, steps=0))
+
+
+def test_lines_and_evaluations_come_as_often_as_asked_and_at_the_end(options):
+    pretrain(replace(options, steps=5, log_every=3, eval_every=2))
+    lines = {split: read_lines(Path(options.out), split) for split in ("train", "validation")}
+    assert lines["train"]["step"] == [0, 3, 4]
+    assert lines["validation"]["step"] == [0, 2, 4, 5]
+    assert lines["validation"]["tokens"][0] == 0 < lines["train"]["tokens"][0]
+
+
+def test_each_rank_gets_micro_batches_of_its_own(options):
+    """Together they are those of one rank, in turn."""
+    corpus = corpus_of([[[7] * 9] * 40] * 2)
+
+    def first_batches(rank: int, world_size: int, count: int) -> list[dict]:
+        of_rank = support.run.Run(Path(options.out), rank, world_size, 4, {})
+        of_rank.step = 1
+        batches, progress = train_pretrain.make_batches(
+            replace(options, accumulate=2), corpus, small_tokenizer(), of_rank, None
+        )
+        assert progress == {}
+        return list(itertools.islice(batches, count))
+
+    alone = first_batches(0, 1, 4)
+    first, second = first_batches(0, 2, 2), first_batches(1, 2, 2)
+    for one, other in zip(alone, itertools.chain(*zip(first, second, strict=True)), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_run_shows_its_losses_and_its_evaluations(options, monkeypatch, capsys):
