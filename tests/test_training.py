@@ -32,6 +32,7 @@ import data
 import support.run
 import train_pretrain
 from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel
+from extras import streaming
 from support.command_line import parse_options
 from support.curves import read_lines
 from support.folder import write_line
@@ -372,6 +373,37 @@ def test_lines_and_evaluations_come_as_often_as_asked_and_at_the_end(options):
     assert lines["train"]["step"] == [0, 3, 4]
     assert lines["validation"]["step"] == [0, 2, 4, 5]
     assert lines["validation"]["tokens"][0] == 0 < lines["train"]["tokens"][0]
+
+
+def test_each_corpus_is_read_as_the_options_say(options, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "get_corpus", lambda *what, **how: asked.append((*what, how)))
+    told = replace(
+        options, dataset="a", dataset_name="b", split="c+d", text_column="e", workers=3,
+        rows_per_document=4,
+    )  # fmt: skip
+    tokenizer = small_tokenizer()
+    assert train_pretrain.load_corpora(told, tokenizer).keys() == {"train", "validation"}
+    train_pretrain.load_corpora(replace(told, workers=0), tokenizer, ["validation"])
+    how = {"name": "b", "train_split": "c+d", "text_column": "e", "processes": 3,
+           "rows_per_document": 4}  # fmt: skip
+    expected = [("a", split, tokenizer, how) for split in ("train", "validation")]
+    assert asked == [*expected, ("a", "validation", tokenizer, {**how, "processes": None})]
+
+    monkeypatch.setattr(streaming, "open_stream", lambda *what: (what, ["texts"]))
+    monkeypatch.setattr(streaming, "tokenize_block", lambda *what: what)
+    found = train_pretrain.load_corpora(replace(told, streaming=True), tokenizer)
+    assert found == {"train": ("a", "b", "e", 4, "c+d"), "validation": (["texts"], 0, tokenizer)}
+
+
+def test_the_loss_is_compared_with_the_frequencies_of_the_text_that_is_trained_on(options):
+    pretrain(options)
+    tokenizer = train_pretrain.choose_tokenizer(options)
+    corpora = train_pretrain.load_corpora(options, tokenizer)
+    entropies = {split: corpus.unigram_entropy() for split, corpus in corpora.items()}
+    assert entropies["train"] != entropies["validation"]
+    lines = read_lines(Path(options.out), "validation")
+    assert set(lines["unigram_entropy"]) == {entropies["train"]}
 
 
 def test_each_rank_gets_micro_batches_of_its_own(options):
