@@ -76,9 +76,11 @@ def test_ranks_sum_cpu_tensors_beside_a_backend_for_the_accelerator(ranks, tmp_p
 def test_half_of_what_torchrun_sets_is_rejected(variable, other, monkeypatch):
     monkeypatch.setenv(variable, "0")
     monkeypatch.delenv(other, raising=False)
-    with pytest.raises(
-        ValueError, match=f"{variable} is set in the environment, but RANK and WORLD"
-    ):
+    message = (
+        f"^{variable} is set in the environment, but RANK and WORLD_SIZE belong together:"
+        " use torchrun, or unset it$"
+    )
+    with pytest.raises(ValueError, match=message):
         join_processes()
 
 
@@ -93,7 +95,8 @@ def test_a_rank_that_cannot_be_is_rejected(rank, world_size, monkeypatch):
 def test_ranks_never_share_one_gpu(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="--device cuda:0 would put all 2 ranks on one GPU"):
+    message = "^--device cuda:0 would put all 2 ranks on one GPU; .* each takes its own$"
+    with pytest.raises(ValueError, match=message):
         join_processes("cuda:0")
     with pytest.raises(ValueError, match="--device cuda:0 would put all 2 ranks on one GPU"):
         train_pretrain.pretrain(train_pretrain.PretrainOptions(device="cuda:0"))
@@ -116,6 +119,37 @@ def test_each_rank_takes_a_gpu_of_its_machine_and_waits_for_the_others_for_a_day
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="--nproc_per_node: 2 GPUs for 3 ranks or more"):
         join_processes()
+
+    # Without LOCAL_RANK there is one machine. On the CPU no GPU is taken. One rank may name its GPU.
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("RANK", "1")
+    join_processes("cuda")
+    join_processes("cpu")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    join_processes("cuda:0")
+    assert taken == [1, 1, 0]
+    backends = [backend for backend, _ in groups[1:]]
+    assert backends == ["cpu:gloo,cuda:nccl", "gloo", "cpu:gloo,cuda:nccl"]
+
+
+def test_micro_batches_that_ranks_cannot_share_are_rejected_before_they_join(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    options = train_pretrain.PretrainOptions(accumulate=4)
+    with pytest.raises(ValueError, match="^--accumulate 4 is no multiple of 3 ranks$"):
+        train_pretrain.pretrain(options)
+
+
+def test_only_the_first_rank_locks_the_folder(options, monkeypatch):
+    def stop(*arguments):
+        raise InterruptedError(arguments)
+
+    monkeypatch.setattr(train_pretrain, "join_processes", lambda *_: (1, 2))
+    monkeypatch.setattr(train_pretrain, "run_folder", stop)
+    with pytest.raises(InterruptedError) as stopped:
+        train_pretrain.pretrain(options)
+    assert stopped.value.args == ((replace(options, precision="float32"), 1),)
 
 
 def test_fine_tuning_accepts_one_rank_and_rejects_two(monkeypatch):

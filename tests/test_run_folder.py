@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,9 @@ def test_a_model_is_on_the_disk_before_the_one_before_it_is_deleted(tmp_path, mo
         assert contents(tmp_path / name) == content
     write_model(model, small_tokenizer(), tmp_path / "model")
     assert forced[1:] == [{*content, "model.unfinished"}, {tmp_path.name}]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    shutil.copytree(tmp_path / "model", tmp_path / "model.before")  # of a process that was killed
+    write_model(model, small_tokenizer(), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -204,6 +204,20 @@ def test_an_all_isnext_batch_has_an_nsp_gradient():
     assert model.nsp.weight.grad.abs().max() > 0
 
 
+def test_no_tensor_of_a_batch_waits_for_its_copy(monkeypatch):
+    waits, to = [], torch.Tensor.to
+
+    def noted(tensor, *where, non_blocking=False):
+        waits.append(not non_blocking)
+        return to(tensor, *where)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    (batch,) = some_batches(1)
+    waits.clear()
+    train_pretrain.to_device(batch, torch.device("cpu"))
+    assert waits == [False] * 6
+
+
 def test_masked_positions_are_where_the_labels_are():
     (batch,) = some_batches(1)
     moved = to_device(batch, torch.device("cpu"))
