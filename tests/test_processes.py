@@ -113,14 +113,14 @@ def test_each_rank_takes_a_gpu_of_its_machine_and_waits_for_the_others_for_a_day
     monkeypatch.setattr(
         support.processes.dist, "init_process_group", lambda *a, **k: groups.append((*a, k))
     )
-    assert join_processes("cuda") == (3, 4)
+    assert join_processes("cuda", micro_batches=4) == (3, 4)
     assert taken == [1]
     assert groups == [("cpu:gloo,cuda:nccl", {"timeout": timedelta(days=1)})]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="--nproc_per_node: 2 GPUs for 3 ranks or more"):
         join_processes()
 
-    # Without LOCAL_RANK there is one machine. On the CPU no GPU is taken. One rank may name its GPU.
+    # Without LOCAL_RANK there is one machine. On the CPU no GPU is taken. One rank may name a GPU.
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("RANK", "1")
     join_processes("cuda")
