@@ -187,9 +187,11 @@ def test_a_run_goes_on_where_nothing_can_be_shown(options, monkeypatch):
 
     def reader_goes(*arguments):
         monkeypatch.setattr(sys, "stdout", Broken())
+        display = arguments[1].bar.fp._wrapped  # by tqdm
+        assert isinstance(display, support.run.Display)
+        display.stream = Broken()
         train(*arguments)
 
-    monkeypatch.setattr(sys, "stderr", Broken())
     monkeypatch.setattr(train_pretrain, "train", reader_goes)
     monkeypatch.setattr(support.run, "progress_bar", partial(support.run.progress_bar, miniters=1))
     pretrain(replace(options, eval_every=1))
