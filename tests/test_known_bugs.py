@@ -223,7 +223,7 @@ BUGS = {
     ),
     "21 another tokenizer for fine-tuning": (
         train_pretrain, "matching_tokenizer",
-        "if not is_tokenizer_of(candidate, saved_hash):", "if False:",
+        "if not is_tokenizer_of(candidate, right_hash):", "if False:",
         test_finetuning.test_another_tokenizer_than_that_of_the_weights_is_rejected, {},
     ),
     "22 a bad row is swallowed": (
