@@ -50,9 +50,7 @@ def save_checkpoint(out: Path, state: dict, previous_step: int) -> None:
         unfinished.unlink(missing_ok=True)
         raise OSError(f"{path} not saved, the one before it stays: {error}") from error
     unfinished.replace(path)
-    directory = os.open(folder, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    force_to_disk(folder)
     kept = checkpoint_path(out, previous_step)
     for other in checkpoint_paths(out):
         if other < path and other != kept:
@@ -60,6 +58,14 @@ def save_checkpoint(out: Path, state: dict, previous_step: int) -> None:
     for other in folder.glob("*"):
         if UNFINISHED_NAME.fullmatch(other.name):
             other.unlink()
+
+
+def force_to_disk(*paths: Path) -> None:
+    """Waits until these files and folders would survive a power cut. A folder holds the names."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def read_checkpoint(path: Path, names: Sequence[str]) -> dict:

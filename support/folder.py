@@ -4,13 +4,12 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from support.checkpoints import checkpoint_paths
+from support.checkpoints import checkpoint_paths, force_to_disk
 
 
 @contextlib.contextmanager
@@ -72,17 +71,16 @@ def check_lies_outside(out: str, source: str | None, flag: str) -> None:
 
 
 def check_holds_no_run(out: Path, can_resume: bool) -> None:
-    """Raises ValueError if a folder has anything that a new run would overwrite.
-
-    A config.json alone may stay from a run that died early. That of a model, or of something else,
-    is not overwritten.
+    """Raises ValueError if a folder has what a new run would overwrite: metrics, a model, or
+    checkpoints. A config.json alone is overwritten if a run wrote it, which died early; that of a
+    model, or of something else, is not.
     """
     metrics = out / "metrics.jsonl"
     has_metrics = metrics.exists() and metrics.stat().st_size > 0
     if has_metrics or (out / "model").exists() or checkpoint_paths(out):
         advice = "name a new folder, or --resume" if can_resume else "name a new folder"
         if (out / "model.before").exists():
-            advice += "; model.before and model.unfinished are complete models of a killed run"
+            advice += "; it holds the model of a killed run in model.before"
         raise ValueError(f"--out {out} holds another run; {advice}")
     config = out / "config.json"
     if config.exists() and not is_of_a_run(config):
@@ -107,7 +105,7 @@ def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
     before = folder.with_name(folder.name + ".before")
     model.save_pretrained(unfinished, tokenizer)
     force_to_disk(*unfinished.iterdir(), unfinished)
-    if folder.is_symlink():  # someone has moved the one before
+    if folder.is_symlink():  # someone has moved the one before, and left a link: drop the link
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(before, ignore_errors=True)
@@ -115,14 +113,6 @@ def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
     unfinished.rename(folder)
     force_to_disk(folder.parent)
     shutil.rmtree(before, ignore_errors=True)
-
-
-def force_to_disk(*paths: Path) -> None:
-    """Waits until these files and folders would survive a power cut. A folder holds the names."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -385,7 +385,7 @@ BUGS = {
         CHECKPOINT_ON_DISK, {},
     ),
     "52 the name of a checkpoint is not forced to disk": (
-        support.checkpoints, "save_checkpoint", "    os.fsync(directory)\n", "",
+        support.checkpoints, "save_checkpoint", "    force_to_disk(folder)\n", "",
         CHECKPOINT_ON_DISK, {},
     ),
     "53 one checkpoint is kept instead of two": (
