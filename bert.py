@@ -169,7 +169,7 @@ def attention(
     The values may have another width than queries and keys.
     mask: bool, broadcastable to (..., seq, seq), True where a query (row) may attend to a key
     (column).
-    dropout: the probability with which a weight is dropped; 0 outside of training.
+    dropout: the probability with which a probability is dropped; 0 outside of training.
 
     Returns the output, as wide as v, and the probabilities, (..., seq, seq): row i holds the
     weights with which token i averages the values of all tokens.
@@ -185,7 +185,8 @@ def attention(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(dim=-1)
 
-    # Dropout sets some probabilities to 0, so that a query ignores a few tokens. [Code]
+    # Dropout sets some probabilities to 0, and scales up the others, so that a query ignores a few
+    # tokens. [Code]
     # The returned probabilities are those before dropout.
     output = F.dropout(probs, dropout) @ v
     return output, probs
@@ -196,6 +197,7 @@ class MultiHeadAttention(nn.Module):
 
     [Transformer] §3.2.2. `query` holds W^Q_1 ... W^Q_n in one matrix, so that one product computes
     the queries of all heads: the first d_head of its outputs are the query of head 1, and so on.
+    Every product also adds a bias ([Code]), which the formula leaves out.
 
     d_k and d_v may differ from d_model: queries and keys only have to have the same width, because
     they meet in a dot product, and W^O (`output`) brings the concatenated heads, d_v wide, back to
@@ -220,6 +222,7 @@ class MultiHeadAttention(nn.Module):
         k = self.split_heads(self.key(x))
         v = self.split_heads(self.value(x))
 
+        # Neither function below knows by itself whether the model is being trained.
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config.fused_attention:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
@@ -242,8 +245,9 @@ class EncoderLayer(nn.Module):
 
     LayerNorm comes after the sum ("post-LN"). At the start of training, the gradients of the last
     layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
-    models compute x + f(LayerNorm(x)) ("pre-LN"). There no LayerNorm stands between the embeddings
-    and the last sum, the gradient flows back unchanged, and training works without warmup.
+    models compute x + f(LayerNorm(x)) ("pre-LN"). There x is passed on from sum to sum without a
+    LayerNorm (only the input of f is normalized). The gradient flows back along this path
+    unchanged, and training works without warmup.
 
     Differs: [Code] approximates GELU by a tanh (at most 5e-4 off); this is GELU itself.
     """
@@ -278,16 +282,16 @@ class PretrainedModel(nn.Module):
         self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
-        """Draws weights from a normal distribution with mean 0 and standard deviation
-        `initializer_range`, 0.02, and sets biases to 0. LayerNorm keeps PyTorch's weight 1, bias 0.
+        """Initializes one module: weights from a normal distribution with mean 0 and standard
+        deviation `initializer_range`, 0.02 by default; biases 0. A LayerNorm stays as PyTorch makes
+        it, with weight 1 and bias 0.
 
-        With weights this small, the first logits of tokens are small: each is the dot product of a
-        hidden state, which LayerNorm gives the length sqrt(d_model), with a row of weights of
-        standard deviation 0.02. Their own is then 0.02 sqrt(d_model), 0.55 for base. So the model
-        finds all tokens about equally probable, and the first MLM loss is about ln(vocab).
-        PyTorch's default for embeddings is a standard deviation of 1. The token embeddings are also
-        the decoder of `BertPretrainModel`, so they would make large logits and a first loss far
-        above ln(vocab).
+        Why so small? The logit of a token is the dot product of a hidden state and the token's row
+        of the embeddings, which are also the decoder. LayerNorm gives the hidden state the length
+        sqrt(d_model), so the logits have the standard deviation 0.02 sqrt(d_model), 0.55 for base.
+        All tokens are about equally probable at first, and the first MLM loss is about ln(vocab).
+        With PyTorch's default for embeddings, 1 instead of 0.02, the logits would be 50 times as
+        large, and the first loss far above ln(vocab).
 
         Differs: [Code] cuts the distribution off at two standard deviations.
         """
@@ -320,7 +324,7 @@ class Bert(PretrainedModel):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)  # models with heads initialize only their heads
+        self.apply(self.init_weights)  # models with heads have only their heads left to initialize
 
     def forward(
         self,
@@ -394,11 +398,11 @@ class BertPretrainModel(PretrainedModel):
         """Returns mlm_logits and nsp_logits, the latter (batch, 2): 0 = next, 1 = random.
 
         The first three arguments are those of `Bert`.
-        positions: (masked,), where MLM logits are wanted, counted through the whole batch: column c
-        of row r is r * seq + c.
+        positions: (masked,), where MLM logits are wanted, counted through the whole batch: token c
+        of sequence r is r * seq + c.
 
         mlm_logits are (masked, vocab) with `positions`, and (batch, seq, vocab) without. Training
-        passes the masked positions, less than 15% of all, so 85% of the costliest product is saved.
+        passes the masked positions, about 15% of all, and saves 85% of the costliest product.
         """
         hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
         nsp_logits = self.nsp(self.bert.pool(hidden_states))
@@ -439,12 +443,12 @@ class SST2BertModel(PretrainedModel):
 #
 # A published BERT is a directory with config.json, model.safetensors (or the older
 # pytorch_model.bin, or shards of either), tokenizer.json or vocab.txt, and tokenizer_config.json.
-# All of them name their tensors alike, but for the prefix `bert.`, which some leave out, and for
-# gamma and beta, TensorFlow's names in LayerNorm. PUBLISHED_NAMES is also a map of the paper's
-# matrices: W^Q, W^K, W^V and W^O of attention, W_1 and W_2 of the feed-forward network.
+# All published BERTs name their tensors alike, but for the prefix `bert.`, which some leave out,
+# and for gamma and beta, TensorFlow's names in LayerNorm. PUBLISHED_NAMES is also a map of the
+# paper's matrices: W^Q, W^K, W^V and W^O of attention, W_1 and W_2 of the feed-forward network.
 
-# Our name of a module (of a parameter: mlm_bias), and its published name, both without the prefix.
-# * is the index of a layer.
+# Our name of a module: its published name, both without `bert.` in front. `.weight` or `.bias`
+# follows; only mlm_bias is a parameter itself. * is the index of a layer.
 PUBLISHED_NAMES = {
     "embeddings.token": "embeddings.word_embeddings",  # also the decoder
     "embeddings.position": "embeddings.position_embeddings",
@@ -497,11 +501,11 @@ def published_name(name: str) -> str:
     """
     prefix = "bert." if name.startswith("bert.") else ""
     name = name.removeprefix("bert.")
-    index = re.search(r"layers\.(\d+)\.", name)
-    layer = index[1] if index else ""
-    pattern = name.replace(f"layers.{layer}.", "layers.*.")
+    match = re.search(r"layers\.(\d+)\.", name)
+    layer = match[1] if match else ""
+    pattern = re.sub(r"layers\.\d+\.", "layers.*.", name)
 
-    if pattern in PUBLISHED_NAMES:  # mlm_bias is a parameter, not a module
+    if pattern in PUBLISHED_NAMES:  # mlm_bias
         published = PUBLISHED_NAMES[pattern]
     else:
         module, _, kind = pattern.rpartition(".")  # kind: weight or bias
@@ -519,15 +523,16 @@ def load_pretrained(cls: type[PretrainedModel], source: str | Path, changes: dic
     2. Read config.json, and make a model of that shape with initial weights.
     3. Read the tensors, rename them, check them, and copy them into the model.
 
-    Raises ValueError if the files are corrupt, incomplete or not a BERT. Heads that the files lack
-    keep their initial weights: `model.missing_parameters` lists them, and a warning names them.
-    Another warning names heads in the files that this class does not have.
+    Raises ValueError if the files are corrupt, incomplete or not a BERT. The files may lack the
+    pooler and heads. These keep their initial weights; `model.missing_parameters` lists their
+    parameters, and a warning names them. Another warning names heads in the files that this class
+    does not have.
     """
     directory = fetch(source)
     try:
         config, padding_idx = read_config(directory, changes)
         model = cls(config, padding_idx)
-        our_names = {
+        our_names = {  # by published name
             published_name(name).removeprefix("bert."): name for name in model.state_dict()
         }
         tensors = read_tensors(directory)
@@ -611,7 +616,7 @@ def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, i
         raise ValueError("config.json has no 'hidden_size'")
 
     hidden_size = published["hidden_size"]
-    # Only files that were written here name d_k and d_v.
+    # The defaults of d_k and d_v: only a config.json that was written here has values for them.
     values = {"attention_d_k": hidden_size, "attention_d_v": hidden_size}
     for field in fields(BertConfig):
         key = PUBLISHED_FIELDS.get(field.name, field.name)
@@ -692,8 +697,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(tensors: dict[str, Tensor], known: Collection[str]) -> list[str]:
-    """Returns the published names of heads (or of their tensors) that the files have and the model
-    does not.
+    """Returns the heads that the files have and the model does not, by published name.
 
     tensors: what the files hold. known: the published names that the model has.
     Raises ValueError if a tensor of the encoder is not known (the files have more layers than the
@@ -710,13 +714,15 @@ def check_tensors(tensors: dict[str, Tensor], known: Collection[str]) -> list[st
         if name in known and not tensor.isfinite().all():
             raise ValueError(f"{name} has a number that is not finite")
 
+    # The first two words of a name: cls.predictions, cls.seq_relationship, classifier.weight.
     heads = {".".join(name.split(".")[:2]) for name in unknown}
     return sorted(heads)
 
 
 def check_decoder(tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError if the files hold a decoder that is no copy of the embeddings, or two
-    biases of it. Here decoder and embeddings are one matrix, and there is one bias.
+    """Raises ValueError if a copy in the files differs from its original (`COPIES`): the decoder
+    from the token embeddings, or one bias of the decoder from the other. A model here has one
+    matrix and one bias for both.
     """
     for copy, original in COPIES.items():
         if copy in tensors and not torch.equal(tensors[copy], tensors[original]):
@@ -832,11 +838,10 @@ def is_tokenizer_of(tokenizer: Any, saved_hash: str) -> bool:
 
 
 def check_tokenizer(model: PretrainedModel, tokenizer: Any) -> None:
-    """Raises ValueError if the tokenizer has an id that the model has no embedding of.
-
-    Raises it, too, if it has no [PAD], or another id for it than the model. Otherwise the model
-    would attend to padding, and ignore an ordinary token. Another vocabulary of the same size is
-    not noticed here.
+    """Raises ValueError if the tokenizer does not fit: if an id has no embedding in the model, if
+    there is no [PAD], or if [PAD] has another id than the model's `padding_idx`, so that the model
+    would attend to padding and ignore an ordinary token. Another vocabulary of the same size is not
+    noticed here.
     """
     vocabulary = tokenizer.get_vocab()
     if "[PAD]" not in vocabulary:
@@ -859,8 +864,8 @@ def parameter_counts(model: PretrainedModel) -> Counter[str]:
     """Returns how many parameters each part of a model has, all layers together. For example,
     `bert.layers.3.expand.bias` belongs to the part `layers.expand`.
 
-    The counts add up to the whole model: the tied matrix is one parameter and is counted once.
-    What `from_pretrained` did not find is not counted.
+    The tied matrix is one parameter and is counted once. What `from_pretrained` did not find is not
+    counted; but for that, the counts add up to the whole model.
     """
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
@@ -892,7 +897,7 @@ def fill_masks(
     vocabulary = tokenizer.get_vocab()
     guesses = []
     for probs in mlm_logits.softmax(dim=-1).tolist():
-        # Of the tokens alone: the weights may have more rows than there are tokens.
+        # Only ids of tokens are ranked: the weights may have more rows than there are tokens.
         best = sorted(vocabulary, key=lambda token: -probs[vocabulary[token]])[:k]
         guesses.append({token: probs[vocabulary[token]] for token in best})
     return guesses
@@ -902,7 +907,7 @@ def look(source: str, text: str) -> None:
     """Prints how many parameters each part of a model has, and its guesses for each [MASK]."""
     from data import load_tokenizer  # the only use of another file of this project
 
-    text.encode()  # raises ValueError if it is not UTF-8
+    text.encode()  # raises ValueError if the command line was not UTF-8
     directory = fetch(source)
     tokenizer = load_tokenizer(directory)
     with warnings.catch_warnings():

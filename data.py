@@ -4,7 +4,7 @@ Transforming a whole corpus into masked examples before training gives every epo
 and to do it anew for every epoch would take days. So the work is divided:
 
     stage 1, once        text -> sentences -> tokens -> one array on disk, memory-mapped
-    stage 2, in workers  a pair of segments -> masked columns -> an example -> a batch
+    stage 2, in workers  a pair of segments -> an example, with masks -> a batch
 
 The sections below are in this order. After them come SST-2, and at the end the reading of files.
 Stage 2 makes one example at a time. Its random numbers depend only on the seed, the epoch and the
@@ -21,7 +21,7 @@ Words used throughout:
     candidates the columns that may be masked: those of both segments, without [CLS] and [SEP]
     masked columns: those whose tokens are to be predicted
     start, end of a span: its first token, and the token after its last one. A span is written
-               start .. end, without its end; "from 2 to 61" includes both
+               start .. end, without its end; "from 2 to 5" includes both
     example    `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
     seam       a position where segment A may end and segment B may start
 
@@ -101,7 +101,8 @@ def split_sentences(text: str) -> list[str]:
 def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> Tokenizer:
     """Returns a WordPiece tokenizer. [Code] tokenization.py.
 
-    vocabulary: the id of each token; then `encode` adds [CLS] and [SEP]. None: it is to be trained.
+    vocabulary: the id of each token, or None for a tokenizer that is to be trained. `encode` adds
+    [CLS] and [SEP] only with a vocabulary.
 
     normalizer: options, with their defaults: `lowercase` (True), `strip_accents` (the same as
     lowercase), `handle_chinese_chars` (True).
@@ -109,7 +110,7 @@ def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> T
     Differs: a word of more than 100 characters is [UNK], as in transformers; in [Code] one of more
     than 200.
     """
-    # BertWordPieceTokenizer wraps a Tokenizer and hides most of its methods: return the inner one.
+    # BertWordPieceTokenizer wraps a Tokenizer and hides most of its methods: return a plain copy.
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
 
 
@@ -122,10 +123,10 @@ def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     """
     if isinstance(texts, Iterator):  # which can be read only once
         texts = list(texts)
-    untrained = wordpiece(None)
+    learner = wordpiece(None)
     characters: set[str] = set()
     for text in texts:
-        characters.update(untrained.normalizer.normalize_str(text or ""))
+        characters.update(learner.normalizer.normalize_str(text or ""))
     letters = sorted(characters - {" "})
     pieces = ["##" + letter for letter in letters]
     fixed_tokens = [*SPECIAL_TOKENS, *letters, *pieces]
@@ -137,9 +138,9 @@ def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=fixed_tokens, show_progress=False
     )
-    untrained.train_from_iterator((text for text in texts if text), trainer)
-    # Made anew: to the trained one, every character is a special token.
-    return wordpiece(untrained.get_vocab())
+    learner.train_from_iterator((text for text in texts if text), trainer)
+    # To `learner` the fixed tokens, and so all characters, are special: keep its vocabulary alone.
+    return wordpiece(learner.get_vocab())
 
 
 def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
@@ -149,7 +150,7 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     time, because the encodings of `tokenizers` take far more memory than their ids.
     """
     ids: list[list[int]] = []
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = True  # means: they are treated as other text is
     try:
         for start in range(0, len(texts), 1000):
             part = texts[start : start + 1000]
@@ -173,7 +174,8 @@ def tokenize_documents(
 
     rows: texts, or lists of texts that are joined, under the key `column`.
     indices: the index of each document in the corpus, for error messages.
-    Raises ValueError, naming the row, if one is not text. None is an empty text.
+    Raises ValueError, naming the row, if a text (or an item of a list) is none. None is an empty
+    text.
 
     Example: a document whose two sentences have the ids [7, 8, 9] and [4, 5] gives the tokens
     [7, 8, 9, 4, 5], the starts [0, 3], and 2 sentences.
@@ -183,7 +185,7 @@ def tokenize_documents(
         parts = cell if isinstance(cell, list) else [cell]
         for i, part in enumerate(parts):
             if not isinstance(part, str | None):
-                # Rows that are joined are a list. Otherwise a list is what a single row holds.
+                # If rows are joined, item i is a row. Otherwise all items are those of one row.
                 row = index * rows_per_document + (i if rows_per_document > 1 else 0)
                 raise ValueError(f"row {row}: {column} is {type(part).__name__}, not text")
         text = "\n\n".join(part for part in parts if part)  # a blank line ends a sentence
@@ -274,8 +276,8 @@ class TokenizedCorpus:
         self.rows = rows
 
         # How many sentences each document has: none, one, or more.
-        sentences = np.asarray(rows["sentences"][:], dtype=np.int64)  # (rows,)
-        none_one_or_more = np.minimum(sentences, 2)
+        sentence_counts = np.asarray(rows["sentences"][:], dtype=np.int64)  # (rows,)
+        none_one_or_more = np.minimum(sentence_counts, 2)
         with_none, with_one, with_more = np.bincount(none_one_or_more, minlength=3).tolist()
         self.skipped = {"no sentence": with_none, "one sentence": with_one}
         if with_more < 2:
@@ -293,15 +295,15 @@ class TokenizedCorpus:
         lengths_by_chunk = [chunk.value_lengths() for chunk in token_chunks]
         lengths = np.concatenate(lengths_by_chunk).astype(np.int64)  # (rows,)
         self.size = int(lengths.sum())
-        ends = np.cumsum(lengths)
-        starts = ends - lengths  # (rows,), positions; skipped documents have length 0
-        is_kept = lengths > 0
-        self.document_starts = np.append(starts[is_kept], self.size)
+        positions = np.cumsum(lengths) - lengths  # (rows,), where each document starts
+        is_kept = lengths > 0  # documents that were left out have no tokens
+        self.document_starts = np.append(positions[is_kept], self.size)
 
-        # `starts` counts from the start of the document: add the position of that start.
+        # The table's column "starts" counts from the start of the document, and has no entries for
+        # documents that were left out. Add to each entry the position of its document.
         within_document = np.concatenate([chunk.flatten() for chunk in start_chunks])
-        start_of_its_document = np.repeat(starts[is_kept], sentences[is_kept])
-        self.sentence_starts = np.append(start_of_its_document + within_document, self.size)
+        of_its_document = np.repeat(positions[is_kept], sentence_counts[is_kept])
+        self.sentence_starts = np.append(of_its_document + within_document, self.size)
 
     def __reduce__(self) -> tuple:
         """Pickles the table, not the arrays: a worker that is not forked maps the files itself."""
@@ -361,9 +363,9 @@ PURPOSE_EXAMPLE, PURPOSE_ORDER, PURPOSE_SST2 = 0, 1, 2
 
 
 class PhiloxKey(ISeedSequence):
-    """Hands a seed to Philox, which calls `generate_state` to get its key. `Philox(key=seed)` gives
-    the same numbers, but is four times as slow, because it also asks the operating system for
-    entropy and does not use it.
+    """Stands for `Philox(key=seed)`, and is four times as fast. That also asks the operating system
+    for entropy, and does not use it. `Philox(seed=...)` asks its argument for the key, by
+    `generate_state`.
     """
 
     def __init__(self, seed: int) -> None:
@@ -388,7 +390,7 @@ def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.
 
 # ---- A pair of segments ------------------------------------------------------
 
-MAX_DRAWS = 20
+MAX_DRAWS = 20  # of a seam of the kind that is wanted
 
 
 class Seam(NamedTuple):
@@ -434,13 +436,13 @@ def draw_pair(
 
     Properties:
     - The label is independent of segment A alone, of segment B alone, and of both lengths, in any
-      corpus. Seams and lengths are fixed before the coins. A segment can at most show its own coin,
-      and whatever one coin says, the other is fair. Only both segments together tell the label.
+      corpus. Seams and lengths are fixed before the coins are tossed. So segment A can show at most
+      coin A, and coin B is fair all the same; and the other way round. Only both segments together
+      tell the label.
     - The label is independent of whether segment A ends a sentence and segment B starts one,
       because both seams are of one kind (see `find_other_seam` for the exception).
-    - The parts of step 2 leave no token out, and every token can get into an example. (A segment
-      whose coin is 1 is from the other document. Therefore many examples contain no token of
-      their part.)
+    - The parts of step 2 leave no token out, and every token can get into an example. (Not every
+      example has a token of its own part: with coin 1 a segment is from the other document.)
     - A random segment B is from another document.
 
     One leak remains, where documents are hardly longer than a pair: if segment A starts a document
@@ -473,7 +475,7 @@ def find_seam(corpus: TokenizedCorpus, position: int, reach: float) -> Seam:
     1. The start of the next sentence. The last sentence of a document has no next one: there it is
        the start of the sentence itself.
     2. `position` itself if that start is `reach` tokens away, or farther. So every token can be
-       reached, however long its sentence is.
+       reached, however long its sentence is. (If it starts the document, the token after it.)
 
     Example: a document at 20 .. 35 whose sentences start at 20, 25, 28 and 32; `reach` is 3.
     Position 26 gives the seam 28. Position 33, in the last sentence, gives the seam 32. Position 21
@@ -487,8 +489,8 @@ def find_seam(corpus: TokenizedCorpus, position: int, reach: float) -> Seam:
         return Seam(document_start, candidate, document_end, starts_sentence=True)
 
     position = max(position, document_start + 1)  # segment A needs a token
-    # If the first sentence of a document has one token, the line above may have moved
-    # `position` to sentence_end, where the second sentence starts.
+    # It starts a sentence by chance, or because the line above has moved it to the second sentence,
+    # where the first one has one token.
     starts_sentence = position in (sentence_start, sentence_end)
     return Seam(document_start, position, document_end, starts_sentence)
 
@@ -503,12 +505,12 @@ def find_other_seam(
 
     1. Draw positions in other documents until the seam near one is of the same kind, at most
        MAX_DRAWS times.
-    2. Where seams of that kind are rare, force it, at most MAX_DRAWS times. If `seam` starts a
-       sentence, take the start of the next sentence, however far it is; if not, take the drawn
-       position itself.
+    2. Where seams of that kind are rare, leave the reach aside. If `seam` starts a sentence, take
+       the start of the next sentence, however far it is. If not, take the drawn position itself,
+       and draw again, at most MAX_DRAWS times, if it happens to start a sentence.
 
-    The kinds can differ only if step 2 fails, too: if nearly every token of all other documents is
-    a sentence of its own.
+    The kinds can differ only if step 2 fails, too, as it may if nearly every token of all other
+    documents is a sentence of its own.
     """
     # With an infinite reach, `find_seam` gives a sentence start; with 0, the position itself.
     forcing_reach = math.inf if seam.starts_sentence else 0
@@ -533,14 +535,16 @@ def place_pair(
 ) -> Pair:
     """Returns the pair, of at most `target` tokens, that two seams and two coins make.
 
-    1. The room before a seam is the number of tokens of its document before it. Both seams get the
-       smaller one of their two rooms; likewise the room after.
+    1. The room before: how many tokens both seams have before them in their documents, so the
+       smaller one of the two numbers. The room after: likewise.
     2. The lengths. The pair has `target` tokens, or fewer if both rooms together have less. Segment
-       A gets one token plus the fraction `share_of_a`, at least 0 and below 1, of the remaining
-       ones, but at most the room before. Segment B gets the rest, at most the room after; what
-       exceeds it goes back to A.
+       A gets one token plus the fraction `share_of_a` of the remaining ones, but at most the room
+       before. Segment B gets the rest, at most the room after. What B has no room for goes back to
+       A, which has room for it, because the length is at most both rooms together.
     3. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
        says: 0 is `seam`, 1 is `other`. The pair is a true one if both coins say the same.
+
+    share_of_a: at least 0 and below 1.
 
     Example: seams at 28 and 97, each far from both ends of its document; target 12, share_of_a 0.4,
     coins 0 and 1. The lengths are 5 and 7: segment A is 23 .. 28, segment B is 97 .. 104, and the
@@ -596,7 +600,7 @@ def choose_words(
     """Returns the masked columns of whole words: all pieces of a word or none, int64 (masked,).
 
     candidates: int64 (n,), columns; continues_word: bool (n,), True where a candidate belongs to
-    the word of the candidate before it.
+    the word of the candidate before it, so the first one is False.
 
     The number of masked columns should be `masked_count`, but whole words rarely add up to it.
     Differs: [Code] takes words in a random order and skips a word that would exceed the number.
@@ -633,7 +637,7 @@ def choose_words(
     if not is_taken.any():
         is_taken[np.argmax(tokens_inside)] = True
     word_is_taken = np.empty_like(is_taken)
-    word_is_taken[order] = is_taken
+    word_is_taken[order] = is_taken  # from the order on the circle to that of the candidates
     return candidates[np.repeat(word_is_taken, lengths)]
 
 
@@ -677,10 +681,10 @@ def mask_tokens(
 class PretrainDataset(Dataset):
     """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
 
-    An epoch has len(corpus) // (max_seq_length - 3) examples. Indices continue over epochs:
-    `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). Beside the
-    arguments below it depends on the index alone: not on the batch, the worker, or what was drawn
-    before. So every epoch has other pairs and masks, and one integer is enough to resume.
+    An epoch has len(corpus) // (max_seq_length - 3) examples, at least one. Indices continue over
+    epochs: `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). It
+    depends on the arguments below and on its index alone: not on the batch, the worker, or what was
+    drawn before. So every epoch has other pairs and masks, and one integer is enough to resume.
     """
 
     def __init__(
@@ -704,8 +708,8 @@ class PretrainDataset(Dataset):
         self.mask_id = vocabulary[MASK]
         special_ids = {vocabulary[name] for name in SPECIAL_TOKENS}
         self.ordinary_ids = np.array(sorted(set(vocabulary.values()) - special_ids))
-        # (vocab,), True for tokens that continue a word
         piece_ids = [id for token, id in vocabulary.items() if token.startswith("##")]
+        # (vocab,), True for tokens that continue a word
         self.is_piece = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
         self.is_piece[piece_ids] = True
 
@@ -741,6 +745,7 @@ class PretrainDataset(Dataset):
         candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])
         if self.whole_word_masking:
             continues_word = self.is_piece[input_ids[candidates]]
+            # Indices into the candidates, which have no [CLS] and no [SEP]
             first_of_segments = [0, len(segment_a)]
             continues_word[first_of_segments] = False  # even if it is a ## piece
             masked_columns = choose_words(candidates, continues_word, rng)
@@ -831,7 +836,8 @@ def get_split_dataloader(
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Returns an endless loader of one rank's batches; batches are dealt to the ranks in turn.
+    """Returns an endless loader of one rank's batches. The batches are split among the ranks: they
+    are dealt to them in turn.
 
     start: how many batches of this rank to skip.
 
@@ -993,8 +999,8 @@ def get_train_rows(
 def get_texts(
     path: str, train_split: str = "train", name: str | None = None, column: str = "text"
 ) -> Iterable[str]:
-    """Returns the texts to learn a vocabulary from: all of the split to train on, and so those that
-    `get_corpus` may hold out of it. Raises ValueError if the column is missing or not text.
+    """Returns the texts to learn a vocabulary from: all of the split to train on, including those
+    that `get_corpus` may hold out. Raises ValueError if the column is missing or not text.
     """
     splits = get_dataset(path, name, split=None)
     rows = get_train_rows(splits, path, train_split, name)
@@ -1012,10 +1018,11 @@ def get_dataset(
     """Returns a split of a data set, or with split=None a dict of all. One row is one document, or
     a sentence of SST-2.
 
-    path: "sample", a hub id, or a directory or file of parquet, jsonl or text; a .txt is one
-    document. File names that contain train, validation or test make those splits, as `datasets` has
-    it; without such names, all is train. Raises ValueError if there is nothing to read, or if
-    `datasets` would leave out half of the .txt files or more.
+    path: "sample", a hub id, or a directory or file of parquet, json(l) or text; a .txt is one
+    document. In a directory, file names that contain train, validation or test make those splits,
+    as `datasets` has it; without such names, all is train. A file is train. Raises ValueError if
+    there is nothing to read, or if the files are not those that a user expects to be read (see
+    `check_files_are_read`).
     """
     where = SAMPLE / "corpus" if path == "sample" else Path(path)
     if where.exists():
@@ -1047,8 +1054,8 @@ def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
 
     `datasets` takes the kind of most files for the kind of a directory; a tie is rejected here.
 
-    It recognizes a changed file by path and time alone. The cache directory that is named here
-    depends on the sizes, too, and so catches a file that was overwritten within a second.
+    `datasets` recognizes a changed file by path and time alone. The cache directory that is named
+    here depends on the sizes, too, and so catches a file that was overwritten within a second.
     """
     # An absolute path, since `datasets` takes a folder's name, such as text or json, for one of its
     # own kinds.
@@ -1077,7 +1084,9 @@ def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
 
 
 def visible_files(where: Path) -> list[Path]:
-    """Returns the files of a directory, or the file itself, that a user may want to be read."""
+    """Returns the files of a directory, or the file itself, that are of a kind in `KINDS`; without
+    those whose name, or whose folder's name, starts with a dot or two underscores.
+    """
     files = [where] if where.is_file() else sorted(where.glob("**/*"))
     return [
         file
@@ -1089,14 +1098,16 @@ def visible_files(where: Path) -> list[Path]:
 
 
 def check_files_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
-    """Checks which files `datasets` has chosen to read.
+    """Checks that `datasets` reads the files that a user expects. It chooses them by its own rules.
 
-    Raises ValueError if it would read texts by the line, which it does where its rules make a
-    directory of several kinds of files one of texts. Says so if it leaves files out, and raises
-    ValueError if these are half of the texts or more. (Files of other kinds may be descriptions.)
+    - It may take a directory for one of texts where `describe_files` has not. Then every line would
+      be a document: raises ValueError.
+    - Once the path of one file names a split, it leaves out all whose paths do not: a single
+      night-train.txt hides a folder of books. Prints how many files of the kind that it reads are
+      left out. Raises ValueError if they are half of the texts or more; tables that are left out
+      may be descriptions of others.
 
-    It leaves out a file whose path makes no split, once another one's does: a single
-    night-train.txt hides a folder of books. A dataset card (README.md) may choose files, too.
+    Nothing is checked for a single file, nor where a dataset card (README.md) names the files.
     """
     is_text = builder.name == "text"
     if is_text and getattr(builder.config, "sample_by", None) != "document":

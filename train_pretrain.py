@@ -7,10 +7,10 @@
 
 Writes into the folder --out:
     config.json    the options
-    metrics.jsonl  a line for every log and every evaluation; losses in nats. "step" counts the
-                   updates made before. A line of an evaluation describes the model after N
-                   updates; a line of training has the loss of the next one, update N + 1
-    checkpoints/   the last two; a run that was killed at any point resumes exactly with --resume
+    metrics.jsonl  a line for every log and every evaluation; losses in nats. "step": N means that
+                   N updates have been made. An evaluation line describes the model after them; a
+                   training line has the loss of the update that comes next, number N + 1
+    checkpoints/   the last two; a run that was killed after its start resumes exactly with --resume
     model/         weights and tokenizer in the published format
     models/step-N  the same after N updates: for --export-steps, and when the run is stopped
     curves.png     loss and accuracies over the steps
@@ -97,8 +97,9 @@ class PretrainOptions:
     streaming: bool = False
     """Read the corpus without storing it, instead of tokenizing it once to disk."""
     tokenizer: str | None = None
-    """vocab.txt, tokenizer.json, directory or hub id. By default that of --weights; without both, a
-    vocabulary is learned, for lowercased text without accents."""
+    """vocab.txt, tokenizer.json, directory or hub id. With --weights it must be the same as theirs,
+    and need not be named. Without both, a vocabulary is learned, for lowercased text without
+    accents."""
     vocab_size: int = 2000
     """Size of the vocabulary that is learned without --tokenizer and --weights."""
 
@@ -197,10 +198,11 @@ LIMITS = {  # the smallest and the largest value
     "save_every": (1, LARGEST_INTEGER),
     "export_steps": (0, LARGEST_INTEGER),
 }
-# Options that may differ when a run is resumed. They change rounding at most, but for --device and
-# --compile, with which dropout draws other numbers. Tokenizer and corpus are compared by content:
-# see `what_identifies`. The precision must stay, even if --precision auto would choose another one
-# on the new device. A stream must keep --workers and the number of ranks: see extras/streaming.py.
+# Options that may differ when a run is resumed. The result stays the same up to rounding, except
+# that --device and --compile change the random numbers of dropout. Corpus and tokenizer may have
+# another path (of a stream only the tokenizer), since `what_identifies` compares their content.
+# The precision may not differ: if --precision auto would choose another one on the new device, name
+# the old one. A stream must keep --workers and the number of ranks (see extras/streaming.py).
 MAY_CHANGE = {
     "out",
     "resume",
@@ -298,7 +300,7 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
     Differs: the first step of [Code] has the learning rate 0, and so changes nothing. Its decay
-    counts from step 0, so its rate drops a little at the end of warmup.
+    counts from step 0, so its rate drops by a tenth at the end of a warmup of a tenth.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -322,7 +324,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": 0.01},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
-    # `update` sets the learning rate before each step.
+    # `update` sets the learning rate before each step, and needs found_inf, which `fused` obeys.
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
@@ -372,7 +374,7 @@ def add_gradients(
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
-    """Clips the accumulated gradients to norm 1 ([Code]), takes one optimizer step, zeroes them.
+    """Clips the accumulated gradients to norm 1 ([Code]), takes one optimizer step, drops them.
 
     Returns the norm before clipping, (). If it is not finite, no weight changes: fused AdamW skips
     a step in which `found_inf` is 1. It reads `found_inf` on the device, so the CPU need not wait
@@ -544,7 +546,9 @@ def probe(
 
 
 def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
-    """Prints the metrics of --weights on the validation split, and writes nothing."""
+    """Prints the metrics of --weights on the first batches of the validation split, as many as
+    --eval-batches, and writes nothing.
+    """
     tokenizer = choose_tokenizer(options)
     model = make_model(options, tokenizer).to(device)
     # A head that the weights lack is new and random.
@@ -569,13 +573,13 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
 
 
 def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
-    """Returns the tokenizer that lies beside the weights, if it is the right one.
+    """Returns the tokenizer that lies beside the weights.
 
-    The right one has the hash in config.json. Only models that this project saved have a hash
-    there; for others, the tokenizer beside the weights counts as the right one.
-    tokenizer: what --tokenizer names, or None; it must be the right one, too.
-    Raises ValueError if one of them is not. Every id would mean another token, and nothing but a
-    low accuracy would show it.
+    tokenizer: what --tokenizer names, or None.
+    Raises ValueError if either has another hash than the one in the config.json of the weights.
+    With another tokenizer, every id would mean another token, and nothing but a low accuracy would
+    show it. (Models from elsewhere have no hash there. Then the tokenizer beside the weights counts
+    as the right one.)
     """
     directory = fetch(weights)
     saved = data.load_tokenizer(directory)
@@ -697,6 +701,7 @@ def make_validation(
 ) -> list[Batch]:
     """Returns the batches of an evaluation: the same ones in all evaluations of a run."""
     dataset = make_dataset(options, corpus, tokenizer)
+    # The loader is endless: stop after one epoch, or earlier after --eval-batches.
     batches_per_epoch = math.ceil(len(dataset) / options.batch_size)
     count = min(options.eval_batches, batches_per_epoch)
     loader = data.get_split_dataloader(dataset, options.batch_size, workers=0)
@@ -710,10 +715,11 @@ def make_batches(
     run: Run,
     saved_progress: list[dict] | None,
 ) -> tuple[Iterator[Batch], dict]:
-    """Returns this rank's micro-batches from the run's step on, and its progress in a stream: a
-    dict that changes with every batch that is taken, and that `train` saves in each checkpoint. For
-    a corpus on disk the step is enough, and the progress is {}.
+    """Returns (batches, progress).
 
+    batches: this rank's micro-batches, from the run's step on.
+    progress: of a stream, a dict that changes whenever a batch is taken, and that `train` saves in
+    each checkpoint; {} for a corpus on disk, where the step is enough.
     saved_progress: that of each rank, from the checkpoint that is resumed.
     """
     # Forked workers share memory until it is written to. The garbage collector writes into every
@@ -739,25 +745,26 @@ def make_batches(
             batch_size=options.batch_size,
             make_dataset=partial(make_dataset, options),
         )
-        loader.worker_init_fn = leave_group  # Ctrl-C must not end the workers
-        return streaming.take(loader, progress), progress
-
-    loader = data.get_split_dataloader(
-        make_dataset(options, corpus, tokenizer),
-        options.batch_size,
-        start=run.step * options.accumulate // run.world_size,
-        rank=run.rank,
-        world_size=run.world_size,
-        workers=options.workers,
-    )
+        batches = streaming.take(loader, progress)
+    else:
+        loader = data.get_split_dataloader(
+            make_dataset(options, corpus, tokenizer),
+            options.batch_size,
+            start=run.step * options.accumulate // run.world_size,
+            rank=run.rank,
+            world_size=run.world_size,
+            workers=options.workers,
+        )
+        batches, progress = iter_later(loader), {}
     loader.worker_init_fn = leave_group  # Ctrl-C must not end the workers
-    return iter_later(loader), {}
+    return batches, progress
 
 
 def iter_later(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Yields the loader's batches. Its workers start when the first batch is asked for: after the
-    run has begun. Until a worker has called `leave_group`, it may get a Ctrl-C, and then it must
-    have inherited the run's own handler, which only notes it.
+    """Yields the loader's batches, but starts its workers only when the first one is asked for.
+
+    By then `Run.begin` has installed the handler that only notes Ctrl-C, and the workers inherit
+    it. With the handler before, a Ctrl-C would end a worker that has not called `leave_group` yet.
     """
     yield from loader
 
@@ -798,18 +805,19 @@ def run_pretraining(
     """Prepares tokenizer, corpus, model and run, and trains. Every rank runs this; only rank 0
     evaluates, and writes the model at the end.
     """
-    torch.manual_seed(options.seed)
+    torch.manual_seed(options.seed)  # decides the initial weights
     with first_process_first(rank):  # rank 0 tokenizes, the others find the result in the cache
         tokenizer = choose_tokenizer(options)
-        model = make_model(options, tokenizer)  # wrong options end here; to tokenize takes hours
+        # Before the corpus: wrong options should not fail after hours of tokenizing.
+        model = make_model(options, tokenizer)
         corpora = load_corpora(options, tokenizer)
     model.to(device).train()
     optimizer = make_optimizer(model)
     validation = make_validation(options, corpora["validation"], tokenizer, device)
 
     # Two losses to compare with: of a model that knows nothing, and of one that knows how often
-    # each token occurs.
-    counted = corpora["validation" if options.streaming else "train"]  # a stream is not read yet
+    # each token occurs. (A stream has not been read yet: its validation documents stand in.)
+    counted = corpora["validation" if options.streaming else "train"]
     baselines = {
         "ln_vocab_size": math.log(model.config.vocab_size),
         "unigram_entropy": counted.unigram_entropy(),

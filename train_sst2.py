@@ -193,15 +193,16 @@ def fine_tune(
 ) -> tuple[SST2BertModel, float]:
     """Trains one model on all sentences of `training`, `epochs` times.
 
-    rate: the peak learning rate. out: the folder whose metrics.jsonl gets the lines; "step" in them
-    is the number of updates, this one included. (In the training lines of train_pretrain.py, and in
-    the messages of `FiniteGuard`, this one is not.)
+    rate: the peak learning rate. out: the folder whose metrics.jsonl gets the lines. A training
+    line with "step": N has the loss of update N, counted from 1. (train_pretrain.py and the
+    messages of `FiniteGuard` count from 0.)
     Returns the model as it was after its best epoch, and the validation accuracy of that epoch.
     """
     device = next(model.parameters()).device
-    optimizer = make_optimizer(model.train())
+    model.train()
+    optimizer = make_optimizer(model)
     guard = FiniteGuard(device)
-    training.seed = seed  # so they are shuffled; each seed has an order of its own
+    training.seed = seed  # with a seed SST2Batches shuffles, for each seed in another order
     steps = epochs * len(training)
     warmup = steps // 10  # the paper does not say how many; [Code] has a tenth
     step = 0
@@ -309,8 +310,9 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     print(f"precision {options.precision}, dropout {options.dropout:g}")
     tokenizer = choose_tokenizer(options)
     padding_idx = tokenizer.get_vocab()[data.PAD]
-    model = make_model(options, tokenizer)  # not trained: wrong options fail early, and its length
-    longest = options.max_seq_length or model.config.max_seq_length
+    # This model is not trained. It is made so that wrong options fail early, and for its length.
+    untrained = make_model(options, tokenizer)
+    longest = options.max_seq_length or untrained.config.max_seq_length
 
     def load(path: str, split: str, name: str | None = None) -> data.SST2Batches:
         texts, labels = data.get_reviews(path, split, name)
@@ -372,7 +374,7 @@ def texts_to_predict(texts: Sequence[str]) -> Iterator[str]:
     for text in texts:
         if text != "-":
             try:
-                text.encode()
+                text.encode()  # other bytes of a command line arrive as surrogates
             except UnicodeEncodeError as error:
                 raise ValueError(f"--predict: the text {text!r} is not UTF-8") from error
             yield text
@@ -389,9 +391,9 @@ def texts_to_predict(texts: Sequence[str]) -> Iterator[str]:
 
 
 def label_names(weights: str) -> Sequence[str]:
-    """Returns the names of the two classes. They are those in the config.json of a published model,
-    because in a model of somebody else class 0 need not be the negative one; without names there,
-    or with LABEL_0 and LABEL_1, which transformers writes then, they are those of SST-2.
+    """Returns the names of classes 0 and 1: those in config.json, since in a model of somebody else
+    class 0 may be the positive one. If it has none, or LABEL_0 and LABEL_1, which transformers
+    writes without names, they are those of SST-2.
     """
     published = read_json(fetch(weights) / "config.json").get("id2label")
     if not isinstance(published, dict):

@@ -46,7 +46,7 @@ def check_limits(options: Any, limits: Mapping[str, tuple[float, float]]) -> Non
                 continue
             if isinstance(value, float) and math.isinf(value):
                 raise ValueError(f"{flag} must be finite, got {value}")
-            if not value >= smallest:
+            if not value >= smallest:  # NaN fails here
                 raise ValueError(f"{flag} must be at least {smallest}, got {value}")
             if not value <= largest:
                 raise ValueError(f"{flag} must be at most {largest}, got {value}")
@@ -61,12 +61,12 @@ def fail(message: str) -> NoReturn:
 def run_script(main: Callable, cls: type, arguments: Sequence[str] | None = None) -> None:
     """Runs a script's main function with the options of its command line.
 
-    User errors (ValueError) and system errors (OSError) become one message and exit status 2.
-    Anything else is a bug and keeps its traceback.
+    User errors (ValueError), system errors (OSError) and the death of a data worker become one
+    message and exit status 2. Anything else is a bug and keeps its traceback.
 
     Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the process quietly, with status 130, 143 and
     129. The processes that tokenize are forked, so they inherit the handler, and it ends them too.
-    Training replaces the handler by its own: see `note_signals`.
+    Pretraining replaces the handler by its own: see `note_signals`.
     """
     prepare_streams()
     options = parse_options(cls, arguments)
@@ -121,7 +121,7 @@ def prepare_streams() -> None:
 
 
 def without_worker_traceback(message: str) -> str:
-    """Returns the message of an error that was raised in a DataLoader worker, and of any other."""
+    """Returns a message without the traceback that DataLoader adds to an error of a worker."""
     return re.sub(r"(?s)^Caught \w+ in DataLoader worker.*\n[\w.]+: ", "", message.strip())
 
 

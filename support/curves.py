@@ -46,10 +46,10 @@ def optional(draw: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
-    """Returns an empty figure that is only saved. So it needs no backend, and that of a notebook,
-    which the processes of the notebook inherit, need not be installed here.
+    """Returns an empty figure, to be saved and not shown. A notebook sets MPLBACKEND to its own
+    backend, which may not be installed here. So it is hidden while matplotlib is imported.
     """
-    backend = os.environ.pop("MPLBACKEND", None)  # is read when matplotlib is imported first
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure
     finally:

@@ -24,8 +24,9 @@ def process_group_backend(device: str | None, has_cuda: bool) -> str:
 def join_processes(device: str | None = None, micro_batches: int = 0) -> tuple[int, int]:
     """Joins the process group of torchrun. Returns this process's rank and the number of ranks.
 
-    Raises ValueError if the ranks cannot share the micro-batches of a step. It does so before any
-    has joined: one that joins while the others leave would fail with another error.
+    Raises ValueError if the environment or --device does not fit, and if the ranks cannot share the
+    micro-batches of a step: before any has joined, because one that joins while the others leave
+    would fail with another error.
 
     Without torchrun, returns 0 and 1. A single rank under torchrun forms a group, too, so that nccl
     can be tested with one GPU.
@@ -50,7 +51,8 @@ def join_processes(device: str | None = None, micro_batches: int = 0) -> tuple[i
     if micro_batches % world_size:
         raise ValueError(f"--accumulate {micro_batches} is no multiple of {world_size} ranks")
 
-    # Imported later, its default arguments would hold a reference to the group.
+    # It takes the group of the moment as a default argument. Imported after the group has been
+    # made, it would keep that group alive.
     import torch.distributed.nn
 
     if torch.cuda.is_available() and device != "cpu":
@@ -111,8 +113,8 @@ def note_signals() -> list[int]:
 
 
 def leave_group(worker: int) -> None:
-    """Moves a data worker to a process group of its own. Ctrl-C reaches a whole group, and workers
-    have to make batches until the loop ends.
+    """Moves a data worker to a process group (of the system) of its own. Ctrl-C reaches a whole
+    group, and workers have to make batches until the loop ends. worker: its index, from DataLoader.
 
     (A SIGTERM that is sent to every process, not to the main one alone, still ends the workers, and
     so the run. They cannot ignore it, because Python ends them by the same signal when it exits.)

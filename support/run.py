@@ -44,7 +44,8 @@ class Display:
     def __getattr__(self, name: str) -> Any:  # encoding, isatty, fileno
         return getattr(self.stream, name)
 
-    def __eq__(self, other: object) -> bool:  # tqdm clears the bar of a stream before it writes
+    def __eq__(self, other: object) -> bool:
+        # tqdm.write clears a bar only if the bar's stream equals the one that it writes to.
         return self.stream == getattr(other, "stream", other)
 
 
@@ -55,7 +56,7 @@ def show(text: str, stream: Any = None) -> None:
 
 def progress_bar(steps: int, name: str | None = None, **more: Any) -> tqdm:
     """Returns a bar of the steps done, steps per second and time left. In a log file, or wherever
-    there is no terminal, it is drawn every 30 seconds at most.
+    there is no terminal, it is drawn at most once in 30 seconds.
     """
     return tqdm(
         total=steps,
@@ -105,7 +106,7 @@ class Run:
         """identity: everything that must be the same when the run is resumed."""
         self.out, self.rank, self.world_size, self.steps = out, rank, world_size, steps
         self.identity = identity
-        self.step = 0  # at which this process starts; the loop counts on by itself
+        self.step = 0  # the one at which this process starts; the loop counts on by itself
         self.tokens = 0  # that have been trained on, by all ranks
         self.saved_step = -1  # of the newest checkpoint; -1 without one
         self.seconds_before = 0.0  # that earlier processes of the run took
@@ -130,6 +131,7 @@ class Run:
         """Prepares the folder before the first step: writes config.json, and cuts metrics.jsonl to
         the length that the checkpoint knows. From here on, signals are noted and the clock runs.
         """
+        # All ranks start at the same step if the sum of their steps is so many times this one.
         if total(self.step) != [self.step * self.world_size]:
             raise ValueError(
                 f"--resume: not all ranks see the checkpoint of step {self.step} in {self.out}"
@@ -158,7 +160,8 @@ class Run:
 
     def show(self, loss: str) -> None:
         """Sets the text behind the bar, which appears when the bar is drawn next."""
-        self.bar.set_postfix_str(f"{loss}, {self.tokens / self.seconds:,.0f} tokens/s", False)
+        rate = self.tokens / self.seconds
+        self.bar.set_postfix_str(f"{loss}, {rate:,.0f} tokens/s", refresh=False)
 
     def save(self, step: int, own: Any, **parts: Any) -> None:
         """Writes a checkpoint. parts: what is the same in every rank, such as model and optimizer.
