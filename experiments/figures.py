@@ -1,4 +1,4 @@
-"""Draws the figures of results/, but for scaling.png and sample/curves.png, and prints the README's
+"""Draws the figures of results/, but for sample/curves.png, and prints the README's
 table, from the raw lines beside them.
 
 python -m experiments.figures
