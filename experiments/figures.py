@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from support.curves import means_of_seeds, new_figure, plot_pretraining, read_lines
-from experiments import afternoon, recipe
+from experiments import afternoon
 from experiments.story import best_accuracies, mean_and_deviation
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -176,6 +176,14 @@ def exports() -> tuple[list[float], list[float]]:
     return [tokens[i] for i in order], [accuracies[i] for i in order]
 
 
+def end_of(pretrain: Path) -> str:
+    """Returns three cells of a table: million tokens, MLM loss, NSP accuracy, at the end."""
+    last = {name: values[-1] for name, values in read_lines(pretrain, "validation").items()}
+    return (
+        f"{last['tokens'] / 1e6:.1f} | {last['mlm_loss']:.2f} | {100 * last['nsp_accuracy']:.0f}%"
+    )
+
+
 def gpu_rows() -> list[str]:
     """Returns the rows of the table of the runs on a GPU: the end of pretraining, and the SST-2 dev
     accuracy with each share of the labels.
@@ -186,7 +194,7 @@ def gpu_rows() -> list[str]:
         accuracies = " | ".join(
             mean_and_deviation(best_accuracies(file)) if file.exists() else "" for file in files
         )
-        rows.append(f"| {what} | {recipe.end_of(GPU / name / 'pretrain')} | {accuracies} |")
+        rows.append(f"| {what} | {end_of(GPU / name / 'pretrain')} | {accuracies} |")
     return rows
 
 
@@ -257,24 +265,6 @@ def draw_phases() -> Any:
     return figure
 
 
-def draw_recipe() -> Any:
-    """Draws the MLM loss of each change of the recipe, by tokens."""
-    figure = new_figure((7, 4.2))
-    axes = figure.subplots()
-    for name, (what, _) in recipe.changes("").items():
-        run = RESULTS / "recipe" / name / "pretrain"
-        if run.exists():
-            lines = read_lines(run, "validation")
-            style: dict[str, Any] = {"label": what}
-            if name == "base":
-                style = {"label": "as it is", "color": "black", "linewidth": 2}
-            axes.plot(np.array(lines["tokens"]) / 1e6, lines["mlm_loss"], **style)
-    axes.set(xlabel="million tokens", ylabel="MLM loss, nats", ylim=(4.5, 7),
-             title="the recipe of an afternoon, with one change")  # fmt: skip
-    axes.legend(fontsize=8)
-    return figure
-
-
 def draw_sst2() -> Any:
     """Draws SST-2 from scratch at three learning rates, and with pretrained weights."""
     figure = new_figure((14, 4.2))
@@ -334,7 +324,7 @@ def draw_mistakes() -> Any:
 
 
 def main() -> None:
-    for draw in (draw_phases, draw_recipe, draw_sst2, draw_mistakes, draw_afternoon):
+    for draw in (draw_phases, draw_sst2, draw_mistakes, draw_afternoon):
         file = RESULTS / f"{draw.__name__.removeprefix('draw_')}.png"
         draw().savefig(file, dpi=110)
         print(file)

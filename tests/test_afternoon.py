@@ -1,4 +1,4 @@
-"""`make afternoon`, and its recipe with one change at a time: the commands are understood, what is
+"""`make afternoon`: the commands are understood, what is
 finished is not run again, and the tables are computed from the lines of the runs.
 """
 
@@ -18,7 +18,7 @@ from helpers import ROOT, start, wait
 from strategies import write_rows
 
 import data
-from experiments import afternoon, recipe
+from experiments import afternoon
 from experiments.afternoon import Stage, run_at_the_same_time, run_stage, stages
 from experiments.clean_reviews import clean_reviews
 from experiments.fewer_labels import fewer_labels
@@ -57,43 +57,6 @@ def test_pretrained_and_scratch_differ_in_nothing_but_the_weights(tmp_path):
     (pretraining,) = (s for s in stages("corpus", "sst2", tmp_path)[0] if s.resumes)
     options = parse_options(PretrainOptions, [*pretraining.command[1:], "out"])
     assert (pair[1]["size"], pair[1]["max_seq_length"]) == (options.size, options.max_seq_length)
-
-
-def test_each_change_of_the_recipe_changes_what_it_names_and_sees_as_many_tokens(tmp_path):
-    """Against the first one, which changes nothing."""
-    _, chains = recipe.stages("corpus", "sst2", "vocabulary", tmp_path)
-    parsed = {}
-    for pretraining, fine_tuning in chains:
-        options = parse_options(
-            PretrainOptions, [*pretraining.command[1:], str(pretraining.folder)]
-        )
-        tuned = parse_options(SST2Options, [*fine_tuning.command[1:], str(fine_tuning.folder)])
-        assert tuned.weights == f"{options.out}/model"
-        parsed[pretraining.folder.parent.name] = vars(options)
-    base = parsed["base"]
-    changed = {
-        name: {key: value for key, value in options.items() if value != base[key]}
-        for name, options in parsed.items()
-    }
-    for name in changed:
-        assert (changed[name].pop("out", None) is None) == (name == "base")
-    assert changed == {
-        "base": {},
-        "length-128": {"max_seq_length": 128, "batch_size": 32},
-        "batch-32": {
-            "batch_size": 32, "steps": 5000, "warmup_steps": 800, "eval_every": 500,
-        },
-        "rate-2e-3": {"learning_rate": 2e-3},
-        "rate-5e-4": {"learning_rate": 5e-4},
-        "dropout": {"dropout": 0.1},
-        "vocabulary-30522": {"tokenizer": "vocabulary"},
-    }  # fmt: skip
-    tokens = {o["steps"] * o["batch_size"] * o["max_seq_length"] for o in parsed.values()}
-    assert tokens == {10_240_000}
-    afternoon_options = parse_options(PretrainOptions, afternoon.PRETRAINING)
-    assert {key for key, value in vars(afternoon_options).items() if value != base[key]} == {
-        "out", "dataset", "steps", "export_steps",
-    }  # fmt: skip
 
 
 # ---- Running them -------------------------------------------------------------------------------
@@ -384,23 +347,6 @@ def test_the_table_has_the_gain_of_each_share_in_points(tmp_path):
         "| all | 91.0 ± 1.4% | 80.0% | +11.0 |",
         "| tenth | 91.0 ± 1.4% | 82.0% | +9.0 |",
         "| hundredth | 91.0 ± 1.4% | 84.0% | +7.0 |",
-    ]
-
-
-def test_the_table_of_the_recipe_has_the_last_losses_of_each_change_that_was_run(tmp_path):
-    for name, loss in {"base": 4.5, "rate-2e-3": 4.25}.items():
-        write_rows(
-            tmp_path / name / "pretrain/metrics.jsonl",
-            [
-                {"split": "validation", "tokens": t, "mlm_loss": loss + gap, "nsp_accuracy": 0.625}
-                for t, gap in ((0, 4.0), (9_960_000, 0.0))
-            ],
-        )
-        accuracies = {(3e-4, 0): [0.7, 0.65], (3e-4, 1): [0.72]}
-        write_accuracies(tmp_path / name / "hundredth", accuracies)
-    assert recipe.table(tmp_path)[2:] == [
-        "| nothing | 10.0 | 4.50 | 62% | 71.0 ± 1.4 |",
-        "| peak rate 2e-3 | 10.0 | 4.25 | 62% | 71.0 ± 1.4 |",
     ]
 
 
