@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from support.curves import means_of_seeds, new_figure, plot_pretraining, read_lines
+from support.curves import means_of_seeds, new_figure, plot_pretraining, read_lines, unigrams
 from experiments import afternoon
 from experiments.story import best_accuracies, mean_and_deviation
 
@@ -58,15 +58,10 @@ def summary() -> list[str]:
     run = read_lines(AFTERNOON / "pretrain", "validation")
     minutes = run["seconds"][-1] / 60
     loss, tokens = run["mlm_loss"][-1], run["tokens"][-1] / 1e6
-    entropies = read("bigrams.jsonl")
-    unigrams, bigrams = (entropies[f"{n}gram_cross_entropy"][0] for n in ("uni", "bi"))
     rows = [
         (f"perplexity of masked tokens of film reviews: mini, {tokens:.0f} million tokens, "
          f"{minutes:.0f} minutes on two cores", f"{np.exp(loss):.0f}",
          "BERT-base 3.99, toynlp 5.90 (other corpora)"),
-        ("the same, of a model that knows only how often tokens occur",
-         f"{np.exp(unigrams):.0f}", ""),
-        ("the same, of one that knows the token before", f"{np.exp(bigrams):.0f}", ""),
     ]  # fmt: skip
     published = {
         MINI["scratch"]: "toynlp's base: about 80",
@@ -249,12 +244,8 @@ def draw_phases() -> Any:
     """Draws the phases of pretraining on film reviews: first single tokens, then context."""
     figure = new_figure((11, 4.2))
     left, right = figure.subplots(1, 2)
-    entropies = read("bigrams.jsonl")
-    known = {
-        "unigrams: how often tokens occur": entropies["unigram_cross_entropy"][0],
-        "bigrams: and after which": entropies["bigram_cross_entropy"][0],
-    }
-    plot_pretraining(left, right, AFTERNOON / "pretrain", known)
+    run = AFTERNOON / "pretrain"
+    plot_pretraining(left, right, run, unigrams(run))
     for axes in (left, right):
         axes.set_xscale("symlog", linthresh=100)
         axes.set_xlim(left=0)
