@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments.story import best_accuracies, mean_and_deviation
 from support.checkpoints import checkpoint_paths
-from support.curves import new_figure, optional, read_lines, unigrams
+from experiments.curves import new_figure, optional, read_lines, unigrams
 from support.folder import lock, write_whole
 
 RECIPE = """

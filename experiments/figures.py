@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from support.curves import means_of_seeds, new_figure, plot_pretraining, read_lines, unigrams
+from experiments.curves import means_of_seeds, new_figure, plot_pretraining, read_lines, unigrams
 from experiments import afternoon
 from experiments.story import best_accuracies, mean_and_deviation
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import data
-from support.curves import (
+from experiments.curves import (
     means_of_seeds,
     new_figure,
     optional,

@@ -4,11 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 
 from experiments import story
 from sample import generate, lexicon
-from support.curves import read_lines
+from experiments.curves import read_lines
 
 SAMPLE = Path(__file__).parents[1] / "sample"
 RESULTS = Path(__file__).parents[1] / "results"
