@@ -9,11 +9,7 @@ EPOCHS ?= 10
 SEEDS ?= 3
 FINE = --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS)
 
-# What `make afternoon` reads: hub ids, or folders: make afternoon CORPUS=DIR SST2=DIR
-CORPUS ?= stanfordnlp/imdb
-SST2 ?= stanfordnlp/sst2
-
-.PHONY: run afternoon test bench lint wheel mutants clean
+.PHONY: run test bench lint wheel mutants clean
 
 run: $(VENV)/ready
 	rm -rf "$(RUN)"
@@ -25,9 +21,7 @@ run: $(VENV)/ready
 	$(BIN)/python train_sst2.py --weights "$(RUN)/pretrained/model" --predict "The plot is delicate and the canyon looks tender." "What about the canyon? That is murky, dear listeners."
 	$(BIN)/python -m experiments.story "$(RUN)"
 
-# Three hours on two cores. After a break, the same line goes on.
-afternoon: $(VENV)/ready
-	$(BIN)/python -m experiments.afternoon "$(CORPUS)" "$(SST2)" runs/afternoon
+include experiments/afternoon.mk  # make afternoon
 
 # Two processes share the tests. With one thread each, they do not wait for one another.
 test: $(VENV)/ready

@@ -1,0 +1,255 @@
+"""Mistakes, made again on purpose, to show what one sees.
+
+    python -m experiments.mistakes rate CORPUS VOCABULARY > experiments/mistakes/rate.jsonl
+    python -m experiments.mistakes up_front CORPUS VOCABULARY > experiments/mistakes/up_front.jsonl
+    python -m experiments.mistakes mapped CORPUS VOCABULARY > experiments/mistakes/mapped.jsonl
+    python -m experiments.mistakes lists CORPUS VOCABULARY > experiments/mistakes/lists.jsonl
+    python -m experiments.mistakes    # draws mistakes.png
+
+CORPUS is a hub id or a folder for `datasets`, with a document per row. The lines of tokenizer.jsonl
+are of train_sst2.py, with another tokenizer in the folder of the weights.
+"""
+
+import gc
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+import data
+from bert import BertConfig, BertPretrainModel
+from experiments.curves import HERE, new_figure, read_columns
+from train_pretrain import PretrainLosses, add_gradients, make_optimizer, to_device, update
+
+LENGTH = 128
+BATCH = 256
+FOLDER = HERE / "mistakes"
+
+
+def tokenize_corpus(
+    documents: list[str], tokenizer: Tokenizer, folder: str
+) -> data.TokenizedCorpus:
+    rows = datasets.Dataset.from_dict({"text": documents})
+    data.tokenize_dataset(rows, tokenizer).save_to_disk(folder)
+    return data.TokenizedCorpus(datasets.load_from_disk(folder))
+
+
+# ---- A learning rate that is too large ---------------------------------------
+
+
+def rate(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[dict]:
+    """Yields the loss while one pair is overfitted, without dropout, at three learning rates."""
+    corpus = tokenize_corpus(documents[:16], tokenizer, folder)
+    examples = data.PretrainDataset(corpus, tokenizer, LENGTH)
+    batch = data.collate([examples[0]], examples.padding_idx)
+    batch = to_device(batch, torch.device("cpu"))
+    shares = batch["mlm_targets"].bincount() / len(batch["mlm_targets"])
+    entropy = torch.special.entr(shares).sum().item()  # ln n, if the n tokens all differ
+    sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": LENGTH}
+    config = BertConfig.named("mini", **sizes, dropout=0.0, attention_dropout=0.0)
+    for learning_rate in (1e-2, 1e-3, 1e-4):
+        torch.manual_seed(0)
+        model = BertPretrainModel(config, examples.padding_idx).train()
+        losses_of = PretrainLosses(model, "float32")
+        optimizer = make_optimizer(model)
+        for step in range(301):
+            mlm_loss, _ = add_gradients(losses_of, [batch]).tolist()
+            update(model, optimizer, learning_rate)
+            if step % 5 == 0:
+                line = {"learning_rate": learning_rate, "step": step, "mlm_loss": mlm_loss}
+                yield {**line, "entropy_of_targets": entropy}
+
+
+# ---- All examples made before training ---------------------------------------
+
+
+def make_examples(rows: dict[str, list], tokenizer: Tokenizer) -> dict[str, list]:
+    """Returns masked examples of whole documents as one writes it first: in loops over sentences
+    and tokens, each sentence with the next one or with another of its document.
+    """
+    examples: dict[str, list] = {"input_ids": [], "mlm_labels": []}
+    cls, sep, mask = (tokenizer.token_to_id(token) for token in (data.CLS, data.SEP, data.MASK))
+    for text in rows["text"]:
+        sentences = data.split_sentences(text)
+        for first, following in itertools.pairwise(sentences):
+            second = following if random.random() < 0.5 else random.choice(sentences)
+            a = tokenizer.encode(first, add_special_tokens=False).ids
+            b = tokenizer.encode(second, add_special_tokens=False).ids
+            half = LENGTH // 2 - 2
+            ids = [cls, *a[:half], sep, *b[:half], sep]
+            ids += [0] * (LENGTH - len(ids))
+            labels = [data.IGNORED_LABEL] * LENGTH
+            for column, token in enumerate(ids):
+                if token not in (0, cls, sep) and random.random() < 0.15:
+                    labels[column] = token
+                    ids[column] = mask
+            examples["input_ids"].append(ids)
+            examples["mlm_labels"].append(labels)
+    return examples
+
+
+def bytes_in(folder: str) -> int:
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def up_front(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[dict]:
+    """Yields, for more and more text, the seconds until the first batch and the bytes written for
+    it: with all examples made before training, and with examples made on the fly.
+    """
+    for count, way in itertools.product((4, 8, 16, 32), ("up front", "on the fly")):
+        part = documents[:count]
+        place = f"{folder}/{count} {way}"
+        started = time.perf_counter()
+        if way == "up front":
+            rows = datasets.Dataset.from_dict({"text": part})
+            make = partial(make_examples, tokenizer=tokenizer)
+            made = rows.map(make, batched=True, batch_size=4, remove_columns="text")
+            made.save_to_disk(place)
+            next(made.with_format("torch").iter(BATCH))
+        else:
+            corpus = tokenize_corpus(part, tokenizer, place)
+            examples = data.PretrainDataset(corpus, tokenizer, LENGTH)
+            data.collate([examples[i] for i in range(BATCH)], examples.padding_idx)
+        seconds = round(time.perf_counter() - started, 2)
+        line = {"way": way, "documents": count, "characters": sum(map(len, part))}
+        yield {**line, "seconds": seconds, "bytes": bytes_in(place)}
+
+
+# ---- A corpus in lists, and many workers -------------------------------------
+
+
+class Lists(Dataset):
+    """A tenth of the examples in Python's lists: 8 bytes for each token, and 28 for the integer
+    itself. To read an object is to count a reference to it, so each worker comes to own a copy of
+    every page.
+    """
+
+    def __init__(self, examples: data.PretrainDataset) -> None:
+        tenth = range(len(examples) // 10)
+        self.rows = [examples[i]["input_ids"].tolist() for i in tenth]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        names = ("input_ids", "token_type_ids", "mlm_labels")
+        return {**dict.fromkeys(names, np.array(self.rows[index])), "nsp_labels": np.array(0)}
+
+
+def memory(
+    documents: list[str], tokenizer: Tokenizer, folder: str, in_lists: bool = False
+) -> Iterator[dict]:
+    """Yields the memory of 16 workers, each with 10 batches waiting, every ten seconds: the setting
+    in which the author of the first version ran out of memory.
+
+    KiB are proportional set sizes, in which a page that n processes share counts 1/n.
+    """
+    corpus = tokenize_corpus(documents, tokenizer, folder)
+    examples: Any = data.PretrainDataset(corpus, tokenizer, LENGTH)
+    if in_lists:
+        examples = Lists(examples)
+    else:
+        gc.freeze()  # as train_pretrain.py does: the collector would copy pages into each worker
+    loader = DataLoader(
+        examples,
+        BATCH,
+        sampler=RandomSampler(examples, replacement=True, num_samples=10**9),
+        collate_fn=partial(data.collate, padding_idx=0),
+        num_workers=16,
+        prefetch_factor=10,
+    )
+    started = time.perf_counter()
+    shown = 0
+    for batches, _ in enumerate(loader, 1):
+        seconds = time.perf_counter() - started
+        if seconds > shown + 10:
+            shown += 10
+            workers = [kib(worker.pid) for worker in multiprocessing.active_children()]
+            line = {"seconds": shown, "batches": batches, "main_kib": kib(os.getpid())}
+            yield {**line, "workers_kib": sum(workers)}
+
+
+def kib(process: int | None) -> int:
+    text = Path(f"/proc/{process}/smaps_rollup").read_text()
+    return int(text.split("\nPss:")[1].split()[0])
+
+
+# ---- The figure --------------------------------------------------------------
+
+
+def draw() -> Any:
+    figure = new_figure((11, 8))
+    (rates, times), (sizes, tokenizers) = figure.subplots(2, 2)
+    for learning_rate in (1e-2, 1e-3, 1e-4):
+        lines = read_columns(FOLDER / "rate.jsonl", learning_rate=learning_rate)
+        rates.plot(lines["step"], lines["mlm_loss"], label=f"learning rate {learning_rate:g}")
+    entropy = lines["entropy_of_targets"][0]
+    rates.axhline(entropy, color="black", linestyle=":", label="entropy of the targets")
+    rates.set(xlabel="step", ylabel="MLM loss, nats", ylim=(0, 11), title="overfitting one sample")
+
+    for way in ("up front", "on the fly"):
+        lines = read_columns(FOLDER / "up_front.jsonl", way=way)
+        times.plot(lines["characters"] / 1e6, lines["seconds"], "o-", label=way)
+    times.set(xlabel="million characters", ylabel="seconds to the first batch")
+    times.set_title("all examples first, or on the fly")
+
+    for name, label in {
+        "lists": "a tenth of the corpus in lists",
+        "mapped": "all of it, mapped",
+    }.items():
+        lines = read_columns(FOLDER / f"{name}.jsonl")
+        total = (lines["main_kib"] + lines["workers_kib"]) / 1024
+        sizes.plot(lines["seconds"], total, label=label)
+    sizes.set(xlabel="seconds", ylabel="MiB, all processes", title="16 workers, prefetch 10")
+    sizes.set_ylim(bottom=0)
+
+    starts = ("its own tokenizer", "another tokenizer", "from scratch")
+    for i, start in enumerate(starts):
+        for j, model in enumerate(("6 layers", "mini")):
+            lines = read_columns(FOLDER / "tokenizer.jsonl", model=model, start=start)
+            mean = 100 * lines["accuracy"].mean()
+            x = j + 0.3 * (i - 1)
+            label = start if j == 0 else None
+            tokenizers.bar(x, mean, 0.27, color=("C2", "C1", "C0")[i], label=label)
+            tokenizers.text(x, mean + 0.3, f"{mean:.1f}", ha="center", fontsize=8)
+    tokenizers.set_xticks((0, 1), ("6 layers, published", "mini, an afternoon"))
+    tokenizers.set(
+        ylim=(70, 95), ylabel="SST-2 dev accuracy, %", title="weights and their tokenizer"
+    )
+    for panel in (rates, times, sizes, tokenizers):
+        panel.legend(fontsize=8)
+    return figure
+
+
+def main(mistake: str, corpus: str, vocabulary: str) -> None:
+    run = {
+        "rate": rate,
+        "up_front": up_front,
+        "mapped": memory,
+        "lists": partial(memory, in_lists=True),
+    }[mistake]
+    documents = list(datasets.load_dataset(corpus, split="train")["text"])
+    with tempfile.TemporaryDirectory() as folder:
+        for line in run(documents, data.load_tokenizer(vocabulary), folder):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        main(*sys.argv[1:])
+    else:
+        draw().savefig(HERE / "mistakes.png", dpi=110)
