@@ -6,11 +6,13 @@ from pathlib import Path
 
 
 from experiments import story
-from sample import generate, lexicon
-from experiments.curves import read_lines
+from sample import generate
+from experiments.curves import HERE, best_accuracies, read_lines
 
 SAMPLE = Path(__file__).parents[1] / "sample"
-RESULTS = Path(__file__).parents[1] / "results"
+WORLDS = generate.LEXICON["worlds"]
+GOOD = generate.LEXICON["tones"]["good"]
+BAD = generate.LEXICON["tones"]["bad"]
 
 
 def rows(file: str) -> list[dict]:
@@ -21,9 +23,8 @@ def words_of(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
-def test_the_files_are_those_that_the_generator_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "HERE", tmp_path)
-    generate.main()
+def test_the_files_are_those_that_the_generator_writes(tmp_path):
+    generate.main(tmp_path)
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("**/*.jsonl"))
     assert len(written) == 5
     for path in written:
@@ -33,15 +34,15 @@ def test_the_files_are_those_that_the_generator_writes(tmp_path, monkeypatch):
 def test_a_review_has_one_tone_one_world_and_one_voice():
     """It has no word of the other tone, and no thing or job of another world but for words that
     both have."""
-    assert not set(lexicon.GOOD) & set(lexicon.BAD)
+    assert not set(GOOD["words"]) & set(BAD["words"])
     own = {
-        genre: words_of(f"{world['job']} {world['thing']} {world['place']} {world['event']}")
-        for genre, world in lexicon.WORLDS.items()
+        genre: words_of(str([world[kind] for kind in ("job", "thing", "place", "event")]))
+        for genre, world in WORLDS.items()
     }
-    things = {genre: words_of(world["thing"]) for genre, world in lexicon.WORLDS.items()}
+    things = {genre: words_of(str(world["thing"])) for genre, world in WORLDS.items()}
     for row in rows("corpus/train.jsonl"):
         words = words_of(row["text"])
-        tones = [words & set(adjectives) for adjectives in (lexicon.GOOD, lexicon.BAD)]
+        tones = [words & set(adjectives) for adjectives in (GOOD["words"], BAD["words"])]
         assert sum(map(bool, tones)) == 1
         genre = max(things, key=lambda genre: len(words & things[genre]))
         assert len(words & things[genre]) >= 3
@@ -51,8 +52,8 @@ def test_a_review_has_one_tone_one_world_and_one_voice():
 
 def test_most_opinion_words_of_the_test_split_never_had_a_label():
     """Nor does an adverb tell the tone of a labelled sentence."""
-    opinions = set(lexicon.GOOD + lexicon.BAD)
-    adverbs = set(lexicon.GOOD_ADVERBS + lexicon.BAD_ADVERBS)
+    opinions = set(GOOD["words"] + BAD["words"])
+    adverbs = set(GOOD["adverbs"] + BAD["adverbs"])
     train, test = (
         [words_of(row["sentence"]) & opinions for row in rows(f"reviews/{split}.jsonl")]
         for split in ("train", "test")
@@ -67,12 +68,12 @@ def test_most_opinion_words_of_the_test_split_never_had_a_label():
 
 def test_the_recorded_run_shows_what_make_run_promises():
     """The raw lines of that run are what the README's table and figure are made of."""
-    folder = RESULTS / "sample"
+    folder = HERE / "story"
     pretrain = read_lines(folder / "pretrain", "validation")
     assert max(pretrain["most_frequent_prediction"]) > 0.9  # the same token everywhere,
     assert pretrain["most_frequent_prediction"][-1] < 0.3  # and not any more
     assert 100 * pretrain["mlm_accuracy"][-1] >= story.accuracy_of_most_frequent_token() + 30
     assert pretrain["nsp_accuracy"][-1] >= 0.85
-    pretrained, scratch = (story.best_accuracies(folder / run) for run in ("pretrained", "scratch"))
+    pretrained, scratch = (best_accuracies(folder / run) for run in ("pretrained", "scratch"))
     assert len(pretrained) == len(scratch) == 3
     assert sum(pretrained) / 3 >= sum(scratch) / 3 + 8
