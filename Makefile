@@ -28,7 +28,7 @@ test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m experiments.speed
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -13,13 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.curves import (
-    HERE,
-    best_accuracies,
-    mean_and_deviation,
-    new_figure,
-    read_lines,
-)
+from experiments.curves import HERE, best_accuracies, mean_and_deviation, new_figure, read_lines
 
 SHARES = ("all", "tenth", "hundredth")  # of the labelled sentences
 # "longer" is a run on a GPU, which has been recorded and is no part of `make afternoon`.
@@ -28,6 +22,7 @@ STARTS = {
     "pretrained": "pretrained",
     "longer": "pretrained for longer, on a GPU",
 }
+COLORS = {"scratch": "C0", "pretrained": "C2", "longer": "C3"}
 STEPS = (250, 500, 1000, 1500, 2000, 2500, 5000, 7500, 10000, 15000)
 
 Accuracies = dict[tuple[str, str], list[float]]  # by start and share; of each seed, in percent
@@ -76,11 +71,11 @@ def loss_table(pretrain: Path) -> list[str]:
 
 def plot_loss(axes: Any, folder: Path) -> None:
     """Draws the validation loss by tokens, and what is known from the tokens' frequencies."""
-    for run, color in (("pretrain", "C2"), ("longer", "C3")):
+    for run, start in (("pretrain", "pretrained"), ("longer", "longer")):
         if (folder / run).exists():
             lines = read_lines(folder / run, "validation")
             millions = np.array(lines["tokens"]) / 1e6
-            axes.plot(millions, lines["mlm_loss"], color=color, label=run)
+            axes.plot(millions, lines["mlm_loss"], color=COLORS[start], label=STARTS[start])
     entropy = lines["unigram_entropy"][0]
     axes.axhline(entropy, color="black", linestyle=":", label="unigram entropy")
     axes.set(xlabel="million tokens", ylabel="MLM loss, nats", title="pretraining on film reviews")
@@ -97,17 +92,12 @@ def plot_gain(axes: Any, found: Accuracies) -> None:
             mean = np.mean(values)
             x = i + (j - (len(starts) - 1) / 2) * width
             label = STARTS[start] if i == 0 else None
-            color = {"scratch": "C0", "pretrained": "C2", "longer": "C3"}[start]
-            axes.bar(x, mean, 0.9 * width, color=color, alpha=0.8, label=label)
+            axes.bar(x, mean, 0.9 * width, color=COLORS[start], alpha=0.8, label=label)
             axes.plot([x] * len(values), values, "k.", markersize=3)
             axes.text(x, max(values) + 0.6, f"{mean:.1f}", ha="center", fontsize=8)
     axes.set_xticks(range(len(SHARES)), SHARES)
-    axes.set(
-        ylim=(50, 96),
-        xlabel="labelled sentences",
-        ylabel="SST-2 dev accuracy, %",
-        title="fine-tuning; a dot is a seed",
-    )
+    axes.set(xlabel="labelled sentences", ylabel="SST-2 dev accuracy, %", ylim=(50, 96))
+    axes.set_title("fine-tuning; a dot is a seed")
     axes.legend(fontsize=8, loc="upper right")
 
 

@@ -19,7 +19,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,8 @@ def make_examples(rows: dict[str, list], tokenizer: Tokenizer) -> dict[str, list
     and tokens, each sentence with the next one or with another of its document.
     """
     examples: dict[str, list] = {"input_ids": [], "mlm_labels": []}
-    cls, sep, mask = (tokenizer.token_to_id(token) for token in (data.CLS, data.SEP, data.MASK))
+    vocabulary = tokenizer.get_vocab()
+    cls, sep, mask = vocabulary[data.CLS], vocabulary[data.SEP], vocabulary[data.MASK]
     for text in rows["text"]:
         sentences = data.split_sentences(text)
         for first, following in itertools.pairwise(sentences):
@@ -188,6 +189,13 @@ def kib(process: int | None) -> int:
     return int(text.split("\nPss:")[1].split()[0])
 
 
+MISTAKES: dict[str, Callable[..., Iterator[dict]]] = {
+    "rate": rate,
+    "up_front": up_front,
+    "mapped": memory,
+    "lists": partial(memory, in_lists=True),
+}
+
 # ---- The figure --------------------------------------------------------------
 
 
@@ -207,11 +215,8 @@ def draw() -> Any:
     times.set(xlabel="million characters", ylabel="seconds to the first batch")
     times.set_title("all examples first, or on the fly")
 
-    for name, label in {
-        "lists": "a tenth of the corpus in lists",
-        "mapped": "all of it, mapped",
-    }.items():
-        lines = read_columns(FOLDER / f"{name}.jsonl")
+    for way, label in (("lists", "a tenth of the corpus in lists"), ("mapped", "all, mapped")):
+        lines = read_columns(FOLDER / f"{way}.jsonl")
         total = (lines["main_kib"] + lines["workers_kib"]) / 1024
         sizes.plot(lines["seconds"], total, label=label)
     sizes.set(xlabel="seconds", ylabel="MiB, all processes", title="16 workers, prefetch 10")
@@ -223,8 +228,8 @@ def draw() -> Any:
             lines = read_columns(FOLDER / "tokenizer.jsonl", model=model, start=start)
             mean = 100 * lines["accuracy"].mean()
             x = j + 0.3 * (i - 1)
-            label = start if j == 0 else None
-            tokenizers.bar(x, mean, 0.27, color=("C2", "C1", "C0")[i], label=label)
+            color = ("C2", "C1", "C0")[i]
+            tokenizers.bar(x, mean, 0.27, color=color, label=None if j else start)
             tokenizers.text(x, mean + 0.3, f"{mean:.1f}", ha="center", fontsize=8)
     tokenizers.set_xticks((0, 1), ("6 layers, published", "mini, an afternoon"))
     tokenizers.set(
@@ -236,15 +241,9 @@ def draw() -> Any:
 
 
 def main(mistake: str, corpus: str, vocabulary: str) -> None:
-    run = {
-        "rate": rate,
-        "up_front": up_front,
-        "mapped": memory,
-        "lists": partial(memory, in_lists=True),
-    }[mistake]
     documents = list(datasets.load_dataset(corpus, split="train")["text"])
     with tempfile.TemporaryDirectory() as folder:
-        for line in run(documents, data.load_tokenizer(vocabulary), folder):
+        for line in MISTAKES[mistake](documents, data.load_tokenizer(vocabulary), folder):
             print(json.dumps(line), flush=True)
 
 

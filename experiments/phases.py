@@ -13,14 +13,14 @@ TICKS = (0, 50, 100, 300, 1000, 3000, 10000)
 def draw() -> Any:
     """Draws the loss and the accuracies by step, on a scale that shows the first hundred."""
     figure = new_figure((11, 4.2))
-    panels = figure.subplots(1, 2)
-    plot_pretraining(*panels, HERE / "afternoon/pretrain")
-    for panel in panels:
+    loss, shares = figure.subplots(1, 2)
+    plot_pretraining(loss, shares, HERE / "afternoon/pretrain")
+    for panel in (loss, shares):
         panel.set_xscale("symlog", linthresh=100)
         panel.set_xlim(left=0)
         panel.set_xticks(TICKS, [f"{tick:,}" for tick in TICKS])
-    panels[0].legend(fontsize=8)
-    panels[1].legend(fontsize=8, loc="upper left")  # where no curve runs
+    loss.legend(fontsize=8)
+    shares.legend(fontsize=8, loc="upper left")  # where no curve runs
     return figure
 
 

@@ -40,5 +40,7 @@ def fewer(dataset: str, every: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    command, *arguments = sys.argv[1:]
-    {"reviews": reviews, "fewer": fewer}[command](*arguments)
+    if sys.argv[1] == "reviews":
+        reviews(*sys.argv[2:])
+    else:
+        fewer(*sys.argv[2:])

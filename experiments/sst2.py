@@ -29,10 +29,12 @@ def draw() -> Any:
     loss, accuracy = figure.subplots(1, 2)
     for i, rate in enumerate((5e-5, 1e-5, 1e-6)):
         style = {"color": f"C{i}", "label": f"learning rate {rate:g}"}
-        training = smooth(*means_of_seeds(LINES, "train", "loss", rate))
-        loss.plot(*training, color=f"C{i}", alpha=0.35)
-        loss.plot(*means_of_seeds(LINES, "validation", "loss", rate), **style)
-        accuracy.plot(*means_of_seeds(LINES, "validation", "accuracy", rate), **style)
+        steps, means = means_of_seeds(LINES, "train", "loss", rate)
+        loss.plot(*smooth(steps, means), color=f"C{i}", alpha=0.35)
+        steps, means = means_of_seeds(LINES, "validation", "loss", rate)
+        loss.plot(steps, means, **style)
+        steps, means = means_of_seeds(LINES, "validation", "accuracy", rate)
+        accuracy.plot(steps, means, **style)
     loss.set(xlabel="step", ylabel="loss, nats", title="from scratch: training (pale) and dev")
     accuracy.set(xlabel="step", ylabel="dev accuracy", title="from scratch")
     accuracy.legend(fontsize=8)

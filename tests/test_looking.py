@@ -1,9 +1,6 @@
-"""Looking into a model: its parameters by part, its guesses for masks, and its attention drawn.
-Then the curves of a run.
-"""
+"""Looking into a model: its parameters by part, its guesses for masks, the curves of a run."""
 
 import dataclasses
-import itertools
 import os
 import re
 import sys
@@ -13,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import python, run, run_in_process
+from helpers import python, run
 from safetensors.torch import load_file, save_file
 from strategies import (
     FIXED,
@@ -30,7 +27,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
 import bert
-import experiments.attention
 import train_pretrain
 import train_sst2
 from bert import (
@@ -42,7 +38,6 @@ from bert import (
     look,
     parameter_counts,
 )
-from experiments.attention import attention_probs, draw_attention, draw_text
 from support.curves import draw_pretraining, draw_sst2, means_of_seeds, plot_pretraining
 from train_sst2 import SST2Options
 
@@ -108,99 +103,6 @@ def test_masks_are_filled_on_the_device_of_the_model():
     assert asked == ["meta"]
 
 
-def test_attention_is_shown_as_it_is_in_every_layer_and_head():
-    """Rows are distributions, and they are those that make the output: a query of zeros makes them
-    uniform."""
-    model = build(Bert, dataclasses.replace(PUBLISHABLE, fused_attention=False))
-    probs = attention_probs(model, torch.tensor([[2, 5, 4, 7, 3]]))
-    assert probs.shape == (3, 2, 5, 5)
-    torch.testing.assert_close(probs.sum(dim=-1), torch.ones(3, 2, 5, dtype=probs.dtype))
-    assert probs.std(dim=-1).min() > 1e-6
-    torch.nn.init.zeros_(model.layers[1].attention.query.weight)
-    torch.nn.init.zeros_(model.layers[1].attention.query.bias)
-    probs = attention_probs(model, torch.tensor([[2, 5, 4, 7, 3]]))
-    torch.testing.assert_close(probs[1], torch.full_like(probs[1], 0.2))
-    assert probs[0].std(dim=-1).min() > 1e-6
-
-
-def test_the_attention_figure_has_a_panel_for_each_head_with_its_tokens():
-    pytest.importorskip("matplotlib")
-    probs = torch.rand(3, 2, 4, 4).softmax(dim=-1)
-    tokens = ["[CLS]", "a", "##b", "[SEP]"]
-    figure = draw_attention(probs, tokens)
-    *panels, bar = figure.axes  # the last one is the colour bar
-    assert len(panels) == 3 * 2
-    assert bar.get_ylabel() == "probability"
-    assert (figure.get_supxlabel(), figure.get_supylabel()) == (
-        "key: attended to",
-        "query: attends",
-    )
-    for i, panel in enumerate(panels):
-        assert panel.get_title() == f"layer {i // 2 + 1}, head {i % 2 + 1}"
-        below = [label.get_text() for label in panel.get_xticklabels()]
-        left = [label.get_text() for label in panel.get_yticklabels()]
-        assert below == (tokens if i >= 4 else [])  # at the edges of the grid
-        assert left == (tokens if i % 2 == 0 else [])
-        (image,) = panel.get_images()  # a row of it is a query
-        assert torch.equal(torch.from_numpy(image.get_array().data), probs[i // 2, i % 2])
-        assert image.get_clim() == (0, 1)  # one scale for all panels
-    assert image.colorbar.ax is bar  # which tells what the colours of the panels mean
-
-
-@pytest.mark.parametrize(
-    ("layers", "heads", "length", "inches"),
-    [(3, 2, 4, (2 * 1.2 + 1.5, 3 * 1.2 + 1.5)), (2, 3, 20, (3 * 2.8 + 1.5, 2 * 2.8 + 1.5))],
-)
-def test_the_attention_figure_grows_with_layers_heads_and_length(layers, heads, length, inches):
-    """Labels of 0.14 inches each have to fit."""
-    pytest.importorskip("matplotlib")
-    probs = torch.rand(layers, heads, length, length)
-    figure = draw_attention(probs, ["a"] * length)
-    assert figure.get_size_inches().tolist() == pytest.approx(inches)
-
-
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 3)])
-def test_nothing_in_the_attention_figure_overlaps(layers, heads):
-    pytest.importorskip("matplotlib")
-    tokens = ["[CLS]", *["unbelievable"] * 18, "[SEP]"]
-    figure = draw_attention(torch.rand(layers, heads, 20, 20), tokens)
-    figure.draw_without_rendering()  # decides the places
-    panels = figure.axes[:-1]
-    assert len({round(panel.get_window_extent().width, 3) for panel in panels}) == 1
-    places = [axes.get_tightbbox() for axes in figure.axes]
-    labels = panels[-1].get_xticklabels()  # of the last row, so it has some
-    for boxes in (places, [label.get_window_extent() for label in labels]):
-        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-
-
-def test_the_help_of_the_picture_explains_its_words(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["attention", "--help"])
-    with pytest.raises(SystemExit):
-        experiments.attention.main()
-    shown = " ".join(capsys.readouterr().out.split())
-    assert shown.startswith("usage: experiments.attention [-h] [--out OUT] source text ")
-    assert experiments.attention.__doc__.splitlines()[0] in shown
-    for words in (
-        "source directory or hub id of a model",
-        "text what the model reads",
-        "--out OUT the picture (default: attention.png)",
-    ):
-        assert f" {words} " in f"{shown} "
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    return publish(tmp_path_factory.mktemp("pretrained"))
-
-
-def test_the_command_draws_attention(pretrained, tmp_path):
-    pytest.importorskip("matplotlib")
-    picture = str(tmp_path / "a.png")
-    line = ("experiments.attention", str(pretrained), "a b c.", "--out", picture)
-    assert run_in_process(tmp_path / "output", *line) == (0, "")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_an_encoder_without_a_head_fills_no_mask(tmp_path, capsys):
     """A new, random head would guess nonsense. The parameters are counted all the same."""
     publish(tmp_path, cls=Bert)
@@ -230,37 +132,6 @@ def test_a_tokenizer_without_a_special_token_is_named(token):
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     with pytest.raises(ValueError, match=re.escape(f"the tokenizer has no {token}")):
         fill_masks(build(BertPretrainModel, PUBLISHABLE), tokenizer, "a")
-
-
-def test_a_picture_into_a_folder_that_is_not_there_is_rejected_before_any_work(tmp_path):
-    with pytest.raises(ValueError, match=r"--out .*a\.png: its folder does not exist"):
-        draw_text("no/such/model", "a b", str(tmp_path / "nowhere/a.png"))
-
-
-def test_a_picture_is_of_the_tokens_of_the_text(tmp_path, monkeypatch):
-    drawn = []
-
-    def draw(probs, tokens):
-        drawn.append((probs.shape, tokens))
-        return figure
-
-    figure = mock.Mock()
-    monkeypatch.setattr(experiments.attention, "draw_attention", draw)
-    source, picture = str(publish(tmp_path)), str(tmp_path / "a.png")
-    monkeypatch.setattr(sys, "argv", ["attention", source, "a b", "--out", picture])
-    experiments.attention.main()
-    assert drawn == [((3, 2, 4, 4), ["[CLS]", "a", "b", "[SEP]"])]
-    figure.savefig.assert_called_once_with(picture, dpi=120)
-
-
-def test_a_mistyped_model_of_a_picture_is_one_line_and_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["attention", "no/such/place", "a"])
-    with pytest.raises(SystemExit) as ended:
-        experiments.attention.main()
-    assert ended.value.code == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("error: no/such/place is no directory")
-    assert printed.count("\n") == 1
 
 
 def in_this_process(monkeypatch, *arguments: str) -> None:
@@ -453,29 +324,9 @@ def test_a_run_without_its_training_lines_or_with_a_loss_that_is_null_is_drawn(t
     assert (tmp_path / "tuned/curves.png").exists()
 
 
-def test_a_picture_that_would_be_too_large_is_rejected_before_it_is_drawn(tmp_path, monkeypatch):
-    """Its memory grows with the square of the tokens: 40 GiB for base and 512."""
-    publish(tmp_path)  # 3 layers of 2 heads
-    monkeypatch.setattr(experiments.attention, "LARGEST_PICTURE", 3 * 2 * 4**2)
-    monkeypatch.setattr(experiments.attention, "draw_attention", mock.Mock())
-    draw_text(str(tmp_path), "a b", str(tmp_path / "a.png"))
-    with pytest.raises(ValueError, match="5 tokens make too large a picture"):
-        draw_text(str(tmp_path), "a b c", str(tmp_path / "a.png"))
-
-
-def test_a_picture_needs_a_tokenizer_that_fits(tmp_path):
-    publish(tmp_path)
-    tokenizer = small_tokenizer()
-    tokenizer.add_tokens(["more"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="tokenizer has the id 41, the weights have 41 tokens"):
-        draw_text(str(tmp_path), "a more", str(tmp_path / "a.png"))
-
-
 def test_a_text_that_is_not_utf_8_is_rejected(tmp_path):
-    for see in (look, lambda source, text: draw_text(source, text, str(tmp_path / "a.png"))):
-        with pytest.raises(ValueError, match="surrogates not allowed"):
-            see(str(publish(tmp_path / "model")), "caf\udce9 [MASK]")
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        look(str(publish(tmp_path / "model")), "caf\udce9 [MASK]")
 
 
 @pytest.mark.slow

@@ -1,0 +1,272 @@
+"""A training step, and a data worker, beside those of transformers.
+
+    make bench                                           # ten minutes on two cores, or on a GPU
+    python -m experiments.speed >> experiments/speed.jsonl
+    python -m experiments.speed draw                     # draws speed.png from these lines
+
+Each contestant has a process of its own, so that no cache and no setting of the allocator helps
+another. They take turns, and a ratio is the median over the rounds: single times drift with the
+machine. All have the same batches, of the sample.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+import data
+from bert import BertConfig, BertPretrainModel
+from experiments.curves import HERE, new_figure, read_columns
+from experiments.mistakes import tokenize_corpus
+from support.devices import choose_device, choose_precision, keep_freed_memory
+from train_pretrain import PretrainLosses, add_gradients, make_optimizer, to_device, update
+
+VOCAB_SIZE = 30522  # of the models, as the published ones have it; the sample's ids are smaller
+LENGTH = 128
+SAMPLE = HERE.parent / "sample/corpus/train.jsonl"
+
+Batch = dict[str, torch.Tensor]
+Step = Callable[[], Any]
+
+# ---- The contestants ---------------------------------------------------------
+
+
+@dataclass
+class Training:
+    """A training step, and how it is run."""
+
+    who: str
+    size: str
+    precision: Any = "auto"
+    keeps_memory: bool = True  # instead of returning it to the system
+    compiled: bool = False
+
+    def __call__(self, batch: Batch) -> Step:
+        """Returns the step, in the process that will run it."""
+        if self.keeps_memory:
+            keep_freed_memory()
+        device = choose_device(None)
+        precision = choose_precision(self.precision, device)
+        length = batch["input_ids"].shape[1]
+        config = BertConfig.named(self.size, vocab_size=VOCAB_SIZE, max_seq_length=length)
+        make = our_step if self.who == "ours" else their_step
+        return make(config, batch, device, precision, self.compiled)
+
+
+def our_step(
+    config: BertConfig, batch: Batch, device: torch.device, precision: Any, compiled: bool
+) -> Step:
+    """Returns a step as train_pretrain.py makes it."""
+    model = BertPretrainModel(config, 0).to(device).train()
+    optimizer = make_optimizer(model)
+    losses_of: Any = PretrainLosses(model, precision)
+    if compiled:
+        losses_of = torch.compile(losses_of, fullgraph=True)
+
+    def step() -> None:
+        add_gradients(losses_of, [to_device(batch, device)])
+        update(model, optimizer, 1e-4)
+
+    return step
+
+
+def their_step(
+    config: BertConfig, batch: Batch, device: torch.device, precision: Any, compiled: bool
+) -> Step:
+    """Returns a step of transformers' BertForPreTraining, with our optimizer."""
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.encoder_layers,
+        "num_attention_heads": config.head_num,
+        "intermediate_size": config.d_feed_forward,
+        "max_position_embeddings": config.max_seq_length,
+    }
+    model: Any = transformers.BertForPreTraining(transformers.BertConfig(**sizes))
+    model.to(device).train()
+    optimizer = make_optimizer(model)
+    forward = torch.compile(model) if compiled else model
+    reduced = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+    def step() -> None:
+        here = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        with reduced:
+            output = forward(
+                here["input_ids"],
+                here["input_ids"] != 0,
+                here["token_type_ids"],
+                labels=here["mlm_labels"],
+                next_sentence_label=here["nsp_labels"],
+            )
+        output.loss.backward()
+        update(model, optimizer, 1e-4)
+
+    return step
+
+
+def our_worker(examples: data.PretrainDataset, rows: int) -> Step:
+    """Returns what makes a batch in one thread, of a corpus that has been tokenized."""
+    torch.set_num_threads(1)
+    numbers = np.random.default_rng(0)
+
+    def batch() -> Batch:
+        chosen = numbers.integers(len(examples), size=rows).tolist()
+        return data.collate([examples[i] for i in chosen], examples.padding_idx)
+
+    return batch
+
+
+def their_worker(tokenizer: Tokenizer, texts: list[str]) -> Step:
+    """Returns what tokenizes and masks these texts in one thread."""
+    import transformers
+
+    torch.set_num_threads(1)
+    special = {"pad_token": data.PAD, "mask_token": data.MASK}
+    encode: Any = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    collate = transformers.DataCollatorForLanguageModeling(encode, mlm_probability=0.15)
+    return lambda: collate([encode(text) for text in texts])
+
+
+# ---- The contest -------------------------------------------------------------
+
+STEP: list[Step] = []  # what this process runs
+
+
+def prepare(make: Callable[..., Step], *arguments: Any) -> None:
+    STEP.append(make(*arguments))
+
+
+def seconds_of(steps: int) -> float:
+    """Returns the seconds of a step. A GPU is waited for before the first and after the last."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else int
+    wait()
+    started = time.perf_counter()
+    for _ in range(steps):
+        STEP[0]()
+    wait()
+    return (time.perf_counter() - started) / steps
+
+
+def contest(contestants: list[tuple], rounds: int, steps: int) -> Iterator[dict[str, float]]:
+    """Yields the median seconds of a step of each contestant, and how many times as fast as it the
+    first one is. A contestant is a function that returns its step, and the arguments of it.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(ProcessPoolExecutor(1, spawn, prepare, contestant))
+            for contestant in contestants
+        ]
+        for process in processes:
+            process.submit(seconds_of, 3).result()  # to warm up
+        times: list[list[float]] = [[] for _ in contestants]
+        for _ in range(rounds):
+            for process, seconds in zip(processes, times, strict=True):
+                time.sleep(0.05)  # for threads that still spin
+                seconds.append(process.submit(seconds_of, steps).result())
+    for seconds in times:
+        ratios = np.array(seconds) / np.array(times[0])
+        yield {"seconds": float(np.median(seconds)), "times_as_fast": float(np.median(ratios))}
+
+
+def peers(size: str, compiled: bool) -> list[Training]:
+    """Returns ours, transformers as it comes, and transformers with our precision and memory."""
+    ours = Training("ours", size, compiled=compiled)
+    as_it_comes = Training("transformers, as it comes", size, "float32", keeps_memory=False)
+    same = Training("transformers, same precision", size, compiled=compiled)
+    return [ours, same] if compiled else [ours, as_it_comes, same]
+
+
+def measure(
+    trainings: list[tuple[str, int, bool]], worker_rows: int, rounds: int, steps: int
+) -> Iterator[dict[str, Any]]:
+    """Yields a line for each contestant. trainings: size, rows, and whether it is compiled."""
+    texts = list(read_columns(SAMPLE)["text"])
+    tokenizer = data.train_tokenizer(texts, 2000)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = tokenize_corpus(texts, tokenizer, folder)
+        examples = data.PretrainDataset(corpus, tokenizer, LENGTH)
+        for size, rows, compiled in trainings:
+            batch = data.collate([examples[i] for i in range(rows)], examples.padding_idx)
+            rivals = peers(size, compiled)
+            found = contest([(rival, batch) for rival in rivals], rounds, steps)
+            for rival, result in zip(rivals, found, strict=True):
+                yield {**asdict(rival), **describe(batch, result)}
+
+        batch = data.collate([examples[i] for i in range(worker_rows)], examples.padding_idx)
+        labels = batch["mlm_labels"]
+        ids = torch.where(labels == data.IGNORED_LABEL, batch["input_ids"], labels)
+        theirs = (their_worker, tokenizer, tokenizer.decode_batch(ids.tolist()))
+        found = contest([(our_worker, examples, worker_rows), theirs], rounds, steps)
+        for who, result in zip(("ours", "transformers"), found, strict=True):
+            yield {"who": who, "size": "data worker", **describe(batch, result)}
+
+
+def describe(batch: Batch, result: dict[str, float]) -> dict[str, Any]:
+    """Returns what a line says besides: the batch, the speed, and the machine."""
+    rows, length = batch["input_ids"].shape
+    real_tokens = (batch["input_ids"] != 0).sum().item()
+    machine = f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        machine = torch.cuda.get_device_name()
+    return {
+        "batch": f"{rows} x {length}",
+        "tokens_per_second": round(real_tokens / result["seconds"]),
+        "times_as_fast": round(result["times_as_fast"], 3),
+        "auto": choose_precision("auto", choose_device(None)),
+        "machine": machine,
+        "torch": torch.__version__,
+    }
+
+
+# ---- The figure --------------------------------------------------------------
+
+
+def draw() -> Any:
+    """Draws how many times as fast as transformers each line says that ours is."""
+    figure = new_figure((9, 5))
+    axes = figure.subplots()
+    lines = [json.loads(line) for line in (HERE / "speed.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["who"] != "ours"]
+    names = []
+    for i, line in enumerate(lines):
+        ratio = line["times_as_fast"]
+        axes.barh(i, ratio, color="C0" if line["auto"] == "float32" else "C2")
+        axes.text(ratio + 0.05, i, f"{ratio:.2f}", va="center", fontsize=8)
+        how = ", compiled" if line.get("compiled") else ""
+        names.append(f"{line['size']}, {line['batch']}{how}: {line['who']}\n{line['machine']}")
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_xlim(right=1.1 * max(line["times_as_fast"] for line in lines))
+    axes.invert_yaxis()
+    axes.axvline(1, color="black", linestyle=":")
+    axes.set(xlabel="times as fast as transformers", title="tokens a second")
+    return figure
+
+
+def main() -> None:
+    trainings, steps = [("mini", 16, False), ("base", 4, False)], 1
+    if torch.cuda.is_available():
+        trainings = [("mini", 256, False), ("base", 64, False), ("base", 64, True)]
+        steps = 20
+    for line in measure(trainings, worker_rows=256, rounds=7, steps=steps):
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["draw"]:
+        draw().savefig(HERE / "speed.png", dpi=110)
+    else:
+        main()
