@@ -1,4 +1,4 @@
-# make run | make afternoon | make test | make bench | make lint | make wheel | make mutants: each makes .venv by itself; python3 with venv is all it needs.
+# make run | make afternoon | make test | make bench | make lint | make wheel: each makes .venv by itself; python3 with venv is all it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ EPOCHS ?= 10
 SEEDS ?= 3
 FINE = --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS)
 
-.PHONY: run test bench lint wheel mutants clean
+.PHONY: run test bench lint wheel clean
 
 run: $(VENV)/ready
 	rm -rf "$(RUN)"
@@ -41,12 +41,6 @@ wheel:
 	$(PYTHON) -m venv runs/wheel
 	runs/wheel/bin/pip install --quiet --constraint constraints.txt .
 	cd runs/wheel && bin/python -m train_pretrain --steps 2
-
-# All of it takes hours. A part of it: make mutants PART="support.folder*"
-mutants: $(VENV)/ready
-	$(BIN)/pip install --quiet --constraint constraints.txt mutmut
-	OMP_NUM_THREADS=1 $(BIN)/mutmut run $(if $(PART),"$(PART)")
-	$(BIN)/mutmut results
 
 $(VENV)/ready: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)

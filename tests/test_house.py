@@ -17,7 +17,7 @@ from strategies import LETTERS, write_texts
 FOUR_FILES = ("bert", "data", "train_pretrain", "train_sst2")
 
 
-FOLDERS = ("support", "extras", "experiments", "benchmarks", "sample")
+FOLDERS = ("support", "extras", "experiments", "sample")
 
 
 MAY_IMPORT = {
@@ -27,8 +27,7 @@ MAY_IMPORT = {
     "train_pretrain": {"bert", "data", "support"},
     "train_sst2": {"bert", "data", "support", "train_pretrain"},
     "extras": {*FOUR_FILES, "support", "extras"},
-    "experiments": {*FOUR_FILES, "support", "extras", "experiments"},
-    "benchmarks": {*FOUR_FILES, "support", "extras", "benchmarks"},
+    "experiments": {*FOUR_FILES, "support", "experiments"},
     "sample": {"sample"},
 }
 
@@ -104,10 +103,6 @@ def test_no_module_edits_the_search_path():
     ]:
         if file.suffix == ".py" and file != Path(__file__):
             assert "sys.path." not in file.read_text(), file
-
-
-def test_results_holds_no_code():
-    assert list((ROOT / "results").rglob("*.py")) == []
 
 
 # ---- Importing and copying ----------------------------------------------------------------------

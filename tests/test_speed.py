@@ -1,4 +1,4 @@
-"""What keeps a step fast, tested without a clock: benchmarks/ has the times."""
+"""What keeps a step fast, tested without a clock: experiments/speed.py takes the times."""
 
 import functools
 import platform
