@@ -30,8 +30,9 @@ Accuracies = dict[tuple[str, str], list[float]]  # by start and share; of each s
 
 def at_best_rate(run: Path) -> list[float]:
     """Returns the accuracies of the seeds at the learning rate that has the best mean."""
-    rates = set(read_lines(run, "validation")["learning_rate"])
-    return max((best_accuracies(run, rate) for rate in sorted(rates)), key=np.mean)
+    rates = np.unique(read_lines(run, split="validation")["learning_rate"])
+    of_rates = [best_accuracies(run, learning_rate=rate) for rate in rates]
+    return max(of_rates, key=np.mean)
 
 
 def accuracies(folder: Path) -> Accuracies:
@@ -60,7 +61,7 @@ def gain_table(found: Accuracies) -> list[str]:
 def loss_table(pretrain: Path) -> list[str]:
     """Returns the rows of a table: what to expect in the course of pretraining."""
     rows = ["| step | million tokens | MLM loss | NSP accuracy |", "|---|---|---|---|"]
-    lines = read_lines(pretrain, "validation")
+    lines = read_lines(pretrain, split="validation")
     for i, step in enumerate(lines["step"]):
         if step in STEPS:
             tokens = lines["tokens"][i] / 1e6
@@ -73,9 +74,10 @@ def plot_loss(axes: Any, folder: Path) -> None:
     """Draws the validation loss by tokens, and what is known from the tokens' frequencies."""
     for run, start in (("pretrain", "pretrained"), ("longer", "longer")):
         if (folder / run).exists():
-            lines = read_lines(folder / run, "validation")
-            millions = np.array(lines["tokens"]) / 1e6
-            axes.plot(millions, lines["mlm_loss"], color=COLORS[start], label=STARTS[start])
+            lines = read_lines(folder / run, split="validation")
+            millions = lines["tokens"] / 1e6
+            style = {"color": COLORS[start], "label": STARTS[start]}
+            axes.plot(millions, lines["mlm_loss"], **style)
     entropy = lines["unigram_entropy"][0]
     axes.axhline(entropy, color="black", linestyle=":", label="unigram entropy")
     axes.set(xlabel="million tokens", ylabel="MLM loss, nats", title="pretraining on film reviews")

@@ -10,28 +10,20 @@ import numpy as np
 HERE = Path(__file__).parent
 
 
-def read_lines(run: Path, split: str) -> dict[str, list]:
-    """Returns the lines of a run that have this split (train, validation or test), as columns.
+def read_lines(run: Path, **wanted: Any) -> dict[str, np.ndarray]:
+    """Returns the lines of a run that have what is wanted, such as split="validation", as columns.
 
-    run: the folder of a run, or the file itself. JSON has null for a number that is not finite; it
-    becomes NaN.
+    run: the folder of a run, or a file of JSON lines. A number that is not finite, for which JSON
+    has null, becomes NaN.
     """
     file = run / "metrics.jsonl" if run.is_dir() else run
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    lines = [line for line in lines if line["split"] == split]
-    names = lines[0] if lines else {}
-    columns = {name: [line[name] for line in lines] for name in names}
-    return {
-        name: [math.nan if value is None else value for value in values]
-        for name, values in columns.items()
-    }
-
-
-def read_columns(file: Path, **wanted: Any) -> dict[str, np.ndarray]:
-    """Returns the columns of a file of JSON lines, of the lines that have what is wanted."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    lines = [line for line in lines if all(line[name] == wanted[name] for name in wanted)]
-    return {name: np.array([line[name] for line in lines]) for name in lines[0]}
+    columns: dict[str, list] = {}
+    for text in file.read_text().splitlines():
+        line = json.loads(text)
+        if wanted.items() <= line.items():
+            for name, value in line.items():
+                columns.setdefault(name, []).append(math.nan if value is None else value)
+    return {name: np.array(values) for name, values in columns.items()}
 
 
 def new_figure(inches: tuple[float, float]) -> Any:
@@ -42,29 +34,23 @@ def new_figure(inches: tuple[float, float]) -> Any:
 
 
 def means_of_seeds(
-    run: Path, split: str, name: str, rate: float | None = None, by: str = "step"
-) -> tuple[list[int], list[float]]:
+    run: Path, name: str, by: str = "step", **wanted: Any
+) -> tuple[np.ndarray, list[float]]:
     """Returns the steps (or epochs) of a run of train_sst2.py, and the mean of a quantity over the
-    seeds at each. rate: one learning rate; by default all of them.
+    seeds at each. wanted: see `read_lines`.
     """
-    lines = read_lines(run, split)
-    values: dict[int, list[float]] = {}
-    for i, step in enumerate(lines[by]):
-        if rate in (None, lines["learning_rate"][i]):
-            values.setdefault(step, []).append(lines[name][i])
-    return list(values), [float(np.mean(v)) for v in values.values()]
+    lines = read_lines(run, **wanted)
+    steps = np.unique(lines[by])
+    return steps, [lines[name][lines[by] == step].mean() for step in steps]
 
 
-def best_accuracies(run: Path, rate: float | None = None) -> list[float]:
+def best_accuracies(run: Path, **wanted: Any) -> list[float]:
     """Returns the accuracy of each seed of a run of train_sst2.py on the validation split, in
-    percent, at its best epoch. rate: one learning rate; by default the best of all.
+    percent, at its best epoch. wanted: see `read_lines`.
     """
-    lines = read_lines(run, "validation")
-    best: dict[int, float] = {}
-    for i, seed in enumerate(lines["seed"]):
-        if rate in (None, lines["learning_rate"][i]):
-            best[seed] = max(best.get(seed, 0.0), 100 * lines["accuracy"][i])
-    return list(best.values())
+    lines = read_lines(run, split="validation", **wanted)
+    seeds = np.unique(lines["seed"])
+    return [100 * lines["accuracy"][lines["seed"] == seed].max() for seed in seeds]
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -76,8 +62,8 @@ def plot_pretraining(loss: Any, shares: Any, run: Path) -> None:
     """Draws two panels: the MLM loss beside two that are reached without reading the text, and the
     accuracies with the share of the most frequent prediction.
     """
-    train = read_lines(run, "train")
-    validation = read_lines(run, "validation")
+    train = read_lines(run, split="train")
+    validation = read_lines(run, split="validation")
     loss.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
     loss.plot(validation["step"], validation["mlm_loss"], label="validation")
     for name, style, label in (

@@ -25,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 
 import data
 from bert import BertConfig, BertPretrainModel
-from experiments.curves import HERE, new_figure, read_columns
+from experiments.curves import HERE, new_figure, read_lines
 from train_pretrain import PretrainLosses, add_gradients, make_optimizer, to_device, update
 
 LENGTH = 128
@@ -59,8 +58,13 @@ def rate(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[di
     batch = to_device(batch, torch.device("cpu"))
     shares = batch["mlm_targets"].bincount() / len(batch["mlm_targets"])
     entropy = torch.special.entr(shares).sum().item()  # ln n, if the n tokens all differ
-    sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_seq_length": LENGTH}
-    config = BertConfig.named("mini", **sizes, dropout=0.0, attention_dropout=0.0)
+    config = BertConfig.named(
+        "mini",
+        vocab_size=tokenizer.get_vocab_size(),
+        max_seq_length=LENGTH,
+        dropout=0.0,
+        attention_dropout=0.0,
+    )
     for learning_rate in (1e-2, 1e-3, 1e-4):
         torch.manual_seed(0)
         model = BertPretrainModel(config, examples.padding_idx).train()
@@ -70,8 +74,12 @@ def rate(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[di
             mlm_loss, _ = add_gradients(losses_of, [batch]).tolist()
             update(model, optimizer, learning_rate)
             if step % 5 == 0:
-                line = {"learning_rate": learning_rate, "step": step, "mlm_loss": mlm_loss}
-                yield {**line, "entropy_of_targets": entropy}
+                yield {
+                    "learning_rate": learning_rate,
+                    "step": step,
+                    "mlm_loss": mlm_loss,
+                    "entropy_of_targets": entropy,
+                }
 
 
 # ---- All examples made before training ---------------------------------------
@@ -83,7 +91,9 @@ def make_examples(rows: dict[str, list], tokenizer: Tokenizer) -> dict[str, list
     """
     examples: dict[str, list] = {"input_ids": [], "mlm_labels": []}
     vocabulary = tokenizer.get_vocab()
-    cls, sep, mask = vocabulary[data.CLS], vocabulary[data.SEP], vocabulary[data.MASK]
+    cls = vocabulary[data.CLS]
+    sep = vocabulary[data.SEP]
+    mask = vocabulary[data.MASK]
     for text in rows["text"]:
         sentences = data.split_sentences(text)
         for first, following in itertools.pairwise(sentences):
@@ -101,10 +111,6 @@ def make_examples(rows: dict[str, list], tokenizer: Tokenizer) -> dict[str, list
             examples["input_ids"].append(ids)
             examples["mlm_labels"].append(labels)
     return examples
-
-
-def bytes_in(folder: str) -> int:
-    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
 def up_front(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[dict]:
@@ -126,29 +132,17 @@ def up_front(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterato
             examples = data.PretrainDataset(corpus, tokenizer, LENGTH)
             data.collate([examples[i] for i in range(BATCH)], examples.padding_idx)
         seconds = round(time.perf_counter() - started, 2)
-        line = {"way": way, "documents": count, "characters": sum(map(len, part))}
-        yield {**line, "seconds": seconds, "bytes": bytes_in(place)}
+        files = [file for file in Path(place).rglob("*") if file.is_file()]
+        yield {
+            "way": way,
+            "documents": count,
+            "characters": sum(map(len, part)),
+            "seconds": seconds,
+            "bytes": sum(file.stat().st_size for file in files),
+        }
 
 
 # ---- A corpus in lists, and many workers -------------------------------------
-
-
-class Lists(Dataset):
-    """A tenth of the examples in Python's lists: 8 bytes for each token, and 28 for the integer
-    itself. To read an object is to count a reference to it, so each worker comes to own a copy of
-    every page.
-    """
-
-    def __init__(self, examples: data.PretrainDataset) -> None:
-        tenth = range(len(examples) // 10)
-        self.rows = [examples[i]["input_ids"].tolist() for i in tenth]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        names = ("input_ids", "token_type_ids", "mlm_labels")
-        return {**dict.fromkeys(names, np.array(self.rows[index])), "nsp_labels": np.array(0)}
 
 
 def memory(
@@ -157,12 +151,15 @@ def memory(
     """Yields the memory of 16 workers, each with 10 batches waiting, every ten seconds: the setting
     in which the author of the first version ran out of memory.
 
-    KiB are proportional set sizes, in which a page that n processes share counts 1/n.
+    KiB are proportional set sizes, in which a page that n processes share counts 1/n. To read an
+    object of Python is to count a reference to it. So with a tenth of the examples in lists, each
+    worker comes to own a copy of every page.
     """
     corpus = tokenize_corpus(documents, tokenizer, folder)
     examples: Any = data.PretrainDataset(corpus, tokenizer, LENGTH)
-    if in_lists:
-        examples = Lists(examples)
+    if in_lists:  # 8 bytes for each token, and 28 for the integer itself
+        tenth = [examples[i] for i in range(len(examples) // 10)]
+        examples = [{name: array.tolist() for name, array in row.items()} for row in tenth]
     else:
         gc.freeze()  # as train_pretrain.py does: the collector would copy pages into each worker
     loader = DataLoader(
@@ -180,8 +177,12 @@ def memory(
         if seconds > shown + 10:
             shown += 10
             workers = [kib(worker.pid) for worker in multiprocessing.active_children()]
-            line = {"seconds": shown, "batches": batches, "main_kib": kib(os.getpid())}
-            yield {**line, "workers_kib": sum(workers)}
+            yield {
+                "seconds": shown,
+                "batches": batches,
+                "main_kib": kib(os.getpid()),
+                "workers_kib": sum(workers),
+            }
 
 
 def kib(process: int | None) -> int:
@@ -203,33 +204,34 @@ def draw() -> Any:
     figure = new_figure((11, 8))
     (rates, times), (sizes, tokenizers) = figure.subplots(2, 2)
     for learning_rate in (1e-2, 1e-3, 1e-4):
-        lines = read_columns(FOLDER / "rate.jsonl", learning_rate=learning_rate)
+        lines = read_lines(FOLDER / "rate.jsonl", learning_rate=learning_rate)
         rates.plot(lines["step"], lines["mlm_loss"], label=f"learning rate {learning_rate:g}")
     entropy = lines["entropy_of_targets"][0]
     rates.axhline(entropy, color="black", linestyle=":", label="entropy of the targets")
     rates.set(xlabel="step", ylabel="MLM loss, nats", ylim=(0, 11), title="overfitting one sample")
 
     for way in ("up front", "on the fly"):
-        lines = read_columns(FOLDER / "up_front.jsonl", way=way)
+        lines = read_lines(FOLDER / "up_front.jsonl", way=way)
         times.plot(lines["characters"] / 1e6, lines["seconds"], "o-", label=way)
     times.set(xlabel="million characters", ylabel="seconds to the first batch")
     times.set_title("all examples first, or on the fly")
 
     for way, label in (("lists", "a tenth of the corpus in lists"), ("mapped", "all, mapped")):
-        lines = read_columns(FOLDER / f"{way}.jsonl")
+        lines = read_lines(FOLDER / f"{way}.jsonl")
         total = (lines["main_kib"] + lines["workers_kib"]) / 1024
         sizes.plot(lines["seconds"], total, label=label)
     sizes.set(xlabel="seconds", ylabel="MiB, all processes", title="16 workers, prefetch 10")
     sizes.set_ylim(bottom=0)
 
     starts = ("its own tokenizer", "another tokenizer", "from scratch")
+    colors = ("C2", "C1", "C0")
     for i, start in enumerate(starts):
         for j, model in enumerate(("6 layers", "mini")):
-            lines = read_columns(FOLDER / "tokenizer.jsonl", model=model, start=start)
+            lines = read_lines(FOLDER / "tokenizer.jsonl", model=model, start=start)
             mean = 100 * lines["accuracy"].mean()
             x = j + 0.3 * (i - 1)
-            color = ("C2", "C1", "C0")[i]
-            tokenizers.bar(x, mean, 0.27, color=color, label=None if j else start)
+            legend = None if j else start
+            tokenizers.bar(x, mean, 0.27, color=colors[i], label=legend)
             tokenizers.text(x, mean + 0.3, f"{mean:.1f}", ha="center", fontsize=8)
     tokenizers.set_xticks((0, 1), ("6 layers, published", "mini, an afternoon"))
     tokenizers.set(

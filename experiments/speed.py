@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 import data
 from bert import BertConfig, BertPretrainModel
-from experiments.curves import HERE, new_figure, read_columns
+from experiments.curves import HERE, new_figure, read_lines
 from experiments.mistakes import tokenize_corpus
 from support.devices import choose_device, choose_precision, keep_freed_memory
 from train_pretrain import PretrainLosses, add_gradients, make_optimizer, to_device, update
@@ -44,7 +44,7 @@ Step = Callable[[], Any]
 
 @dataclass
 class Training:
-    """A training step, and how it is run."""
+    """A training step of a model of this size, and how it is run."""
 
     who: str
     size: str
@@ -60,31 +60,25 @@ class Training:
         precision = choose_precision(self.precision, device)
         length = batch["input_ids"].shape[1]
         config = BertConfig.named(self.size, vocab_size=VOCAB_SIZE, max_seq_length=length)
-        make = our_step if self.who == "ours" else their_step
-        return make(config, batch, device, precision, self.compiled)
+        is_ours = self.who == "ours"
+        model = BertPretrainModel(config, 0) if is_ours else their_model(config)
+        model.to(device).train()
+        optimizer = make_optimizer(model)
+        run: Any = PretrainLosses(model, precision) if is_ours else model
+        if self.compiled:
+            run = torch.compile(run)
+
+        def step() -> None:
+            if is_ours:
+                add_gradients(run, [to_device(batch, device)])
+            else:
+                add_their_gradients(run, batch, device, precision)
+            update(model, optimizer, 1e-4)
+
+        return step
 
 
-def our_step(
-    config: BertConfig, batch: Batch, device: torch.device, precision: Any, compiled: bool
-) -> Step:
-    """Returns a step as train_pretrain.py makes it."""
-    model = BertPretrainModel(config, 0).to(device).train()
-    optimizer = make_optimizer(model)
-    losses_of: Any = PretrainLosses(model, precision)
-    if compiled:
-        losses_of = torch.compile(losses_of, fullgraph=True)
-
-    def step() -> None:
-        add_gradients(losses_of, [to_device(batch, device)])
-        update(model, optimizer, 1e-4)
-
-    return step
-
-
-def their_step(
-    config: BertConfig, batch: Batch, device: torch.device, precision: Any, compiled: bool
-) -> Step:
-    """Returns a step of transformers' BertForPreTraining, with our optimizer."""
+def their_model(config: BertConfig) -> Any:
     import transformers
 
     sizes: dict[str, Any] = {
@@ -95,26 +89,20 @@ def their_step(
         "intermediate_size": config.d_feed_forward,
         "max_position_embeddings": config.max_seq_length,
     }
-    model: Any = transformers.BertForPreTraining(transformers.BertConfig(**sizes))
-    model.to(device).train()
-    optimizer = make_optimizer(model)
-    forward = torch.compile(model) if compiled else model
-    reduced = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    return transformers.BertForPreTraining(transformers.BertConfig(**sizes))
 
-    def step() -> None:
-        here = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        with reduced:
-            output = forward(
-                here["input_ids"],
-                here["input_ids"] != 0,
-                here["token_type_ids"],
-                labels=here["mlm_labels"],
-                next_sentence_label=here["nsp_labels"],
-            )
-        output.loss.backward()
-        update(model, optimizer, 1e-4)
 
-    return step
+def add_their_gradients(model: Any, batch: Batch, device: torch.device, precision: str) -> None:
+    here = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        output = model(
+            here["input_ids"],
+            here["input_ids"] != 0,
+            here["token_type_ids"],
+            labels=here["mlm_labels"],
+            next_sentence_label=here["nsp_labels"],
+        )
+    output.loss.backward()
 
 
 def our_worker(examples: data.PretrainDataset, rows: int) -> Step:
@@ -160,7 +148,7 @@ def seconds_of(steps: int) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def contest(contestants: list[tuple], rounds: int, steps: int) -> Iterator[dict[str, float]]:
+def contest(contestants: list[tuple], rounds: int, steps: int) -> Iterator[dict]:
     """Yields the median seconds of a step of each contestant, and how many times as fast as it the
     first one is. A contestant is a function that returns its step, and the arguments of it.
     """
@@ -179,7 +167,10 @@ def contest(contestants: list[tuple], rounds: int, steps: int) -> Iterator[dict[
                 seconds.append(process.submit(seconds_of, steps).result())
     for seconds in times:
         ratios = np.array(seconds) / np.array(times[0])
-        yield {"seconds": float(np.median(seconds)), "times_as_fast": float(np.median(ratios))}
+        yield {
+            "seconds": float(np.median(seconds)),
+            "times_as_fast": float(np.median(ratios)),
+        }
 
 
 def peers(size: str, compiled: bool) -> list[Training]:
@@ -194,7 +185,7 @@ def measure(
     trainings: list[tuple[str, int, bool]], worker_rows: int, rounds: int, steps: int
 ) -> Iterator[dict[str, Any]]:
     """Yields a line for each contestant. trainings: size, rows, and whether it is compiled."""
-    texts = list(read_columns(SAMPLE)["text"])
+    texts = list(read_lines(SAMPLE)["text"])
     tokenizer = data.train_tokenizer(texts, 2000)
     with tempfile.TemporaryDirectory() as folder:
         corpus = tokenize_corpus(texts, tokenizer, folder)
@@ -239,7 +230,8 @@ def draw() -> Any:
     """Draws how many times as fast as transformers each line says that ours is."""
     figure = new_figure((9, 5))
     axes = figure.subplots()
-    lines = [json.loads(line) for line in (HERE / "speed.jsonl").read_text().splitlines()]
+    recorded = (HERE / "speed.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in recorded]
     lines = [line for line in lines if line["who"] != "ours"]
     names = []
     for i, line in enumerate(lines):
@@ -252,12 +244,13 @@ def draw() -> Any:
     axes.set_xlim(right=1.1 * max(line["times_as_fast"] for line in lines))
     axes.invert_yaxis()
     axes.axvline(1, color="black", linestyle=":")
-    axes.set(xlabel="times as fast as transformers", title="tokens a second")
+    axes.set(xlabel="times as fast as transformers", title="blue: float32, green: bfloat16")
     return figure
 
 
 def main() -> None:
-    trainings, steps = [("mini", 16, False), ("base", 4, False)], 1
+    trainings = [("mini", 16, False), ("base", 4, False)]
+    steps = 1
     if torch.cuda.is_available():
         trainings = [("mini", 256, False), ("base", 64, False), ("base", 64, True)]
         steps = 20

@@ -10,31 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from experiments.curves import HERE, means_of_seeds, new_figure
+from experiments.curves import HERE, new_figure, read_lines
 
 LINES = HERE / "sst2.jsonl"
-
-
-def smooth(steps: list[int], values: list[float], points: int = 60) -> tuple[list, list]:
-    """Returns the means of neighbouring values, so that at most about so many are left."""
-    size = max(1, len(steps) // points)
-    starts = range(0, len(steps), size)
-    groups = [values[start : start + size] for start in starts]
-    ends = [steps[start : start + size][-1] for start in starts]
-    return ends, [np.mean(group) for group in groups]
+POINTS = 60  # of a training curve, each the mean of its neighbours
 
 
 def draw() -> Any:
     figure = new_figure((11, 4.2))
     loss, accuracy = figure.subplots(1, 2)
     for i, rate in enumerate((5e-5, 1e-5, 1e-6)):
-        style = {"color": f"C{i}", "label": f"learning rate {rate:g}"}
-        steps, means = means_of_seeds(LINES, "train", "loss", rate)
-        loss.plot(*smooth(steps, means), color=f"C{i}", alpha=0.35)
-        steps, means = means_of_seeds(LINES, "validation", "loss", rate)
-        loss.plot(steps, means, **style)
-        steps, means = means_of_seeds(LINES, "validation", "accuracy", rate)
-        accuracy.plot(steps, means, **style)
+        training = read_lines(LINES, split="train", learning_rate=rate)
+        dev = read_lines(LINES, split="validation", learning_rate=rate)
+        color = f"C{i}"
+        steps = [part[-1] for part in np.array_split(training["step"], POINTS)]
+        means = [part.mean() for part in np.array_split(training["loss"], POINTS)]
+        loss.plot(steps, means, color, alpha=0.35)
+        loss.plot(dev["step"], dev["loss"], color)
+        accuracy.plot(dev["step"], dev["accuracy"], color, label=f"learning rate {rate:g}")
     loss.set(xlabel="step", ylabel="loss, nats", title="from scratch: training (pale) and dev")
     accuracy.set(xlabel="step", ylabel="dev accuracy", title="from scratch")
     accuracy.legend(fontsize=8)

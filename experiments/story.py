@@ -18,7 +18,6 @@ from experiments.curves import (
     means_of_seeds,
     new_figure,
     plot_pretraining,
-    read_columns,
     read_lines,
 )
 
@@ -28,9 +27,8 @@ VOCAB_SIZE = 2000  # the default of train_pretrain.py
 
 def accuracy_of_most_frequent_token() -> float:
     """Returns the MLM accuracy, in percent, of always predicting the most frequent token."""
-    train, validation = (
-        list(read_columns(SAMPLE / f"{split}.jsonl")["text"]) for split in ("train", "validation")
-    )
+    train = read_lines(SAMPLE / "train.jsonl")["text"].tolist()
+    validation = read_lines(SAMPLE / "validation.jsonl")["text"].tolist()
     tokenizer = data.train_tokenizer(train, VOCAB_SIZE)
     encoded = tokenizer.encode_batch(validation, add_special_tokens=False)
     counts = np.bincount(np.concatenate([text.ids for text in encoded]))
@@ -38,7 +36,7 @@ def accuracy_of_most_frequent_token() -> float:
 
 
 def table(folder: Path) -> str:
-    columns = read_lines(folder / "pretrain", "validation")
+    columns = read_lines(folder / "pretrain", split="validation")
     share = columns["most_frequent_prediction"]
     largest = int(np.argmax(share))
     last = {name: values[-1] for name, values in columns.items()}
@@ -70,7 +68,7 @@ def draw(folder: Path) -> Any:
     loss, shares, reviews = figure.subplots(1, 3)
     plot_pretraining(loss, shares, folder / "pretrain")
     for run, label in {"pretrained": "with pretrained weights", "scratch": "from scratch"}.items():
-        means = means_of_seeds(folder / run, "validation", "accuracy", by="epoch")
+        means = means_of_seeds(folder / run, "accuracy", by="epoch", split="validation")
         reviews.plot(*means, "o-", label=label)
     reviews.set(xlabel="epoch", ylim=(0.45, 1.02), title="accuracy on reviews, mean of the seeds")
     loss.legend(fontsize=8, loc="upper right")

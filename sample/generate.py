@@ -74,12 +74,13 @@ def sentence(rng: random.Random, pattern: str, film: dict[str, Any], tone: dict)
     for slot, word in zip(("adj", "adj2"), words, strict=True):
         slots[slot] = word
         if tone["adverbs"] and rng.random() < 0.6:
-            slots[slot] = f"{rng.choice(tone['adverbs'])} {word}"
+            adverb = rng.choice(tone["adverbs"])
+            slots[slot] = f"{adverb} {word}"
     slots["verb"] = rng.choice(tone["verbs"])
     text = pattern.format(**film, **slots)
     if film["voice"] == "club":
         past = LEXICON["past"]
-        text = re.sub(r"[a-z]+", lambda word: past.get(word[0], word[0]), text)
+        text = re.sub(r"[a-z]+", lambda verb: past.get(verb[0], verb[0]), text)
     text = re.sub(r"\b([Aa]) (?!uni)(?=[aeiou])", r"\1n ", text)  # a inventive -> an inventive
     return text[0].upper() + text[1:] + "."
 
@@ -90,7 +91,8 @@ def review(rng: random.Random) -> str:
     voice = LEXICON["voices"][film["voice"]]
     facts = rng.sample(voice["fact"], rng.randint(4, 7))
     opinions = rng.sample(voice["opinion"], rng.randint(6, 9))
-    scenes = rng.sample(LEXICON["worlds"][film["genre"]]["event"], rng.randint(2, 3))
+    world = LEXICON["worlds"][film["genre"]]
+    scenes = rng.sample(world["event"], rng.randint(2, 3))
     patterns = [*facts, *opinions, *(voice["scene"] + scene for scene in scenes)]
     rng.shuffle(patterns)
     ends = rng.sample(tone["ends"], rng.randint(1, 2))
@@ -98,7 +100,9 @@ def review(rng: random.Random) -> str:
     sentences = [sentence(rng, pattern, film, tone) for pattern in patterns]
     cut = rng.randint(3, len(sentences) - 3)
     title = f"{film['title']} ({film['year']})."
-    return " ".join([title, *sentences[:cut]]) + "\n\n" + " ".join(sentences[cut:])
+    first = " ".join([title, *sentences[:cut]])
+    second = " ".join(sentences[cut:])
+    return f"{first}\n\n{second}"
 
 
 def labelled(rng: random.Random, seen: bool) -> dict:
@@ -117,15 +121,20 @@ def labelled(rng: random.Random, seen: bool) -> dict:
 
 def write(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def main(folder: Path = HERE) -> None:
     rng = random.Random(2018)
     for split, number in {"train": REVIEWS, "validation": HELD_OUT_REVIEWS}.items():
-        write(folder / f"corpus/{split}.jsonl", [{"text": review(rng)} for _ in range(number)])
+        rows = [{"text": review(rng)} for _ in range(number)]
+        write(folder / f"corpus/{split}.jsonl", rows)
     for split, number in LABELLED.items():
-        rows = [labelled(rng, split == "train" or rng.random() < 0.25) for _ in range(number)]
+        rows = []
+        for _ in range(number):
+            seen = split == "train" or rng.random() < 0.25
+            rows.append(labelled(rng, seen))
         write(folder / f"reviews/{split}.jsonl", rows)
 
 

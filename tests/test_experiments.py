@@ -36,10 +36,11 @@ def test_curves_are_means_over_the_seeds_of_a_learning_rate(tmp_path):
     ]
     write_rows(tmp_path / "metrics.jsonl", rows)
     for run in (tmp_path, tmp_path / "metrics.jsonl"):
-        assert means_of_seeds(run, "validation", "loss", 1e-3) == ([10, 20], [2.0, 3.5])
-    by_epoch = means_of_seeds(tmp_path, "validation", "loss", 1e-4, by="epoch")
-    assert by_epoch == ([1, 2], [9.0, 9.5])
-    assert best_accuracies(tmp_path, 1e-3) == pytest.approx([20.0, 50.0])
+        steps, means = means_of_seeds(run, "loss", learning_rate=1e-3)
+        assert (steps.tolist(), means) == ([10, 20], [2.0, 3.5])
+    epochs, means = means_of_seeds(tmp_path, "loss", by="epoch", learning_rate=1e-4)
+    assert (epochs.tolist(), means) == ([1, 2], [9.0, 9.5])
+    assert best_accuracies(tmp_path, learning_rate=1e-3) == pytest.approx([20.0, 50.0])
     assert best_accuracies(tmp_path) == pytest.approx([95.0, 50.0])
 
 

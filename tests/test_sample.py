@@ -69,7 +69,7 @@ def test_most_opinion_words_of_the_test_split_never_had_a_label():
 def test_the_recorded_run_shows_what_make_run_promises():
     """The raw lines of that run are what the README's table and figure are made of."""
     folder = HERE / "story"
-    pretrain = read_lines(folder / "pretrain", "validation")
+    pretrain = read_lines(folder / "pretrain", split="validation")
     assert max(pretrain["most_frequent_prediction"]) > 0.9  # the same token everywhere,
     assert pretrain["most_frequent_prediction"][-1] < 0.3  # and not any more
     assert 100 * pretrain["mlm_accuracy"][-1] >= story.accuracy_of_most_frequent_token() + 30
