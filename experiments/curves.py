@@ -40,8 +40,10 @@ def means_of_seeds(
     seeds at each. wanted: see `read_lines`.
     """
     lines = read_lines(run, **wanted)
-    steps = np.unique(lines[by])
-    return steps, [lines[name][lines[by] == step].mean() for step in steps]
+    values = lines[name]
+    steps = lines[by]
+    different = np.unique(steps)
+    return different, [values[steps == step].mean() for step in different]
 
 
 def best_accuracies(run: Path, **wanted: Any) -> list[float]:
@@ -49,8 +51,9 @@ def best_accuracies(run: Path, **wanted: Any) -> list[float]:
     percent, at its best epoch. wanted: see `read_lines`.
     """
     lines = read_lines(run, split="validation", **wanted)
-    seeds = np.unique(lines["seed"])
-    return [100 * lines["accuracy"][lines["seed"] == seed].max() for seed in seeds]
+    seeds = lines["seed"]
+    accuracies = 100 * lines["accuracy"]
+    return [accuracies[seeds == seed].max() for seed in np.unique(seeds)]
 
 
 def mean_and_deviation(values: list[float]) -> str:
