@@ -1,3 +1,5 @@
+# SPDX-License-Identifier: MIT
+# From "BERT in four files", the file that pretrains; it needs bert.py and data.py beside it.
 """Pretrain BERT: masked language model + next sentence prediction.
 
     python train_pretrain.py                                      # the sample, on any machine
@@ -7,64 +9,59 @@
 
 Writes into the folder --out:
     config.json    the options
-    metrics.jsonl  a line for every log and every evaluation; losses in nats. "step": N means that
-                   N updates have been made. An evaluation line describes the model after them; a
-                   training line has the loss of the update that comes next, number N + 1
-    checkpoints/   the last two; a run that was killed after its start resumes exactly with --resume
-    model/         weights and tokenizer in the published format
-    models/step-N  the same after N updates: for --export-steps, and when the run is stopped
-    curves.png     loss and accuracies over the steps
+    metrics.jsonl  a line for every log and every evaluation; losses in nats. "step": N means after
+                   N updates; a training line has the loss of update N
+    checkpoint.pt  the run as it was when it was saved last: --resume continues from there
+    model/         at the end, weights and tokenizer in the published format
+    curves.png     losses and accuracies over the steps
 
 Read `train` first: the loop, with the training step in order. Above it stand the parts of a step
-(loss, learning rate, gradients, update), below it what prepares a run.
+(loss, learning rate, gradients, update). Below it stand evaluation, what prepares a run, and how a
+run is saved, resumed and stopped.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-Dimensions: batch, seq, vocab, and masked (all masked positions of a batch).
+Dimensions: batch, seq, vocab, and masked (all masked tokens of a batch).
 """
 
 import contextlib
+import ctypes
+import fcntl
 import gc
 import itertools
+import json
 import math
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import data
-from bert import (
-    BertConfig,
-    BertPretrainModel,
-    check_tokenizer,
-    fetch,
-    is_tokenizer_of,
-    read_json,
-    tokenizer_hash,
-)
-from support.command_line import LARGEST_INTEGER, LARGEST_SIZE, check_limits, run_script
-from support.curves import draw_pretraining
-from support.devices import (
-    Precision,
-    autocast,
-    choose_device,
-    choose_precision,
-    keep_freed_memory,
-)
-from support.folder import check_lies_outside, run_folder, write_model
-from support.processes import first_process_first, join_processes, leave_group, total
-from support.run import FiniteGuard, Run, set_seed
+from bert import BertConfig, BertPretrainModel, check_tokenizer, fetch, is_tokenizer_of, read_json
+from bert import tokenizer_hash
 
 Batch = dict[str, Tensor]
+Precision = Literal["auto", "float32", "medium", "bfloat16"]
+
+EVALUATION_BATCHES = 16  # an evaluation is the first 16 batches of the validation part
 
 # ---- Options -----------------------------------------------------------------
 
@@ -79,7 +76,7 @@ class PretrainOptions:
     resume: bool = False
     """Resume from the last checkpoint in --out."""
     steps: int = 4000
-    """Updates of the weights. With 0, --weights are evaluated and nothing is written."""
+    """Updates of the weights. With 0, the model is only evaluated."""
     seed: int = 0
     """Seed of everything that is random."""
 
@@ -137,12 +134,8 @@ class PretrainOptions:
     """Steps between two training lines in metrics.jsonl."""
     eval_every: int = 250
     """Steps between two evaluations."""
-    eval_batches: int = 16
-    """Batches of an evaluation, at most."""
     save_every: int = 500
     """Steps between two checkpoints."""
-    export_steps: tuple[int, ...] | None = None
-    """Steps after which the model is also written to models/step-N."""
 
     # The machine
     device: str | None = None
@@ -151,27 +144,14 @@ class PretrainOptions:
     """Precision of matrix products. auto chooses the fastest here."""
     compile: bool = False
     """Use torch.compile: minutes at the start, then faster on a GPU."""
-    checkpoint_activations: bool = False
-    """Compute every layer twice instead of keeping its activations: less memory."""
 
     def __post_init__(self) -> None:
-        check_limits(self, LIMITS)
-        if self.export_steps == ():
-            raise ValueError("--export-steps needs a step, or several")
-        late_exports = [step for step in self.export_steps or () if step > self.steps]
-        if late_exports:
-            raise ValueError(
-                f"--export-steps {late_exports[0]} comes after the last of --steps {self.steps}"
-            )
-        if self.steps > 0 and self.warmup > self.steps:
-            raise ValueError(
-                f"--warmup-steps {self.warmup_steps} is more than --steps {self.steps}"
-            )
-        if self.steps == 0 and not self.weights:
-            raise ValueError("--steps 0 evaluates a saved model: name it with --weights")
-
-    def exports_at(self, step: int) -> bool:
-        return step in (self.export_steps or ())
+        check_options(self, 0, "steps", "workers", "seed")
+        check_options(self, 1, "rows_per_document", "vocab_size", "batch_size", "accumulate")
+        check_options(self, 1, "log_every", "eval_every", "save_every")
+        check_options(self, 5, "max_seq_length")  # [CLS] a [SEP] b [SEP]
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"--warmup-steps {self.warmup} is not in 0 .. --steps {self.steps}")
 
     @property
     def warmup(self) -> int:
@@ -179,41 +159,18 @@ class PretrainOptions:
         return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
 
 
-LIMITS = {  # the smallest and the largest value
-    "steps": (0, 10**9 - 1),  # the nine digits in the name of a checkpoint
-    "seed": (0, LARGEST_INTEGER),
-    "rows_per_document": (1, LARGEST_SIZE),
-    "vocab_size": (1, LARGEST_SIZE),
-    "max_seq_length": (5, LARGEST_SIZE),  # [CLS] a [SEP] b [SEP]
-    "batch_size": (1, LARGEST_SIZE),
-    "accumulate": (1, LARGEST_SIZE),
-    "workers": (0, LARGEST_SIZE),
-    "positions": (1, LARGEST_SIZE),
-    "dropout": (0, 0.99),
-    "learning_rate": (0, math.inf),
-    "warmup_steps": (0, LARGEST_INTEGER),
-    "log_every": (1, LARGEST_INTEGER),
-    "eval_every": (1, LARGEST_INTEGER),
-    "eval_batches": (1, LARGEST_SIZE),
-    "save_every": (1, LARGEST_INTEGER),
-    "export_steps": (0, LARGEST_INTEGER),
-}
-# Options that may differ when a run is resumed. The result stays the same up to rounding, except
-# that --device and --compile change the random numbers of dropout. Corpus and tokenizer may have
-# another path (of a stream only the tokenizer), since `what_identifies` compares their content.
-# The precision may not differ: if --precision auto would choose another one on the new device, name
-# the old one. A stream must keep --workers and the number of ranks (see extras/streaming.py).
-MAY_CHANGE = {
-    "out",
-    "resume",
-    "save_every",
-    "export_steps",
-    "workers",
-    "device",
-    "compile",
-    "checkpoint_activations",
-    "tokenizer",  # its hash is compared
-}
+def check_options(options: Any, smallest: int, *names: str) -> None:
+    """Raises ValueError if one of these options is smaller, or if a rate cannot be right."""
+    for name in names:
+        number = getattr(options, name)
+        if number < smallest:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} must be at least {smallest}, got {number}")
+    if not 0 <= options.dropout < 1:
+        raise ValueError(f"--dropout must lie in [0, 1), got {options.dropout}")
+    for rate in np.atleast_1d(options.learning_rate):
+        if not 0 < rate < math.inf:
+            raise ValueError(f"--learning-rate must be positive and finite, got {rate}")
 
 
 # ---- The loss ----------------------------------------------------------------
@@ -222,15 +179,15 @@ MAY_CHANGE = {
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Returns the batch on a device, with two more tensors, both int64 (masked,):
 
-    - `positions`: the masked positions, counted through all rows;
+    - `masked_indices`: the masked tokens, counted through all rows;
     - `mlm_targets`: the tokens to predict there.
 
     They are computed on the CPU: on a GPU, `nonzero()` would force a synchronisation. Pinned memory
     is copied while the GPU computes.
     """
     labels = batch["mlm_labels"].flatten()  # (batch * seq,)
-    positions = (labels != data.IGNORED_LABEL).nonzero().flatten()
-    batch = {**batch, "positions": positions, "mlm_targets": labels[positions]}
+    masked_indices = (labels != data.IGNORED_LABEL).nonzero().flatten()
+    batch = {**batch, "masked_indices": masked_indices, "mlm_targets": labels[masked_indices]}
     moved = {}
     for name, tensor in batch.items():
         if device.type == "cuda":
@@ -248,29 +205,19 @@ def forward(
     """
     with autocast(precision, batch["input_ids"].device.type):
         mlm_logits, nsp_logits = model(
-            batch["input_ids"], batch["token_type_ids"], positions=batch["positions"]
+            batch["input_ids"], batch["token_type_ids"], positions=batch["masked_indices"]
         )
     if precision == "bfloat16":  # a model in float64 keeps its digits
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
     return mlm_logits, nsp_logits
 
 
-def sum_losses(
-    model: BertPretrainModel, batch: Batch, precision: str = "float32"
-) -> tuple[Tensor, Tensor]:
-    """Returns the MLM loss, summed over masked positions, and the NSP loss, summed over pairs.
-
-    Both are in nats. Sums, not means: the mean is taken over a whole step, in `add_gradients`.
-    """
-    mlm_logits, nsp_logits = forward(model, batch, precision)
-    mlm_sum = F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum")
-    nsp_sum = F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum")
-    return mlm_sum, nsp_sum
-
-
 class PretrainLosses(nn.Module):
-    """`sum_losses` as a module, which DistributedDataParallel needs. With the loss inside, it and
-    torch.compile see the whole forward pass.
+    """Computes the MLM loss, summed over masked tokens, and the NSP loss, summed over pairs.
+
+    Both are in nats. Sums, not means: the mean is taken over a whole step, in `add_gradients`. It
+    is a module, because DistributedDataParallel needs one, and so that torch.compile sees the whole
+    forward pass.
     """
 
     def __init__(self, model: BertPretrainModel, precision: str = "float32") -> None:
@@ -279,7 +226,10 @@ class PretrainLosses(nn.Module):
         self.precision = precision
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return sum_losses(self.model, batch, self.precision)
+        mlm_logits, nsp_logits = forward(self.model, batch, self.precision)
+        mlm_sum = F.cross_entropy(mlm_logits, batch["mlm_targets"], reduction="sum")
+        nsp_sum = F.cross_entropy(nsp_logits, batch["nsp_labels"], reduction="sum")
+        return mlm_sum, nsp_sum
 
 
 # ---- One training step -------------------------------------------------------
@@ -324,34 +274,50 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": 0.01},
         {"params": not_decayed, "weight_decay": 0.0},
     ]
-    # `update` sets the learning rate before each step, and needs found_inf, which `fused` obeys.
+    # `update` sets the learning rate before each step.
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
+
+
+def count(batches: list[Batch], padding_idx: int) -> tuple[int, int, int]:
+    """Returns how many masked tokens, pairs, and tokens (without padding) these batches have."""
+    masked = pairs = tokens = 0
+    for batch in batches:
+        masked += int((batch["mlm_labels"] != data.IGNORED_LABEL).sum())
+        pairs += len(batch["nsp_labels"])
+        tokens += int((batch["input_ids"] != padding_idx).sum())
+    return masked, pairs, tokens
+
+
+def set_seed(*numbers: int) -> None:
+    """Seeds torch with a hash of these numbers, so that what is drawn next (dropout, for example)
+    does not depend on what was drawn before.
+    """
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 def add_gradients(
     losses_of: Callable[[Batch], tuple[Tensor, Tensor]],
     micro_batches: list[Batch],
+    masked: float,
+    pairs: float,
     seeds: Sequence[Sequence[int]] = (),
 ) -> Tensor:
     """Runs forward and backward on this rank's micro-batches; gradients add up in the parameters.
 
-    The loss of a step is the mean over all its masked positions, plus the mean over all its pairs.
+    The loss of a step is the mean over all its masked tokens, plus the mean over all its pairs.
     A mean of the micro-batches' means would be another loss, because they differ in their numbers
-    of masked positions. So each sum is divided by the count of the whole step: of all micro-batches
-    of all ranks.
+    of masked tokens. So each sum is divided by the count of the whole step.
 
     losses_of: `PretrainLosses`, possibly compiled, possibly in DistributedDataParallel.
+    masked, pairs: how many the step has, in all micro-batches of all ranks.
     seeds: for each micro-batch, the numbers that seed its dropout; by default none is seeded.
     Returns what these micro-batches contribute to the MLM and to the NSP loss of the step, (2,).
 
-    Example: two micro-batches with MLM sums of 12 nats at 3 masked positions and 20 nats at 5. They
+    Example: two micro-batches with MLM sums of 12 nats at 3 masked tokens and 20 nats at 5. They
     contribute 12 / 8 and 20 / 8, and the MLM loss of the step is 32 / 8 = 4 nats.
     """
     ddp = losses_of if isinstance(losses_of, DistributedDataParallel) else None
-    ranks = dist.get_world_size() if ddp else 1
-    masked_here = sum(len(batch["positions"]) for batch in micro_batches)
-    pairs_here = sum(len(batch["nsp_labels"]) for batch in micro_batches)
-    masked, pairs = total(masked_here, pairs_here)  # summed over the ranks
+    _, ranks = rank_and_ranks()
 
     contributions = []
     for i, batch in enumerate(micro_batches):
@@ -376,12 +342,9 @@ def add_gradients(
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
     """Clips the accumulated gradients to norm 1 ([Code]), takes one optimizer step, drops them.
 
-    Returns the norm before clipping, (). If it is not finite, no weight changes: fused AdamW skips
-    a step in which `found_inf` is 1. It reads `found_inf` on the device, so the CPU need not wait
-    for the norm. `FiniteGuard` ends the run later.
+    Returns the norm before clipping, ().
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -392,90 +355,111 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> T
 # ---- The loop ----------------------------------------------------------------
 
 
-ADVICE = (
-    "the last checkpoint is good, but --resume would fail at the same step: start a new run with a"
-    " lower --learning-rate or more --warmup-steps"
-)
+@dataclass
+class Progress:
+    """How far a run is. Every checkpoint has it, and a resumed run counts on."""
+
+    step: int = 0  # updates that have been made
+    tokens: int = 0  # that all ranks have trained on, without padding
+    seconds: float = 0.0
 
 
 def train(
     options: PretrainOptions,
-    run: Run,
     model: BertPretrainModel,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
-    progress: dict,
-    report: Callable[[int], None],
-    export: Callable[[int], None],
-) -> None:
-    """Trains from the run's step to the last one.
+    progress: Progress,
+    signals: list[int],
+    log: Callable[..., None],
+    report: Callable[[], None],
+    save: Callable[[], None],
+) -> bool:
+    """Trains from `progress.step` on. Returns False if a signal has stopped it before the end.
 
-    run: its `step` is the first to take, its `saved_step` that of the newest checkpoint, or -1.
-    batches: this rank's micro-batches. progress: how far a stream has been read, saved with each
-    checkpoint; {} for a corpus on disk. report(step): evaluates. export(step): writes the model.
+    batches: this rank's micro-batches. signals: those received so far; see `note_signals`.
+    log, report (an evaluation), save: write down `progress` and what belongs to it, on rank 0.
     """
+    rank, ranks = rank_and_ranks()
+    per_rank = options.accumulate // ranks  # micro-batches
     device = model.nsp.weight.device
     losses_of: Any = PretrainLosses(model, options.precision)
     if options.compile:
         losses_of = torch.compile(losses_of, fullgraph=True)
     if dist.is_initialized():
         losses_of = DistributedDataParallel(losses_of)
-    # check() stops the run if a gradient was not finite; check(model) also if a weight is not.
-    guard = FiniteGuard(device, ADVICE)
-    per_rank = options.accumulate // run.world_size  # micro-batches
+    largest_norm = torch.zeros((), device=device)  # of all gradients so far
+    started = time.perf_counter() - progress.seconds
+    bar = progress_bar(options.steps, initial=progress.step, disable=rank > 0)
 
-    for step in range(run.step, options.steps + 1):  # the last pass takes no step
-        # Save, export, evaluate: the model as it is after `step` updates.
-        is_last = step == options.steps
-        must_stop = run.asked_to_stop()
-        save_is_due = step % options.save_every == 0 or is_last or must_stop
-        if save_is_due and step > run.saved_step:
-            guard.check(model)
-            run.save(step, progress, model=model, optimizer=optimizer)
-        # A stopped run leaves its model, too.
-        if run.rank == 0 and (must_stop or options.exports_at(step)):
-            guard.check(model)
-            export(step)
-        if must_stop:
-            run.stop(step)  # ends the process
-        if is_last or step % options.eval_every == 0:
-            guard.check()
-            if run.rank == 0:
-                report(step)
-        if is_last:
-            break
-
+    if progress.step == 0:
+        on_rank_0(report)
+    for step in range(progress.step, options.steps):
         # Learning rate.
         rate = learning_rate(step, options.learning_rate, options.warmup, options.steps)
 
-        # The micro-batches of the step. The seed of a micro-batch's dropout depends on the step and
-        # on which of the step's micro-batches it is, not on the rank that computes it.
+        # This rank's micro-batches, and how much all ranks have in this step.
         micro_batches = [next(batches) for _ in range(per_rank)]
-        run.tokens += count_tokens(micro_batches, model.padding_idx)
-        seeds = [(options.seed, step, run.rank + i * run.world_size) for i in range(per_rank)]
+        counts = count(micro_batches, model.padding_idx)
+        masked, pairs, tokens, signals_received = total(*counts, len(signals))
 
-        # Forward, loss, backward.
+        # Forward, loss, backward. The seed of a micro-batch's dropout depends on the step and on
+        # which of the step's micro-batches it is, not on the rank that computes it.
         on_device = [to_device(batch, device) for batch in micro_batches]
-        losses = add_gradients(losses_of, on_device, seeds)
+        seeds = [(options.seed, step, rank + i * ranks) for i in range(per_rank)]
+        losses = add_gradients(losses_of, on_device, masked, pairs, seeds)
 
-        # Clip, and take the step.
+        # Clip, and take the step. A maximum keeps NaN, and nothing here waits for a GPU.
         norm = update(model, optimizer, rate)
-        guard.note(step, norm)
-        run.bar.update()
+        largest_norm = torch.maximum(largest_norm, norm)
 
-        # Log. To read a loss, the CPU waits for the GPU, as it does to evaluate, save or export.
-        if step % options.log_every == 0 or step + 1 == options.steps:
-            guard.check()
-            mlm_loss, nsp_loss = run.add_up(losses)  # over the ranks
-            run.write("train", step, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
-            run.show(f"loss {mlm_loss + nsp_loss:.3f}")
+        # What is due after this step? Nothing is written once a gradient was not finite.
+        done = step + 1
+        progress.step = done
+        progress.tokens += int(tokens)
+        progress.seconds = round(time.perf_counter() - started, 2)
+        is_last = done == options.steps
+        must_stop = signals_received > 0
+        log_is_due = is_last or done % options.log_every == 0
+        report_is_due = is_last or done % options.eval_every == 0
+        save_is_due = is_last or done % options.save_every == 0 or must_stop
+        if log_is_due or report_is_due or save_is_due:
+            on_rank_0(partial(check_is_finite, largest_norm, done))
+
+        # Log. To read a loss, the CPU waits for the GPU.
+        if log_is_due:
+            mlm_loss, nsp_loss = total(*losses.tolist())
+            on_rank_0(partial(log, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss))
+            speed = progress.tokens / progress.seconds
+            bar.set_postfix_str(f"loss {mlm_loss + nsp_loss:.3f}, {speed:,.0f} tokens/s", False)
+
+        # Evaluate.
+        if report_is_due:
+            on_rank_0(report)
+
+        # Save, and stop if a signal asks for it.
+        if save_is_due:
+            on_rank_0(save)
+        if must_stop:
+            break
+        bar.update()
+    bar.close()
+    return progress.step == options.steps
 
 
-def count_tokens(micro_batches: list[Batch], padding_idx: int) -> int:
-    """Returns how many tokens the micro-batches of all ranks have, without padding."""
-    here = sum(int((batch["input_ids"] != padding_idx).sum()) for batch in micro_batches)
-    (everywhere,) = total(here)  # summed over the ranks
-    return everywhere
+def check_is_finite(largest_norm: Tensor, step: int) -> None:
+    if not largest_norm.isfinite():
+        raise ValueError(
+            f"a gradient was not finite, at step {step} or shortly before: try a lower"
+            " --learning-rate (the last checkpoint is good, but --resume comes to the same step)"
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises ValueError if a weight is not finite: an update can overflow."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{name} is not finite any more: try a lower --learning-rate")
 
 
 # ---- Evaluation --------------------------------------------------------------
@@ -485,41 +469,33 @@ def count_tokens(micro_batches: list[Batch], padding_idx: int) -> int:
 def evaluate(
     model: BertPretrainModel, batches: Iterable[Batch], precision: str = "float32"
 ) -> dict[str, float]:
-    """Returns metrics: means over all masked positions, and over all pairs, of the batches.
+    """Returns metrics: means over all masked tokens, and over all pairs, of the batches.
 
     Losses are in nats. Perplexity is exp(MLM loss), without the NSP loss.
-    `most_frequent_prediction` is the share of masked positions that get the most frequent
-    prediction. It is 1.0 when the model predicts the same token everywhere, as it does early in
+    `most_frequent_prediction` is the share of masked tokens that get the most frequent prediction.
+    It is 1.0 when the model predicts the same token everywhere, as it does early in
     training. The model is in training mode afterwards.
     """
     model.eval()
-    sums: defaultdict[str, float] = defaultdict(float)
-    predictions = []
+    found: defaultdict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
         mlm_logits, nsp_logits = forward(model, batch, precision)
         targets, nsp_labels = batch["mlm_targets"], batch["nsp_labels"]
         predicted = mlm_logits.argmax(dim=-1)  # (masked,)
-        predictions.append(predicted)
-        sums["masked"] += len(targets)
-        sums["mlm_loss"] += F.cross_entropy(mlm_logits, targets, reduction="sum").item()
-        sums["mlm_correct"] += (predicted == targets).sum().item()
-        sums["pairs"] += len(nsp_labels)
-        sums["nsp_loss"] += F.cross_entropy(nsp_logits, nsp_labels, reduction="sum").item()
-        sums["nsp_correct"] += (nsp_logits.argmax(dim=-1) == nsp_labels).sum().item()
+        nsp_predicted = nsp_logits.argmax(dim=-1)  # (batch,)
+        found["prediction"].append(predicted)
+        found["mlm_loss"].append(F.cross_entropy(mlm_logits, targets, reduction="none"))
+        found["mlm_accuracy"].append((predicted == targets).float())
+        found["nsp_loss"].append(F.cross_entropy(nsp_logits, nsp_labels, reduction="none"))
+        found["nsp_accuracy"].append((nsp_predicted == nsp_labels).float())
     model.train()
 
-    mlm_loss = sums["mlm_loss"] / sums["masked"]
-    # torch's exp gives inf where math.exp raises OverflowError: above 709.
-    perplexity = torch.tensor(mlm_loss, dtype=torch.float64).exp().item()
-    occurrences = torch.cat(predictions).bincount()  # of each token among the predictions
-    return {
-        "mlm_loss": mlm_loss,
-        "perplexity": perplexity,
-        "mlm_accuracy": sums["mlm_correct"] / sums["masked"],
-        "nsp_loss": sums["nsp_loss"] / sums["pairs"],
-        "nsp_accuracy": sums["nsp_correct"] / sums["pairs"],
-        "most_frequent_prediction": occurrences.max().item() / sums["masked"],
-    }
+    predictions = torch.cat(found.pop("prediction"))
+    metrics = {name: torch.cat(parts).mean().item() for name, parts in found.items()}
+    metrics["perplexity"] = torch.tensor(metrics["mlm_loss"]).double().exp().item()
+    largest_count = predictions.bincount().max().item()
+    metrics["most_frequent_prediction"] = largest_count / len(predictions)
+    return metrics
 
 
 @torch.no_grad()
@@ -532,7 +508,7 @@ def probe(
     model.train()
 
     first_row = batch["input_ids"][0]
-    is_in_first_row = batch["positions"] < len(first_row)  # positions count through all rows
+    is_in_first_row = batch["masked_indices"] < len(first_row)  # they count through all rows
     shown = {
         "Input": first_row[first_row != model.padding_idx],
         "Target": batch["mlm_targets"][is_in_first_row],
@@ -543,30 +519,6 @@ def probe(
         tokens = [str(tokenizer.id_to_token(id)) for id in ids.tolist()]
         lines.append(f"{name} Tokens: {'|'.join(tokens)}")
     return "\n".join(lines)
-
-
-def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
-    """Prints the metrics of --weights on the first batches of the validation split, as many as
-    --eval-batches, and writes nothing.
-    """
-    tokenizer = choose_tokenizer(options)
-    model = make_model(options, tokenizer).to(device)
-    # A head that the weights lack is new and random.
-    missing = model.missing_parameters
-    if any(name.startswith("mlm_") for name in missing):
-        raise ValueError(
-            f"--steps 0: {options.weights} has no head to evaluate: {', '.join(missing)}"
-        )
-    corpus = load_corpora(options, tokenizer, ["validation"])["validation"]
-    validation = make_validation(options, corpus, tokenizer, device)
-    metrics = evaluate(model, validation, options.precision)
-    if any(name.startswith(("nsp.", "bert.pooler.")) for name in missing):
-        metrics = {name: v for name, v in metrics.items() if not name.startswith("nsp_")}
-        print("NSP is not evaluated: the weights have no head for it")
-    pairs = sum(len(batch["nsp_labels"]) for batch in validation)
-    print(f"{options.weights}, {pairs} pairs of the validation split, {options.precision}")
-    for name, value in metrics.items():
-        print(f"{name:<26}{value:.4f}")
 
 
 # ---- What a run needs --------------------------------------------------------
@@ -597,9 +549,9 @@ def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
 
 def choose_tokenizer(options: PretrainOptions) -> Tokenizer:
     """Returns the tokenizer of --weights, that of --tokenizer, or one learned from the corpus."""
-    if options.weights:
+    if options.weights is not None:
         return matching_tokenizer(options.weights, options.tokenizer)
-    if options.tokenizer:
+    if options.tokenizer is not None:
         return data.load_tokenizer(options.tokenizer)
     if options.streaming:
         raise ValueError("--streaming needs a --tokenizer: none can be learned from a stream")
@@ -652,35 +604,23 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
     tokens, then 100,000 with 512.
     """
     dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
-    if options.weights:
+    if options.weights is not None:
         model = BertPretrainModel.from_pretrained(options.weights, **dropouts)
-        positions = model.config.max_seq_length
-        if options.positions not in (None, positions):
-            raise ValueError(f"--positions {options.positions}, but the weights have {positions}")
-        if options.max_seq_length > positions:
-            raise ValueError(
-                f"--max-seq-length {options.max_seq_length} exceeds the weights' {positions}"
-                " positions"
-            )
     else:
-        positions = options.positions or options.max_seq_length
-        if options.max_seq_length > positions:
-            raise ValueError(
-                f"--max-seq-length {options.max_seq_length} exceeds --positions {positions}"
-            )
         vocabulary = tokenizer.get_vocab()
         config = BertConfig.named(
             options.size,
             vocab_size=max(vocabulary.values()) + 1,
-            max_seq_length=positions,
+            max_seq_length=options.positions or options.max_seq_length,
             **dropouts,
         )
         model = BertPretrainModel(config, vocabulary[data.PAD])
+    rows = model.config.max_seq_length  # of the position table
+    if options.positions not in (None, rows):
+        raise ValueError(f"--positions {options.positions}, but the weights have {rows}")
+    if options.max_seq_length > rows:
+        raise ValueError(f"--max-seq-length {options.max_seq_length} exceeds {rows} --positions")
     check_tokenizer(model, tokenizer)
-
-    if options.checkpoint_activations:  # only the input of each layer is kept for the backward pass
-        for layer in model.bert.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     return model
 
 
@@ -701,120 +641,90 @@ def make_validation(
 ) -> list[Batch]:
     """Returns the batches of an evaluation: the same ones in all evaluations of a run."""
     dataset = make_dataset(options, corpus, tokenizer)
-    # The loader is endless: stop after one epoch, or earlier after --eval-batches.
+    # The loader is endless: stop after one epoch, or earlier.
     batches_per_epoch = math.ceil(len(dataset) / options.batch_size)
-    count = min(options.eval_batches, batches_per_epoch)
+    count = min(EVALUATION_BATCHES, batches_per_epoch)
     loader = data.get_split_dataloader(dataset, options.batch_size, workers=0)
     return [to_device(batch, device) for batch in itertools.islice(loader, count)]
 
 
 def make_batches(
-    options: PretrainOptions,
-    corpus: Any,
-    tokenizer: Tokenizer,
-    run: Run,
-    saved_progress: list[dict] | None,
-) -> tuple[Iterator[Batch], dict]:
-    """Returns (batches, progress).
+    options: PretrainOptions, corpus: Any, tokenizer: Tokenizer, start: int
+) -> Iterator[Batch]:
+    """Returns this rank's micro-batches from step `start` on.
 
-    batches: this rank's micro-batches, from the run's step on.
-    progress: of a stream, a dict that changes whenever a batch is taken, and that `train` saves in
-    each checkpoint; {} for a corpus on disk, where the step is enough.
-    saved_progress: that of each rank, from the checkpoint that is resumed.
+    A stream cannot start anywhere: it is read from its beginning once more, and the batches that
+    the run has been trained on are dropped. That is exact, and slow.
     """
-    # Forked workers share memory until it is written to. The garbage collector writes into every
-    # object that it visits, so each worker would get a copy of it; frozen objects are not visited.
+    # Workers share the memory of this process until it is written to. The garbage collector writes
+    # into all objects that it visits, and it does not visit frozen ones.
     gc.freeze()
+    rank, ranks = rank_and_ranks()
+    skipped = start * options.accumulate // ranks
     if options.streaming:
         from extras import streaming
 
-        workers = options.workers
-        fresh_progress = [streaming.new_progress(workers) for _ in range(run.world_size)]
-        if saved_progress is None:
-            progress = fresh_progress[run.rank]
-        else:
-            # Raises ValueError if the number of ranks or workers has changed meanwhile.
-            progress = streaming.same_readers(saved_progress, fresh_progress)[run.rank]
+        progress = streaming.new_progress(options.workers)
         loader = streaming.get_stream_dataloader(
             corpus,
             options.text_column,
             progress,
-            run.rank,
-            run.world_size,
+            rank,
+            ranks,
             tokenizer=tokenizer,
             batch_size=options.batch_size,
             make_dataset=partial(make_dataset, options),
         )
-        batches = streaming.take(loader, progress)
-    else:
-        loader = data.get_split_dataloader(
-            make_dataset(options, corpus, tokenizer),
-            options.batch_size,
-            start=run.step * options.accumulate // run.world_size,
-            rank=run.rank,
-            world_size=run.world_size,
-            workers=options.workers,
-        )
-        batches, progress = iter_later(loader), {}
-    loader.worker_init_fn = leave_group  # Ctrl-C must not end the workers
-    return batches, progress
+        loader.worker_init_fn = leave_group
+        return itertools.islice(streaming.take(loader, progress), skipped, None)
+
+    loader = data.get_split_dataloader(
+        make_dataset(options, corpus, tokenizer),
+        options.batch_size,
+        start=skipped,
+        rank=rank,
+        world_size=ranks,
+        workers=options.workers,
+    )
+    loader.worker_init_fn = leave_group
+    return iter(loader)
 
 
-def iter_later(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Yields the loader's batches, but starts its workers only when the first one is asked for.
-
-    By then `Run.begin` has installed the handler that only notes Ctrl-C, and the workers inherit
-    it. With the handler before, a Ctrl-C would end a worker that has not called `leave_group` yet.
+def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
+    """Returns tokenizer, model, and the corpus of each split: all that options may be wrong about.
+    The model comes before the corpus, because wrong options should not fail after hours.
     """
-    yield from loader
-
-
-def what_identifies(
-    options: PretrainOptions, tokenizer: Tokenizer, corpora: dict[str, Any]
-) -> dict[str, Any]:
-    """Returns everything that must be the same when the run is resumed."""
-    identity = {name: v for name, v in asdict(options).items() if name not in MAY_CHANGE}
-    identity["tokenizer_hash"] = tokenizer_hash(tokenizer)
-    identity["validation_checksum"] = corpora["validation"].checksum()
-    if options.streaming:  # no more is known of a stream before it has been read
-        identity["shards"] = corpora["train"].num_shards
-    else:
-        identity["corpus_checksum"] = corpora["train"].checksum()
-        del identity["dataset"]  # the same corpus may have another path now
-    return identity
+    torch.manual_seed(options.seed)  # decides the initial weights
+    tokenizer = choose_tokenizer(options)
+    model = make_model(options, tokenizer)
+    corpora = load_corpora(options, tokenizer)
+    rank, _ = rank_and_ranks()
+    for split, corpus in corpora.items():
+        if rank == 0 and isinstance(corpus, data.TokenizedCorpus):
+            show(f"{split}: {corpus.describe()}")
+    return tokenizer, model, corpora
 
 
 def pretrain(options: PretrainOptions) -> None:
-    """Pretrains a model, or evaluates one with --steps 0: the whole of this script."""
-    rank, world_size = join_processes(options.device, options.accumulate)
+    """Pretrains a model: the whole of this script. Every rank runs it.
+
+    1. Look at the folder --out, and change nothing there.
+    2. Make tokenizer, model and corpus, rank 0 first: it tokenizes, and the others find the result.
+    3. Lock the folder, and begin or resume the run.
+    4. Train, and write the model.
+    """
+    join_ranks(options.device, options.accumulate)
     device = choose_device(options.device)
     options = replace(options, precision=choose_precision(options.precision, device))
-    if options.steps == 0:
-        if rank == 0:
-            evaluate_weights(options, device)
-        return
     keep_freed_memory()
-    check_lies_outside(options.out, options.dataset, "--dataset")
-    with run_folder(options, rank) as out:
-        run_pretraining(options, out, device, rank, world_size)
+    out = Path(options.out)
+    on_rank_0(partial(check_folder, out, options.resume))
 
-
-def run_pretraining(
-    options: PretrainOptions, out: Path, device: torch.device, rank: int, world_size: int
-) -> None:
-    """Prepares tokenizer, corpus, model and run, and trains. Every rank runs this; only rank 0
-    evaluates, and writes the model at the end.
-    """
-    torch.manual_seed(options.seed)  # decides the initial weights
-    with first_process_first(rank):  # rank 0 tokenizes, the others find the result in the cache
-        tokenizer = choose_tokenizer(options)
-        # Before the corpus: wrong options should not fail after hours of tokenizing.
-        model = make_model(options, tokenizer)
-        corpora = load_corpora(options, tokenizer)
+    prepared = on_rank_0(partial(prepare, options))
+    tokenizer, model, corpora = prepared or prepare(options)
     model.to(device).train()
     optimizer = make_optimizer(model)
     validation = make_validation(options, corpora["validation"], tokenizer, device)
-
     # Two losses to compare with: of a model that knows nothing, and of one that knows how often
     # each token occurs. (A stream has not been read yet: its validation documents stand in.)
     counted = corpora["validation" if options.streaming else "train"]
@@ -823,40 +733,391 @@ def run_pretraining(
         "unigram_entropy": counted.unigram_entropy(),
     }
 
-    def export_folder(step: int) -> Path:
-        return out / "models" / f"step-{step}"
+    lock = on_rank_0(partial(lock_folder, out, options.resume))  # noqa: F841, held to the end
+    identity = what_identifies(options, corpora)
+    state: dict[str, Any] = {"progress": {}, "metrics_bytes": 0}
+    if options.resume:
+        state = load_checkpoint(out, identity)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    progress = Progress(**state["progress"])
 
-    identity = what_identifies(options, tokenizer, corpora)
-    run = Run(out, rank, world_size, options.steps, identity)
-    # `resume` loads weights, moments and step, and returns each rank's progress in a stream.
-    saved_progress = run.resume(model=model, optimizer=optimizer) if options.resume else None
-    batches, progress = make_batches(options, corpora["train"], tokenizer, run, saved_progress)
-    run.begin(options)
-    if rank == 0:
-        for split, corpus in corpora.items():
-            if isinstance(corpus, data.TokenizedCorpus):
-                print(f"{split}: {corpus.describe()}")
-        print(*(f"{name} {value:.3f} nats" for name, value in baselines.items()))
-        print(f"precision {options.precision}, dropout {options.dropout:g}")
-        for step in options.export_steps or ():
-            if step < run.step and not export_folder(step).exists():
-                print(f"--export-steps {step}: the run is past it; models/step-{step} is not made")
+    def log(split: str = "train", **values: float) -> None:
+        write_line(out, split=split, **asdict(progress), **values)
 
-    def report(step: int) -> None:
+    def report() -> None:
         metrics = evaluate(model, validation, options.precision)
-        run.write("validation", step, **metrics, **baselines)
+        log("validation", **metrics, **baselines)
         numbers = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         example = probe(model, validation[0], tokenizer, options.precision)
-        run.show_above_bar(f"step {step}  {numbers}\n{example}")
+        show(f"step {progress.step}  {numbers}\n{example}")
 
-    def export(step: int) -> None:
-        write_model(model, tokenizer, export_folder(step))
+    def save() -> None:
+        save_checkpoint(out, model, optimizer, progress=asdict(progress), identity=identity)
 
-    train(options, run, model, optimizer, batches, progress, report, export)
+    def begin() -> None:
+        with (out / "metrics.jsonl").open("a") as file:
+            file.truncate(min(state["metrics_bytes"], file.tell()))
+        if not options.resume:
+            save()
+        (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
+        show("  ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
+        show(f"precision {options.precision}, dropout {options.dropout:g}")
+
+    signals = note_signals()  # before data workers start, which inherit the handlers
+    on_rank_0(begin)
+    batches = make_batches(options, corpora["train"], tokenizer, progress.step)
+    is_done = train(options, model, optimizer, batches, progress, signals, log, report, save)
+
+    if is_done:
+        on_rank_0(partial(write_model, model, tokenizer, out / "model"))
+        on_rank_0(partial(draw_curves, out))
+    else:
+        on_rank_0(partial(show, f"stopped after step {progress.step}; --resume continues"))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not is_done:
+        sys.exit(1)
+
+
+# ---- Device and precision ----------------------------------------------------
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Returns the device of --device; without a name, the GPU if there is one."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def choose_precision(name: Precision, device: torch.device) -> Precision:
+    """Returns a run's precision, which is not "auto", and sets torch up for it.
+
+    - float32: all matrix products in float32.
+    - medium: float32 in memory, but matrix products may round their factors to bfloat16.
+    - bfloat16: autocast, see `autocast`.
+    - auto: the fastest of them on this device. A CPU without AMX and AVX512-BF16 emulates bfloat16,
+      and would take forty times as long.
+    """
+    if name == "auto":
+        get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.11
+        capabilities: dict[str, bool] = get_capabilities() if device.type == "cpu" else {}
+        if device.type == "cuda":
+            name = "bfloat16"
+        elif capabilities.get("amx_bf16"):
+            name = "medium"
+        elif capabilities.get("avx512_bf16"):
+            name = "bfloat16"
+        else:
+            name = "float32"
+    torch.set_float32_matmul_precision("medium" if name == "medium" else "highest")
+    return name
+
+
+def autocast(precision: str, device_type: str) -> contextlib.AbstractContextManager:
+    """Returns the context of a forward pass. With bfloat16, it computes matrix products in
+    bfloat16; weights, gradients and the optimizer's state stay float32.
+    """
+    if precision == "bfloat16":
+        return torch.autocast(device_type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def keep_freed_memory() -> None:
+    """Makes the process keep the memory that it frees, on Linux with glibc.
+
+    Large tensors are otherwise returned to the system and allocated anew in every step. Each 4 KiB
+    then costs a page fault, which takes a tenth to a quarter of a step's time.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+# ---- Ranks -------------------------------------------------------------------
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    """Returns the rank of this process, from 0, and the number of ranks."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def join_ranks(device: str | None, accumulate: int) -> None:
+    """Joins the process group, if torchrun has started this process.
+
+    Raises ValueError if the ranks cannot share the micro-batches of a step, or the GPUs.
+    """
+    if "RANK" not in os.environ:
+        return
+    ranks = int(os.environ["WORLD_SIZE"])
+    if accumulate % ranks:
+        raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
+
+    # It takes the group of the moment as a default argument. Imported later, as torch does, it
+    # would keep the group alive, whose threads may abort the end of the process.
+    import torch.distributed.nn
+
+    # gloo sums tensors on the CPU, nccl those on a GPU. Without names, a GPU leaves nccl alone.
+    backend = "gloo"
+    if torch.cuda.is_available() and device != "cpu":
+        backend = "cpu:gloo,cuda:nccl"
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise ValueError(f"--nproc_per_node: there are {gpus} GPUs, one is needed for a rank")
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenize for hours
+
+
+def total(*numbers: float) -> list[float]:
+    """Returns each number's sum over all ranks. The sums are on the CPU and wait for no GPU."""
+    if not dist.is_initialized():
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    try:
+        dist.all_reduce(sums)
+    except RuntimeError:
+        raise SystemExit(2) from None  # another rank has ended, and has said why
+    return sums.tolist()
+
+
+def on_rank_0(work: Callable[[], Any]) -> Any:
+    """Returns what `work` returns on rank 0, and None on the others, which wait for it. If it
+    fails, all ranks end: rank 0 with its error, the others without a word.
+    """
+    result: Any = None
+    mistake: Exception | None = None
+    rank, _ = rank_and_ranks()
     if rank == 0:
-        write_model(model, tokenizer, out / "model")
-        draw_pretraining(out)
-    run.end()
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            mistake = error
+    if total(mistake is not None) != [0]:
+        raise mistake or SystemExit(2)
+    return result
+
+
+# ---- The folder of a run -----------------------------------------------------
+
+
+def check_folder(out: Path, resume: bool = False) -> None:
+    """Raises ValueError if a new run would overwrite another one, or if there is none to resume.
+    Changes nothing.
+    """
+    if resume and not (out / "checkpoint.pt").exists():
+        raise ValueError(f"--resume: there is no {out}/checkpoint.pt")
+    if resume:
+        return
+    for name in ("config.json", "metrics.jsonl", "checkpoint.pt", "model"):
+        path = out / name
+        if path.exists() and path.stat().st_size > 0:  # a run killed early leaves empty metrics
+            raise ValueError(f"--out {out} holds the {name} of another run: name a new folder")
+
+
+def lock_folder(out: Path, resume: bool = False) -> IO:
+    """Makes the folder of a run, and locks it until the returned file is closed or the process
+    ends, however it ends. Raises ValueError as `check_folder` does.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = (out / ".lock").open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers do not inherit this kind
+    except OSError as error:
+        raise ValueError(f"--out {out} is in use by another process") from error
+    check_folder(out, resume)  # once more: another process may have had it until now
+    return lock
+
+
+def write_line(out: Path, **values: Any) -> None:
+    """Adds a line to the run's metrics.jsonl."""
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def what_identifies(options: PretrainOptions, corpora: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a resumed run must share with the one before: the text, and all options except
+    those that change no result. A stream also depends on who reads it.
+    """
+    may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
+    identity = {name: v for name, v in asdict(options).items() if name not in may_change}
+    identity["validation"] = corpora["validation"].checksum()
+    if options.streaming:
+        _, ranks = rank_and_ranks()
+        identity["readers"] = f"{options.workers} workers of {ranks} ranks"
+    else:
+        identity["train"] = corpora["train"].checksum()
+    return identity
+
+
+def save_checkpoint(
+    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **state: Any
+) -> None:
+    """Writes checkpoint.pt. After a kill or a power cut, the old one or the new one is there.
+
+    It has the length of metrics.jsonl, too: a resumed run cuts off what was written later.
+    """
+    check_weights(model)
+    state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    with (out / "metrics.jsonl").open("a") as file:
+        os.fsync(file.fileno())
+        state["metrics_bytes"] = file.tell()
+
+    unfinished = out / "checkpoint.unfinished"
+    try:
+        with unfinished.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch's own error, for a full disk
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{out}/checkpoint.pt is the one before: {error}") from error
+    unfinished.replace(out / "checkpoint.pt")
+    force_to_disk(out)
+
+
+def load_checkpoint(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Returns the checkpoint of a run. Raises ValueError, with what differs, if it is another."""
+    try:
+        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{out}/checkpoint.pt is damaged: {error}") from error
+    before = state["identity"]
+    changed = [
+        f"{name} was {before.get(name)}, and is {value}"
+        for name, value in identity.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"--resume: {'; '.join(changed)}")
+    return state
+
+
+def force_to_disk(*paths: Path) -> None:
+    """Waits until these files and folders would survive a power cut. A folder holds the names."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes a model with its tokenizer. The one before it stays until this one is complete. (A
+    folder cannot be replaced at once: after a kill between the two renamings, both models are
+    there, as .before and .unfinished.)
+    """
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    before = folder.with_name(folder.name + ".before")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, tokenizer)
+    force_to_disk(*unfinished.iterdir(), unfinished)
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    unfinished.rename(folder)
+    force_to_disk(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+# ---- What a person sees ------------------------------------------------------
+
+
+def progress_bar(steps: int, **more: Any) -> tqdm:
+    """Returns a bar of the steps done, steps per second and time left. In a log file, or wherever
+    there is no terminal, it is drawn at most once in 30 seconds.
+    """
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    return tqdm(total=steps, unit="step", dynamic_ncols=True, mininterval=interval, **more)
+
+
+def show(text: str) -> None:
+    """Prints above the progress bar. A terminal that is closed or cannot show it ends no run."""
+    with contextlib.suppress(OSError, UnicodeError):
+        tqdm.write(text)
+
+
+def draw_curves(out: Path) -> None:
+    """Draws curves.png from the metrics.jsonl of a run: losses and accuracies over the steps, in a
+    colour for each learning rate of fine-tuning. Needs matplotlib, and does nothing without it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except (ImportError, ValueError):  # ValueError: a notebook's MPLBACKEND is unknown here
+        return
+    curves: defaultdict[tuple, list] = defaultdict(list)
+    for text in (out / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        model = (line["learning_rate"], line["seed"]) if "seed" in line else None
+        for name, value in line.items():
+            if "step" in line and ("loss" in name or "accuracy" in name or "prediction" in name):
+                curves[name, line["split"], model].append((line["step"], value))
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, accuracies = figure.subplots(1, 2)
+    for (name, split, model), points in curves.items():
+        axes = losses if "loss" in name else accuracies
+        label = f"{split} {name}" + (f", learning rate {model[0]:g}" if model else "")
+        axes.plot(*zip(*points, strict=True), alpha=0.4 if split == "train" else 1, label=label)
+    losses.set(xlabel="step", ylabel="loss, nats")
+    accuracies.set(xlabel="step", ylabel="share", ylim=(0, 1.02))
+    losses.legend()
+    accuracies.legend()
+    figure.savefig(out / "curves.png", dpi=120)
+
+
+# ---- Signals, and how a script ends ------------------------------------------
+
+
+def note_signals() -> list[int]:
+    """Returns a list to which Ctrl-C, SIGTERM and SIGHUP are added instead of ending the process:
+    the loop stops after a step. A second Ctrl-C ends it at once.
+    """
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, note)
+    return noted
+
+
+def leave_group(worker: int) -> None:
+    """Moves a data worker to a process group of its own: Ctrl-C goes to a whole group, and workers
+    have to make batches until the loop ends. worker: its index, from DataLoader.
+    """
+    os.setpgrp()
+
+
+def run_script(main: Callable, cls: type) -> None:
+    """Runs a script's main function with the options of its command line; each field of `cls` is
+    a flag. A mistake (ValueError), a system's error (OSError) and a dead data worker end in one
+    message. Anything else is a bug, and keeps its traceback.
+    """
+    options: Any = tyro.cli(cls, config=(tyro.conf.FlagCreatePairsOff,))
+    try:
+        main(options)
+        return
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # An error of a data worker has the worker's traceback in its message.
+        message = lines[-1] if "DataLoader worker" in lines[0] else " ".join(lines)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):
+            raise
+        message = f"{error} A worker has died or cannot send: try fewer --workers, and --resume"
+    print(f"\nerror: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

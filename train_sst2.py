@@ -1,11 +1,13 @@
+# SPDX-License-Identifier: MIT
+# From "BERT in four files", the file that fine-tunes; it needs the other three beside it.
 """Fine-tune BERT on SST-2, the sentiment of film reviews, with or without pretrained weights.
 
     python train_sst2.py --dataset DIR --weights runs/base/model --out runs/sst2
     python train_sst2.py --dataset DIR --tokenizer vocab.txt --size base --out runs/scratch
     python train_sst2.py --weights runs/sst2/model --predict "a gorgeous, witty film"
 
-A run trains one model for every learning rate and every seed. Of each model the epoch with the best
-accuracy on the validation split is kept, and the best of these models is written. With
+A run trains one model for every learning rate and every seed. Of each model, the epoch with the
+best accuracy on the validation split is kept, and the best of these models is written. With
 --test-dataset, or on the sample, that model is scored on the test split, once, at the end.
 
 Writes into the folder --out: config.json, metrics.jsonl, model/, curves.png.
@@ -17,13 +19,13 @@ Dimensions: batch, seq.
 import copy
 import json
 import math
-import sys
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -33,25 +35,29 @@ from torch import Tensor
 
 import data
 from bert import BertConfig, SST2BertModel, check_tokenizer, fetch, read_json
-from support.command_line import LARGEST_INTEGER, LARGEST_SIZE, check_limits, run_script
-from support.curves import draw_sst2
-from support.devices import (
+from train_pretrain import (
     Precision,
     autocast,
+    check_folder,
+    check_is_finite,
+    check_options,
+    check_weights,
     choose_device,
     choose_precision,
+    draw_curves,
     keep_freed_memory,
-)
-from support.folder import (
-    check_lies_outside,
-    run_folder,
+    learning_rate,
+    lock_folder,
+    make_optimizer,
+    matching_tokenizer,
+    progress_bar,
+    run_script,
+    set_seed,
+    show,
+    update,
     write_line,
     write_model,
-    write_whole,
 )
-from support.processes import need_one_process
-from support.run import Display, FiniteGuard, progress_bar, set_seed, show
-from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
 
 LABELS = ("negative", "positive")
 
@@ -70,12 +76,11 @@ class SST2Options:
     out: str = "runs/sst2"
     """Folder of the run: a new one."""
     predict: tuple[str, ...] | None = None
-    """Texts to classify with --weights, instead of training. The text "-" stands for the lines of
-    standard input."""
+    """Texts to classify with --weights, instead of training."""
     seeds: int = 1
-    """Models to train for each learning rate, for a mean and a deviation."""
+    """Number of seeds per learning rate; results are reported as mean ± standard deviation."""
     seed: int = 0
-    """Seed of the first of them."""
+    """The first seed."""
 
     # The sentences
     dataset: str = "sample"
@@ -90,8 +95,8 @@ class SST2Options:
     vocab_size: int = 2000
     """Size of a vocabulary that is learned."""
     max_seq_length: int | None = None
-    """Tokens of a sentence with [CLS] and [SEP]; the rest is cut off. By default as many as
-    --weights have positions, or 128."""
+    """Tokens of a sentence with [CLS] and [SEP]; the rest is cut off. By default 128, or as many as
+    the position table of --weights has rows, if these are fewer."""
 
     # The model
     weights: str | None = None
@@ -118,26 +123,98 @@ class SST2Options:
     """Precision of matrix products. auto chooses the fastest here."""
 
     def __post_init__(self) -> None:
-        check_limits(self, LIMITS)
+        check_options(self, 0, "seed")
+        check_options(self, 1, "seeds", "vocab_size", "batch_size", "epochs", "log_every")
         if not self.learning_rate:
             raise ValueError("--learning-rate needs a value, or several")
-        if self.predict == ():
-            raise ValueError("--predict needs a text, or - for the lines of standard input")
-        if self.predict and not self.weights:
+        if self.max_seq_length is not None and self.max_seq_length < 3:
+            raise ValueError("--max-seq-length must be at least 3: [CLS] a [SEP]")
+        if self.predict is not None and self.weights is None:
             raise ValueError("--predict needs --weights: the model/ of a run on SST-2")
 
 
-LIMITS = {  # the smallest and the largest value
-    "seeds": (1, LARGEST_SIZE),
-    "seed": (0, LARGEST_INTEGER - LARGEST_SIZE),  # so that all seeds of the run are valid
-    "vocab_size": (1, LARGEST_SIZE),
-    "max_seq_length": (3, LARGEST_SIZE),  # [CLS] a [SEP]
-    "dropout": (0, 0.99),
-    "batch_size": (1, LARGEST_SIZE),
-    "epochs": (1, LARGEST_SIZE),
-    "learning_rate": (0, math.inf),
-    "log_every": (1, LARGEST_INTEGER),
-}
+# ---- The sentences -----------------------------------------------------------
+
+
+def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[str], list[int]]:
+    """Returns the texts of a split of SST-2, and their labels: 0 = negative, 1 = positive.
+
+    Raises ValueError, with the row, if a sentence is not text or a label is not 0 or 1.
+    """
+    source = str(data.SAMPLE / "reviews") if path == "sample" else path
+    rows = data.get_dataset(source, name, split)
+    column = "sentence" if "sentence" in rows.column_names else "text"
+    if not {column, "label"} <= set(rows.column_names):
+        raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
+    texts, labels = list(rows[column]), list(rows["label"])
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if not isinstance(text, str):
+            raise ValueError(f"{path}, {split}, row {row}: {column} is {text!r}, not text")
+        if type(label) is not int or label not in (0, 1):  # True, 1.0 and "1" are not labels
+            raise ValueError(
+                f"{path}, {split}, row {row}: the label is {label!r}, not 0 or 1 (SetFit/sst2 has a"
+                " test split with labels)"
+            )
+    return texts, labels
+
+
+def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> list[list[int]]:
+    """Returns the ids of `[CLS] sentence [SEP]` for each text, cut to `longest` tokens."""
+    vocabulary = tokenizer.get_vocab()
+    cls_id, sep_id = vocabulary[data.CLS], vocabulary[data.SEP]
+    sentences = data.encode_plain(tokenizer, texts)
+    return [[cls_id, *ids[: longest - 2], sep_id] for ids in sentences]
+
+
+class SST2Batches:
+    """Batches of all sentences, each once, with sentences of similar lengths together.
+
+    1. Shuffle the sentences, by (`seed`, `epoch`). The training loop sets both attributes.
+    2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
+       is padding (67% in a plain random order), and every epoch still groups other sentences.
+    3. Cut the pools into batches, and shuffle the batches.
+
+    Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is
+    `input_ids`, int64 (batch, longest of these), and `labels`, int64 (batch,).
+    """
+
+    def __init__(
+        self,
+        rows: list[list[int]],
+        labels: list[int],
+        batch_size: int,
+        padding_idx: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        self.rows, self.labels, self.batch_size = rows, labels, batch_size
+        self.padding_idx, self.seed, self.epoch = padding_idx, seed, 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        size = len(self.rows)
+        lengths = np.array([len(row) for row in self.rows])
+        if self.seed is None:
+            order = np.argsort(lengths, kind="stable")
+            batch_order = np.arange(len(self))
+        else:
+            rng = data.generator(self.seed, data.PURPOSE_SST2, self.epoch)
+            shuffled = rng.permutation(size)
+            pool_size = 64 * self.batch_size
+            pools = np.split(shuffled, range(pool_size, size, pool_size))
+            sorted_pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+            order = np.concatenate(sorted_pools)
+            batch_order = rng.permutation(len(self))
+
+        for start in batch_order * self.batch_size:
+            indices = order[start : start + self.batch_size]
+            rows = [torch.tensor(self.rows[index]) for index in indices]
+            input_ids = torch.nn.utils.rnn.pad_sequence(
+                rows, batch_first=True, padding_value=self.padding_idx
+            )
+            labels = torch.tensor([self.labels[index] for index in indices])
+            yield {"input_ids": input_ids, "labels": labels}
 
 
 # ---- Forward and evaluation --------------------------------------------------
@@ -182,8 +259,8 @@ def best_epoch(accuracies: list[float]) -> int:
 
 def fine_tune(
     model: SST2BertModel,
-    training: data.SST2Batches,
-    validation: data.SST2Batches,
+    training: SST2Batches,
+    validation: SST2Batches,
     epochs: int,
     rate: float,
     seed: int,
@@ -193,24 +270,22 @@ def fine_tune(
 ) -> tuple[SST2BertModel, float]:
     """Trains one model on all sentences of `training`, `epochs` times.
 
-    rate: the peak learning rate. out: the folder whose metrics.jsonl gets the lines. A training
-    line with "step": N has the loss of update N, counted from 1. (train_pretrain.py and the
-    messages of `FiniteGuard` count from 0.)
+    rate: the peak learning rate. out: the folder whose metrics.jsonl gets the lines.
     Returns the model as it was after its best epoch, and the validation accuracy of that epoch.
     """
     device = next(model.parameters()).device
     model.train()
     optimizer = make_optimizer(model)
-    guard = FiniteGuard(device)
     training.seed = seed  # with a seed SST2Batches shuffles, for each seed in another order
     steps = epochs * len(training)
     warmup = steps // 10  # the paper does not say how many; [Code] has a tenth
     step = 0
+    largest_norm = torch.zeros((), device=device)  # of all gradients so far
     best_model = model
     accuracies: list[float] = []
     identity = {"learning_rate": rate, "seed": seed}  # of this model, in every line
     started = time.perf_counter()
-    bar = progress_bar(steps, f"lr {rate:g} seed {seed}")
+    bar = progress_bar(steps, desc=f"lr {rate:g} seed {seed}")
 
     for epoch in range(epochs):
         training.epoch = epoch  # another order of the sentences
@@ -226,28 +301,29 @@ def fine_tune(
 
             # Clip, and take the step.
             norm = update(model, optimizer, learning_rate(step, rate, warmup, steps))
-            guard.note(step, norm)
+            largest_norm = torch.maximum(largest_norm, norm)
             step += 1
-            bar.update()
 
             # Log.
             if step % log_every == 0:
-                guard.check()
+                check_is_finite(largest_norm, step)
                 write_line(out, split="train", step=step, **identity, loss=loss.item())
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            bar.update()
 
         # Evaluate, and keep the model if it is the best so far.
-        guard.check(model)
+        check_is_finite(largest_norm, step)
+        check_weights(model)
         metrics = evaluate(model, validation, device, precision)
         accuracies.append(metrics["accuracy"])
         if best_epoch(accuracies) == epoch:
             best_model = copy.deepcopy(model)
-        measured = {"seconds": round(time.perf_counter() - started, 2), **identity, **metrics}
-        write_line(out, split="validation", step=step, epoch=epoch + 1, **measured)
-        bar.write(
+        seconds = round(time.perf_counter() - started, 2)
+        line = {"step": step, "epoch": epoch + 1, "seconds": seconds, **identity, **metrics}
+        write_line(out, split="validation", **line)
+        show(
             f"epoch {epoch + 1}: validation loss {metrics['loss']:.3f}, "
-            f"accuracy {metrics['accuracy']:.4f}",
-            file=Display(sys.stdout),
+            f"accuracy {metrics['accuracy']:.4f}"
         )
     bar.close()
     return best_model, max(accuracies)
@@ -258,11 +334,11 @@ def fine_tune(
 
 def choose_tokenizer(options: SST2Options) -> Tokenizer:
     """Returns the tokenizer of --weights or --tokenizer, or one learned from the sentences."""
-    if options.weights:
+    if options.weights is not None:
         return matching_tokenizer(options.weights, options.tokenizer)
-    if options.tokenizer:
+    if options.tokenizer is not None:
         return data.load_tokenizer(options.tokenizer)
-    texts, _ = data.get_reviews(options.dataset, "train", options.dataset_name)
+    texts, _ = get_reviews(options.dataset, "train", options.dataset_name)
     return data.train_tokenizer(texts, options.vocab_size)
 
 
@@ -273,7 +349,7 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
     dropout would otherwise be fine-tuned without, and nobody would notice.
     """
     dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
-    if options.weights:
+    if options.weights is not None:
         model = SST2BertModel.from_pretrained(options.weights, **dropouts)
     else:
         vocabulary = tokenizer.get_vocab()
@@ -285,57 +361,54 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
         )
         model = SST2BertModel(config, vocabulary[data.PAD])
     check_tokenizer(model, tokenizer)
-    if (options.max_seq_length or 0) > model.config.max_seq_length:
-        raise ValueError(
-            f"--max-seq-length {options.max_seq_length}: the weights have "
-            f"{model.config.max_seq_length} positions"
-        )
     return model
 
 
+def choose_length(options: SST2Options, model: SST2BertModel) -> int:
+    """Returns how many tokens of a sentence the model reads."""
+    rows = model.config.max_seq_length  # of the position table
+    if options.max_seq_length is None:
+        return min(128, rows)
+    if options.max_seq_length > rows:
+        raise ValueError(f"--max-seq-length {options.max_seq_length}: the weights have {rows}")
+    return options.max_seq_length
+
+
 def train(options: SST2Options) -> None:
-    """Chooses device and precision, opens the run's folder, and fine-tunes there."""
-    need_one_process()
+    """Trains a model for each learning rate and seed, writes the best one, and tests it once."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("fine-tuning runs in one process: start it with python, not torchrun")
     device = choose_device(options.device)
     options = replace(options, precision=choose_precision(options.precision, device))
     keep_freed_memory()
-    check_lies_outside(options.out, options.dataset, "--dataset")
-    check_lies_outside(options.out, options.test_dataset, "--test-dataset")
-    with run_folder(options) as out:
-        run_fine_tuning(options, out, device)
-
-
-def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> None:
-    """Trains a model for each learning rate and seed, writes the best one, and tests it once."""
-    print(f"precision {options.precision}, dropout {options.dropout:g}")
-    tokenizer = choose_tokenizer(options)
-    padding_idx = tokenizer.get_vocab()[data.PAD]
-    # This model is not trained. It is made so that wrong options fail early, and for its length.
-    untrained = make_model(options, tokenizer)
-    longest = options.max_seq_length or untrained.config.max_seq_length
-
-    def load(path: str, split: str, name: str | None = None) -> data.SST2Batches:
-        texts, labels = data.get_reviews(path, split, name)
-        rows = data.encode_sentences(tokenizer, texts, longest)
-        return data.SST2Batches(rows, labels, options.batch_size, padding_idx)
+    out = Path(options.out)
+    check_folder(out)
 
     # All splits are read now: a mistake in the test split must not show up after hours.
+    tokenizer = choose_tokenizer(options)
+    longest = choose_length(options, make_model(options, tokenizer))
+
+    def load(path: str, split: str, name: str | None = None) -> SST2Batches:
+        texts, labels = get_reviews(path, split, name)
+        rows = encode_sentences(tokenizer, texts, longest)
+        return SST2Batches(rows, labels, options.batch_size, tokenizer.get_vocab()[data.PAD])
+
     training = load(options.dataset, "train", options.dataset_name)
     validation = load(options.dataset, "validation", options.dataset_name)
     test_source = options.test_dataset or ("sample" if options.dataset == "sample" else None)
     test = load(test_source, "test") if test_source else None
-    # A rejected command leaves no config.json, so this comes after all that may be rejected.
-    write_whole(out / "config.json", json.dumps(asdict(options), indent=2) + "\n")
 
-    best_model: Any = None
+    lock = lock_folder(out)  # noqa: F841, held to the end
+    (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
+    show(f"precision {options.precision}, dropout {options.dropout:g}")
+    best_model: SST2BertModel | None = None
     best_accuracy = -1.0
     for rate in options.learning_rate:
         accuracies = []
         for seed in range(options.seed, options.seed + options.seeds):
             torch.manual_seed(seed)  # decides the initial weights, at least of the classifier
-            model = make_model(options, tokenizer).to(device)
             model, accuracy = fine_tune(
-                model,
+                make_model(options, tokenizer).to(device),
                 training,
                 validation,
                 options.epochs,
@@ -350,44 +423,19 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
                 best_model, best_accuracy = model, accuracy
                 # Now, since the next one may diverge, or be killed.
                 write_model(best_model, tokenizer, out / "model")
-        accuracy_of_seeds = f"{np.mean(accuracies):.4f}"
-        if options.seeds > 1:
-            accuracy_of_seeds += f" ± {np.std(accuracies, ddof=1):.4f}"
-        show(
-            f"learning rate {rate:g}: validation accuracy {accuracy_of_seeds},"
-            f" seeds {options.seeds}"
-        )
+        deviation = f" ± {np.std(accuracies, ddof=1):.4f}" if options.seeds > 1 else ""
+        mean = f"{np.mean(accuracies):.4f}{deviation}"
+        show(f"learning rate {rate:g}: validation accuracy {mean}, seeds {options.seeds}")
 
-    if test is not None:
+    if test is not None and best_model is not None:
         metrics = evaluate(best_model, test, device, options.precision)
         write_line(out, split="test", **metrics)
         show(f"test accuracy {metrics['accuracy']:.4f} (validation {best_accuracy:.4f})")
-    draw_sst2(out)
+    draw_curves(out)
     show(f"{out}/model holds the best weights and their tokenizer")
 
 
 # ---- Prediction --------------------------------------------------------------
-
-
-def texts_to_predict(texts: Sequence[str]) -> Iterator[str]:
-    """Yields the texts; in place of "-", the lines of standard input."""
-    for text in texts:
-        if text != "-":
-            try:
-                text.encode()  # other bytes of a command line arrive as surrogates
-            except UnicodeEncodeError as error:
-                raise ValueError(f"--predict: the text {text!r} is not UTF-8") from error
-            yield text
-            continue
-        if sys.stdin is None:
-            raise ValueError("--predict -: there is no standard input")
-        for line_number, line in enumerate(sys.stdin.buffer, start=1):
-            try:
-                yield line.decode().rstrip("\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"--predict -: line {line_number} is not UTF-8: {error}"
-                ) from error
 
 
 def label_names(weights: str) -> Sequence[str]:
@@ -395,12 +443,9 @@ def label_names(weights: str) -> Sequence[str]:
     class 0 may be the positive one. If it has none, or LABEL_0 and LABEL_1, which transformers
     writes without names, they are those of SST-2.
     """
-    published = read_json(fetch(weights) / "config.json").get("id2label")
-    if not isinstance(published, dict):
-        return LABELS
-    names: list[Any] = [published.get("0"), published.get("1")]
-    are_names = all(isinstance(name, str) and name for name in names)
-    return names if are_names and names != ["LABEL_0", "LABEL_1"] else LABELS
+    published = read_json(fetch(weights) / "config.json").get("id2label") or {}
+    names = [str(published.get(key, f"LABEL_{key}")) for key in ("0", "1")]
+    return LABELS if names == ["LABEL_0", "LABEL_1"] else names
 
 
 @torch.no_grad()
@@ -417,17 +462,17 @@ def predict(options: SST2Options) -> None:
             f"--predict needs the model/ of a run on SST-2; {options.weights} has no"
             f" {', '.join(model.missing_parameters)}"
         )
-    longest = options.max_seq_length or model.config.max_seq_length
+    longest = choose_length(options, model)
     labels = label_names(str(options.weights))
-    for text in texts_to_predict(options.predict or ()):
-        rows = data.encode_sentences(tokenizer, [text], longest)
+    for text in options.predict or ():
+        rows = encode_sentences(tokenizer, [text], longest)
         logits = forward(model, torch.tensor(rows, device=device), precision)  # (1, 2)
         probs = logits.softmax(dim=-1)[0]
         print(f"{labels[int(probs.argmax())]}  {probs.max():.3f}  {text}")
 
 
 def main(options: SST2Options) -> None:
-    if options.predict:
+    if options.predict is not None:
         predict(options)
     else:
         train(options)

@@ -71,7 +71,7 @@ def rate(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[di
         losses_of = PretrainLosses(model, "float32")
         optimizer = make_optimizer(model)
         for step in range(301):
-            mlm_loss, _ = add_gradients(losses_of, [batch]).tolist()
+            mlm_loss, _ = add_gradients(losses_of, [batch], len(batch["mlm_targets"]), 1).tolist()
             update(model, optimizer, learning_rate)
             if step % 5 == 0:
                 yield {

@@ -29,8 +29,17 @@ import data
 from bert import BertConfig, BertPretrainModel
 from experiments.curves import HERE, new_figure, read_lines
 from experiments.mistakes import tokenize_corpus
-from support.devices import choose_device, choose_precision, keep_freed_memory
-from train_pretrain import PretrainLosses, add_gradients, make_optimizer, to_device, update
+from train_pretrain import (
+    PretrainLosses,
+    add_gradients,
+    choose_device,
+    choose_precision,
+    count,
+    keep_freed_memory,
+    make_optimizer,
+    to_device,
+    update,
+)
 
 VOCAB_SIZE = 30522  # of the models, as the published ones have it; the sample's ids are smaller
 LENGTH = 128
@@ -70,7 +79,8 @@ class Training:
 
         def step() -> None:
             if is_ours:
-                add_gradients(run, [to_device(batch, device)])
+                masked, pairs, _ = count([batch], model.padding_idx)
+                add_gradients(run, [to_device(batch, device)], masked, pairs)
             else:
                 add_their_gradients(run, batch, device, precision)
             update(model, optimizer, 1e-4)

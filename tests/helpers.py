@@ -19,10 +19,7 @@ from unittest import mock
 import pytest
 import torch
 
-import support.checkpoints
-import support.run
-import train_pretrain
-from bert import BertPretrainModel, PretrainedModel
+from bert import BertPretrainModel
 from train_pretrain import PretrainOptions, pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +129,7 @@ def make_options(corpus: Path, out: Path) -> PretrainOptions:
     """Returns the options of a run of 4 steps on what `write_corpus` has written."""
     return PretrainOptions(
         out=str(out), dataset=f"{corpus}/corpus.jsonl", tokenizer=str(corpus),
-        max_seq_length=16, batch_size=2, steps=4, eval_every=4, eval_batches=1, log_every=1,
+        max_seq_length=16, batch_size=2, steps=4, eval_every=4, log_every=1,
         save_every=2, workers=0, device="cpu", precision="float32",
     )  # fmt: skip
 
@@ -149,6 +146,14 @@ def metrics_of(out: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+def read_lines(run: Path, split: str) -> dict[str, list]:
+    """Returns the lines of a run that have this split, as columns. run: its folder, or the file."""
+    file = run / "metrics.jsonl" if run.is_dir() else run
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [line for line in lines if line["split"] == split]
+    return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Returns every file in a folder but its lock, which is empty."""
     files = (path for path in folder.glob("**/*") if path.is_file() and path.name != ".lock")
@@ -160,16 +165,17 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return BertPretrainModel.from_pretrained(folder).state_dict()
 
 
-def state(out: Path) -> tuple[dict, list[dict]]:
-    """Returns the last checkpoint and all metrics without what a clock said."""
-    newest = sorted((out / "checkpoints").glob("step-*.pt"))[-1]
-    checkpoint = torch.load(newest, weights_only=True)
-    del checkpoint["seconds"]
+def checkpoint_of(out: Path) -> dict:
+    """Returns what checkpoint.pt holds, without what a clock said."""
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    del checkpoint["progress"]["seconds"]
     del checkpoint["metrics_bytes"]  # how long the clock's digits are
-    for progress in checkpoint["own"]:
-        for bookmark in progress.get("bookmarks", []):
-            (bookmark or {}).pop("rows", None)  # the library's own counters
-    return checkpoint, metrics_of(out)
+    return checkpoint
+
+
+def state(out: Path) -> tuple[dict, list[dict], dict[str, bytes]]:
+    """Returns all that a finished run leaves, without what a clock said."""
+    return checkpoint_of(out), metrics_of(out), contents(out / "model")
 
 
 def assert_same(one, other, path: str = "") -> None:
@@ -192,7 +198,7 @@ def assert_same(one, other, path: str = "") -> None:
 
 OPTIONS = PretrainOptions(
     vocab_size=60, max_seq_length=32, batch_size=2, accumulate=2, steps=30, save_every=1,
-    eval_every=10, eval_batches=2, log_every=1, workers=0, device="cpu", precision="float32",
+    eval_every=10, log_every=1, workers=0, device="cpu", precision="float32",
 )  # fmt: skip
 
 
@@ -200,69 +206,14 @@ def die(*_) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def half(text: bytes) -> bytes:
-    return text[: len(text) // 2]
-
-
-def killed_at(point: str, call: int) -> None:
-    """Lets this process die at the `call`-th time that it comes to this point."""
-    calls = iter(range(1, 1000))
-
-    def before(function):
-        return lambda *a, **k: die() if next(calls) == call else function(*a, **k)
-
-    def after(function):
-        return lambda *a, **k: (function(*a, **k), die() if next(calls) == call else None)[0]
-
-    def half_saved(state, file):
-        content = io.BytesIO()
-        torch_save(state, content)
-        dies = next(calls) == call
-        file.write(half(content.getvalue()) if dies else content.getvalue())
-        if dies:
-            file.flush()
-            die()
-
-    def half_a_line(out, **values):
-        if next(calls) == call:
-            with (out / "metrics.jsonl").open("a") as file:
-                file.write('{"split": "tra')
-            die()
-        write_line(out, **values)
-
-    torch_save, write_line = torch.save, support.run.write_line
-    {
-        "before a checkpoint": lambda: setattr(
-            support.run, "save_checkpoint", before(support.checkpoints.save_checkpoint)
-        ),
-        "half a checkpoint written": lambda: setattr(torch, "save", half_saved),
-        "written": lambda: setattr(torch, "save", after(torch.save)),
-        "synced": lambda: setattr(Path, "replace", before(Path.replace)),
-        "renamed": lambda: setattr(Path, "replace", after(Path.replace)),
-        "pruned": lambda: setattr(Path, "unlink", after(Path.unlink)),
-        "after a checkpoint": lambda: setattr(
-            support.run, "save_checkpoint", after(support.checkpoints.save_checkpoint)
-        ),
-        "before an update": lambda: setattr(
-            train_pretrain, "update", before(train_pretrain.update)
-        ),
-        "half a line written": lambda: setattr(support.run, "write_line", half_a_line),
-        "before the model is exported": lambda: setattr(
-            PretrainedModel, "save_pretrained", before(PretrainedModel.save_pretrained)
-        ),
-    }[point]()
-
-
-def child(options: PretrainOptions, point: str | None, call: int, seconds: float | None) -> None:
-    """Pretrains in a process that dies at this point, or after so many seconds, or not at all."""
-    if point:
-        killed_at(point, call)
-    if seconds:
+def child(options: PretrainOptions, seconds: float | None = None) -> None:
+    """Pretrains, in a process that dies after so many seconds, or not at all."""
+    if seconds is not None:
         threading.Timer(seconds, die).start()
     run(options)
 
 
-def in_process(options: PretrainOptions, point=None, call=1, seconds=None) -> int:
+def in_process(options: PretrainOptions, seconds: float | None = None) -> int:
     """Pretrains in a process of its own; returns its exit status, which is -9 if it was killed."""
-    (status,) = wait(start(child, options, point, call, seconds), seconds=600)
+    (status,) = wait(start(child, options, seconds), seconds=600)
     return status

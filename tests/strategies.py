@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import data
 from bert import BertConfig, BertPretrainModel, PretrainedModel
-from train_pretrain import PretrainLosses, add_gradients, to_device
+from train_pretrain import PretrainLosses, add_gradients, count, to_device
+from train_sst2 import SST2Batches
 
 CPU = torch.device("cpu")
 
@@ -157,7 +158,9 @@ def gradients(
     """Returns both losses of a step, and the gradient of every parameter."""
     model.zero_grad()
     ready = [to_device(batch, CPU) for batch in micro_batches]
-    losses = add_gradients(PretrainLosses(model) if losses_of is None else losses_of, ready)
+    masked, pairs, _ = count(micro_batches, model.padding_idx)
+    losses_of = PretrainLosses(model) if losses_of is None else losses_of
+    losses = add_gradients(losses_of, ready, masked, pairs)
     return [losses, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
@@ -338,10 +341,10 @@ def write_reviews(folder: Path, **splits: int) -> str:
     return str(folder)
 
 
-def review_batches(sizes: list[int], batch_size: int, seed: int | None) -> data.SST2Batches:
+def review_batches(sizes: list[int], batch_size: int, seed: int | None) -> SST2Batches:
     """Returns batches of sentences: the i-th is sizes[i] times the token i + 1, labelled i % 2."""
     rows = [[i + 1] * size for i, size in enumerate(sizes)]
-    return data.SST2Batches(rows, [i % 2 for i in range(len(sizes))], batch_size, seed=seed)
+    return SST2Batches(rows, [i % 2 for i in range(len(sizes))], batch_size, seed=seed)
 
 
 def write_cased_vocabulary(folder: Path, **tokenizer_config) -> Path:

@@ -25,18 +25,21 @@ import json
 import re
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import read_lines
 
+import train_pretrain
 from bert import BertConfig, BertPretrainModel, SST2BertModel
-from support.curves import read_lines
 from train_pretrain import (
     PretrainLosses,
     PretrainOptions,
     add_gradients,
+    count,
     learning_rate,
     make_optimizer,
     pretrain,
@@ -126,11 +129,14 @@ def ten_steps(model: torch.nn.Module, add_gradients_of_a_step) -> dict[str, list
 
 def golden_pretraining_steps(out: Path) -> dict[str, list[float]]:
     model = BertPretrainModel(CONFIG, 0)
-    batches = [
-        to_device({n: torch.tensor(v) for n, v in batch.items()}, torch.device("cpu"))
-        for batch in PAIRS
-    ]
-    return ten_steps(model, lambda: add_gradients(PretrainLosses(model), batches).tolist())
+    batches = [{n: torch.tensor(v) for n, v in batch.items()} for batch in PAIRS]
+    masked, pairs, _ = count(batches, model.padding_idx)
+    ready = [to_device(batch, torch.device("cpu")) for batch in batches]
+
+    def add_gradients_of_a_step() -> list[float]:
+        return add_gradients(PretrainLosses(model), ready, masked, pairs).tolist()
+
+    return ten_steps(model, add_gradients_of_a_step)
 
 
 def golden_fine_tuning_steps(out: Path) -> dict[str, list[float]]:
@@ -150,10 +156,11 @@ def golden_fine_tuning_steps(out: Path) -> dict[str, list[float]]:
 
 def golden_pretraining(out: Path) -> dict[str, list[float]]:
     options = PretrainOptions(
-        out=str(out), steps=30, batch_size=8, max_seq_length=32, eval_every=15, eval_batches=4,
-        log_every=1, workers=0, precision="float32", device="cpu",
+        out=str(out), steps=30, batch_size=8, max_seq_length=32, eval_every=15, log_every=1,
+        workers=0, precision="float32", device="cpu",
     )  # fmt: skip
-    pretrain(options)
+    with mock.patch.object(train_pretrain, "EVALUATION_BATCHES", 4):
+        pretrain(options)
     train, validation = read_lines(out, "train"), read_lines(out, "validation")
     return {
         "training mlm_loss": train["mlm_loss"],

@@ -17,17 +17,16 @@ from strategies import LETTERS, write_texts
 FOUR_FILES = ("bert", "data", "train_pretrain", "train_sst2")
 
 
-FOLDERS = ("support", "extras", "experiments", "sample")
+FOLDERS = ("extras", "experiments", "sample")
 
 
 MAY_IMPORT = {
     "bert": set(),
     "data": set(),
-    "support": {"support"},
-    "train_pretrain": {"bert", "data", "support"},
-    "train_sst2": {"bert", "data", "support", "train_pretrain"},
-    "extras": {*FOUR_FILES, "support", "extras"},
-    "experiments": {*FOUR_FILES, "support", "experiments"},
+    "train_pretrain": {"bert", "data"},
+    "train_sst2": {"bert", "data", "train_pretrain"},
+    "extras": {*FOUR_FILES, "extras"},
+    "experiments": {*FOUR_FILES, "experiments"},
     "sample": {"sample"},
 }
 

@@ -9,6 +9,7 @@ import inspect
 import textwrap
 import warnings
 
+import helpers
 import pytest
 import strategies
 import test_corpus
@@ -18,10 +19,10 @@ import test_masks
 import test_model
 import test_order
 import test_pairs
-import test_processes
+import test_ranks
 import test_reference
+import test_resume
 import test_reviews
-import test_run_folder
 import test_speed
 import test_streaming
 import test_tokens
@@ -33,16 +34,13 @@ from strategies import CPU, publish, write_corpus
 
 import bert
 import data
-import support.checkpoints
-import support.folder
-import support.processes
-import support.run
 import train_pretrain
 import train_sst2
 from extras import streaming
 
 # Modules that may have imported a planted function by its name.
 USERS = (
+    helpers,
     strategies,
     test_corpus,
     test_finetuning,
@@ -51,10 +49,10 @@ USERS = (
     test_model,
     test_order,
     test_pairs,
-    test_processes,
+    test_ranks,
     test_reference,
+    test_resume,
     test_reviews,
-    test_run_folder,
     test_streaming,
     test_tokens,
     test_training,
@@ -107,9 +105,6 @@ PRETRAIN = (bert.BertPretrainModel, "forward")
 ATTENTION = (bert.MultiHeadAttention, "forward")
 EXAMPLE = (data.PretrainDataset, "__getitem__")
 FEED_FORWARD = "self.feed_forward_norm(x + self.dropout(computed))"
-CHECKPOINT_ON_DISK = (
-    test_run_folder.test_a_checkpoint_is_on_disk_before_it_is_renamed_and_others_deleted
-)
 ENCODE = "encode_plain(tokenizer, split_sentences(text))"
 
 BUGS = {
@@ -138,7 +133,7 @@ BUGS = {
         test_heads.test_the_first_loss_is_ln_v_plus_ln_2, {"size": "tiny", "device": CPU},
     ),
     "5 an ignore_index of 0 for next sentence labels": (
-        train_pretrain, "sum_losses", 'batch["nsp_labels"], reduction',
+        train_pretrain.PretrainLosses, "forward", 'batch["nsp_labels"], reduction',
         'batch["nsp_labels"], ignore_index=0, reduction',
         test_training.test_an_all_isnext_batch_has_an_nsp_gradient, {},
     ),
@@ -231,13 +226,13 @@ BUGS = {
         test_corpus.test_a_poisoned_row_surfaces_with_its_index, {},
     ),
     "23 perplexity of both losses": (
-        train_pretrain, "evaluate", "tensor(mlm_loss,",
-        "tensor(mlm_loss + sums['nsp_loss'] / sums['pairs'],",
+        train_pretrain, "evaluate", 'tensor(metrics["mlm_loss"])',
+        'tensor(metrics["mlm_loss"] + metrics["nsp_loss"])',
         test_training.test_metrics_are_means_over_all_masked_tokens_and_all_pairs, {},
     ),
     "24 a mean of micro-batches' means": (
         train_pretrain, "add_gradients", "mlm_sum / masked",
-        "mlm_sum / len(batch['positions']) / len(micro_batches)",
+        "mlm_sum / len(batch['masked_indices']) / len(micro_batches)",
         test_training.test_accumulated_gradients_are_those_of_the_whole_batch, {},
     ),
     "25 a restart repeats the data": (
@@ -249,7 +244,7 @@ BUGS = {
         test_finetuning.test_the_epoch_with_the_highest_accuracy_is_kept, {},
     ),
     "27 the same order every epoch": (
-        data.SST2Batches, "__iter__", "self.epoch)", "0)",
+        train_sst2.SST2Batches, "__iter__", "self.epoch)", "0)",
         test_reviews.test_bucket_orders_differ_by_epoch_and_seed_and_batches_are_of_similar_length,
         {},
     ),
@@ -291,9 +286,9 @@ BUGS = {
         test_pairs.test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_4_times_the_mean, {},
     ),
     "34 the group of ranks has the accelerator's backend alone": (
-        support.processes, "process_group_backend", "cpu:gloo,cuda:nccl", "nccl",
-        test_processes.test_cpu_tensors_have_a_backend_on_every_machine,
-        {"device": None, "has_cuda": True, "backend": "cpu:gloo,cuda:nccl"},
+        train_pretrain, "join_ranks", '"cpu:gloo,cuda:nccl"', '"nccl"',
+        test_ranks.test_cpu_tensors_have_a_backend_on_every_machine,
+        {"device": None, "gpus": 1, "backend": "cpu:gloo,cuda:nccl"},
     ),
     "35 the model's padding id is not that of the batches": (
         bert, "check_tokenizer", "model.padding_idx != padding_id", "False",
@@ -309,21 +304,17 @@ BUGS = {
         test_weights.test_a_part_of_the_encoder_that_the_config_has_no_place_for_is_named, {},
     ),
     "38 resuming without a checkpoint starts anew": (
-        support.folder, "run_folder", "if resume and not checkpoint_paths(out):", "if False:",
-        test_run_folder.test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing,
+        train_pretrain, "check_folder", 'if resume and not (out / "checkpoint.pt").exists():',
+        "if False:",
+        test_resume.test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing,
         {"has_folder": True},
-    ),
-    "39 a foreign file is the newest checkpoint": (
-        support.checkpoints, "checkpoint_paths", "CHECKPOINT_NAME.fullmatch(path.name)",
-        "path.name.startswith('step-') and path.suffix == '.pt'",
-        test_run_folder.test_only_exact_names_are_checkpoints_and_foreign_files_are_left_alone, {},
     ),
     "40 another corpus of the same lengths is taken for the same": (
         data.TokenizedCorpus, "checksum", "value = zlib.crc32(np.", "zlib.crc32(np.",
         test_corpus.test_the_checksum_of_a_corpus_changes_with_every_token_and_start, {},
     ),
     "41 fine-tuning is validated on what it was trained on": (
-        train_sst2, "run_fine_tuning", 'load(options.dataset, "validation"',
+        train_sst2, "train", 'load(options.dataset, "validation"',
         'load(options.dataset, "train"',
         test_finetuning.test_accuracy_is_that_of_the_validation_split, {},
     ),
@@ -340,7 +331,7 @@ BUGS = {
         test_finetuning.test_every_epoch_and_every_seed_have_an_order_of_their_own, {},
     ),
     "44 every seed of fine-tuning has the same initial weights": (
-        train_sst2, "run_fine_tuning", "torch.manual_seed(seed)", "torch.manual_seed(0)",
+        train_sst2, "train", "torch.manual_seed(seed)", "torch.manual_seed(0)",
         test_finetuning.test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate,
         {},
     ),
@@ -349,7 +340,7 @@ BUGS = {
         test_finetuning.test_every_step_and_every_seed_have_a_dropout_mask_of_their_own, {},
     ),
     "45 one dropout mask for all steps of pretraining": (
-        train_pretrain, "train", "(options.seed, step, run.rank", "(options.seed, run.rank",
+        train_pretrain, "train", "(options.seed, step, rank", "(options.seed, rank",
         test_training.test_every_micro_batch_of_every_step_has_a_dropout_mask_of_its_own, {},
     ),
     "46 fine-tuning without warmup": (
@@ -365,7 +356,7 @@ BUGS = {
         test_finetuning.test_an_evaluation_has_no_dropout_and_training_continues_with_it, {},
     ),
     "49 the spread of a few seeds is divided by n": (
-        train_sst2, "run_fine_tuning", "ddof=1", "ddof=0",
+        train_sst2, "train", "ddof=1", "ddof=0",
         test_finetuning.test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate,
         {},
     ),
@@ -379,26 +370,13 @@ BUGS = {
         'bookmark["block"] * self.worker_count + self.first_worker + worker', 'bookmark["block"]',
         test_streaming.test_workers_that_read_equal_documents_make_other_examples_of_them, {},
     ),
-    "52 a checkpoint is renamed before it is on disk": (
-        support.checkpoints, "save_checkpoint",
-        "            file.flush()\n            os.fsync(file.fileno())\n", "",
-        CHECKPOINT_ON_DISK, {},
-    ),
-    "52 the name of a checkpoint is not forced to disk": (
-        support.checkpoints, "save_checkpoint", "    force_to_disk(folder)\n", "",
-        CHECKPOINT_ON_DISK, {},
-    ),
-    "53 one checkpoint is kept instead of two": (
-        support.checkpoints, "save_checkpoint", "other < path and other != kept", "other < path",
-        CHECKPOINT_ON_DISK, {},
-    ),
     "54 the clock of a resumed run starts again": (
-        support.run.Run, "begin", " - self.seconds_before", "",
-        test_run_folder.test_the_clock_and_the_count_of_tokens_of_a_resumed_run_go_on, {},
+        train_pretrain, "train", "perf_counter() - progress.seconds", "perf_counter()",
+        test_resume.test_the_clock_and_the_count_of_tokens_of_a_resumed_run_go_on, {},
     ),
     "54 the count of tokens of a resumed run starts again": (
-        support.run.Run, "resume", 'self.tokens = state["tokens"]', "pass",
-        test_run_folder.test_the_clock_and_the_count_of_tokens_of_a_resumed_run_go_on, {},
+        train_pretrain, "pretrain", '**state["progress"]', '**{**state["progress"], "tokens": 0}',
+        test_resume.test_the_clock_and_the_count_of_tokens_of_a_resumed_run_go_on, {},
     ),
     "55 pretraining gives freed memory back": (
         train_pretrain, "pretrain", "    keep_freed_memory()\n", "",
@@ -409,12 +387,17 @@ BUGS = {
         test_speed.test_both_scripts_keep_freed_memory_before_they_train, {},
     ),
     "56 data workers stay in the group of the run": (
-        support.processes, "leave_group", "os.setpgrp()", "pass",
-        test_processes.test_data_workers_are_in_groups_of_their_own, {"streaming": False},
+        train_pretrain, "leave_group", "os.setpgrp()", "pass",
+        test_ranks.test_data_workers_are_in_groups_of_their_own, {"streaming": False},
     ),
     "56 data workers of a stream stay in the group of the run": (
-        support.processes, "leave_group", "os.setpgrp()", "pass",
-        test_processes.test_data_workers_are_in_groups_of_their_own, {"streaming": True},
+        train_pretrain, "leave_group", "os.setpgrp()", "pass",
+        test_ranks.test_data_workers_are_in_groups_of_their_own, {"streaming": True},
+    ),
+    "57 a line has the number of updates before it": (
+        train_pretrain, "train", "progress.step = done", "progress.step = step",
+        test_training.test_lines_count_updates_and_come_as_often_as_asked_and_at_the_end,
+        {"log_every": 1, "eval_every": 5, "training": [1, 2, 3, 4, 5], "validation": [0, 5]},
     ),
 }  # fmt: skip
 

@@ -1,16 +1,12 @@
-"""Looking into a model: its parameters by part, its guesses for masks, the curves of a run."""
+"""Looking into a model: its parameters by part, and its guesses for masks."""
 
 import dataclasses
-import os
 import re
 import sys
-from dataclasses import replace
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from helpers import python, run
 from safetensors.torch import load_file, save_file
 from strategies import (
     FIXED,
@@ -20,15 +16,11 @@ from strategies import (
     build,
     publish,
     small_tokenizer,
-    write_reviews,
-    write_rows,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
 import bert
-import train_pretrain
-import train_sst2
 from bert import (
     Bert,
     BertConfig,
@@ -38,8 +30,6 @@ from bert import (
     look,
     parameter_counts,
 )
-from support.curves import draw_pretraining, draw_sst2, means_of_seeds, plot_pretraining
-from train_sst2 import SST2Options
 
 
 @pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
@@ -179,187 +169,6 @@ def test_the_command_explains_itself_and_ends_a_mistake_in_one_line(monkeypatch,
     assert (printed.err.count("\n"), printed.out) == (1, "")
 
 
-# ---- The curves of a run ------------------------------------------------------------------------
-
-
-def write_validation(run: Path) -> None:
-    """Writes the lines of two learning rates, one of them with two seeds."""
-    values = [
-        (1e-3, 0, [1.0, 2.0]),
-        (1e-3, 1, [3.0, 5.0]),
-        (1e-4, 0, [9.0, 9.5]),
-    ]
-    rows = [
-        {"split": "validation", "learning_rate": rate, "seed": seed, "step": 10 * epoch,
-         "epoch": epoch, "loss": loss, "accuracy": loss / 10}
-        for rate, seed, losses in values
-        for epoch, loss in enumerate(losses, 1)
-    ]  # fmt: skip
-    write_rows(run / "metrics.jsonl", rows)
-
-
-def test_curves_are_means_over_the_seeds_of_a_learning_rate(tmp_path):
-    write_validation(tmp_path)
-    for source in (tmp_path, tmp_path / "metrics.jsonl"):
-        assert means_of_seeds(source, "validation", "loss", 1e-3) == ([10, 20], [2.0, 3.5])
-    assert means_of_seeds(tmp_path, "validation", "loss", 1e-4, "epoch") == ([1, 2], [9.0, 9.5])
-    assert means_of_seeds(tmp_path, "validation", "loss")[1] == pytest.approx([13 / 3, 16.5 / 3])
-
-
-def test_the_picture_of_a_run_has_a_curve_for_each_learning_rate(tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure")
-    write_validation(tmp_path)
-    drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda f, path, **_: drawn.append((f, path)))
-    draw_sst2(tmp_path)
-    ((picture, path),) = drawn
-    assert path == tmp_path / "curves.png"
-    loss, accuracy = picture.axes
-    assert described(loss) == ("training (pale) and validation", "step", "loss, nats")
-    assert described(accuracy) == ("validation", "step", "accuracy")
-    assert curves_in(accuracy) == {
-        "learning rate 0.0001": ([10, 20], pytest.approx([0.9, 0.95])),
-        "learning rate 0.001": ([10, 20], pytest.approx([0.2, 0.35])),
-    }
-    shown = [text.get_text() for text in accuracy.get_legend().get_texts()]
-    assert sorted(shown) == sorted(curves_in(accuracy))
-
-
-def test_each_script_draws_the_curves_of_its_own_run(options, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(train_pretrain, "draw_pretraining", drawn.append)
-    monkeypatch.setattr(train_sst2, "draw_sst2", drawn.append)
-    run(replace(options, steps=1))
-    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
-    out = str(tmp_path / "tuned")
-    train_sst2.main(SST2Options(out=out, dataset=dataset, vocab_size=60, epochs=1, device="cpu"))
-    assert drawn == [Path(options.out), tmp_path / "tuned"]
-
-
-def described(axes) -> tuple[str, str, str]:
-    return axes.get_title(), axes.get_xlabel(), axes.get_ylabel()
-
-
-def curves_in(axes) -> dict[str, tuple[list, list]]:
-    """Returns the x and y of each line, by its label."""
-    return {
-        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
-        for line in axes.get_lines()
-    }
-
-
-def test_the_picture_of_pretraining_shows_losses_and_shares_by_step(tmp_path):
-    figure = pytest.importorskip("matplotlib.figure")
-    shares = ("most_frequent_prediction", "mlm_accuracy", "nsp_accuracy")
-    validation = [
-        {"split": "validation", "step": 10 * i, "mlm_loss": 5.0 - i, "ln_vocab_size": 6.0}
-        | {name: (i + j) / 10 for j, name in enumerate(shares)}
-        for i in range(3)
-    ]
-    train = [{"split": "train", "step": 5 * i, "mlm_loss": 4.0 - i} for i in range(3)]
-    write_rows(tmp_path / "metrics.jsonl", [*train, *validation])
-    left, right = figure.Figure().subplots(1, 2)
-    plot_pretraining(left, right, tmp_path, {"bigrams": 3.0, "two words before": 2.0})
-    steps = [0, 10, 20]
-    assert curves_in(left) == {
-        "training": ([0, 5, 10], [4.0, 3.0, 2.0]),
-        "validation": (steps, [5.0, 4.0, 3.0]),
-        "ln V: nothing is known": ([0, 1], [6.0, 6.0]),  # across the whole picture
-        "bigrams": ([0, 1], [3.0, 3.0]),
-        "two words before": ([0, 1], [2.0, 2.0]),
-    }
-    pale, _, *known = left.get_lines()
-    assert pale.get_color() == "0.85"
-    styles = [(line.get_color(), line.get_linestyle()) for line in known]
-    assert styles == [("black", ":"), ("black", "--"), ("black", "-.")]
-    assert curves_in(right) == {
-        "share of the most frequent prediction": (steps, [0.0, 0.1, 0.2]),
-        "MLM accuracy": (steps, [0.1, 0.2, 0.3]),
-        "NSP accuracy": (steps, [0.2, 0.3, 0.4]),
-    }
-    assert described(left) == ("masked language model", "step", "MLM loss, nats")
-    assert described(right) == ("pretraining, validation", "step", "")
-    assert right.get_ylim() == (0, 1.02)
-
-
-def test_the_picture_of_pretraining_compares_with_the_frequencies_of_tokens(tmp_path, monkeypatch):
-    figure = pytest.importorskip("matplotlib.figure")
-    line = {"split": "validation", "step": 4, "mlm_loss": 3.5, "unigram_entropy": 3.0,
-            "ln_vocab_size": 4.0, "most_frequent_prediction": 0.5, "mlm_accuracy": 0.5,
-            "nsp_accuracy": 0.5}  # fmt: skip
-    write_rows(tmp_path / "metrics.jsonl", [line])
-    drawn = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda f, path, dpi: drawn.append((f, path, dpi)))
-    draw_pretraining(tmp_path)
-    ((picture, path, dpi),) = drawn
-    assert (path, dpi, picture.get_size_inches().tolist()) == (
-        tmp_path / "curves.png",
-        120,
-        [11, 4],
-    )
-    for panel in picture.axes:
-        shown = [text.get_text() for text in panel.get_legend().get_texts()]
-        assert sorted(shown) == sorted(curves_in(panel))
-    unigrams = curves_in(picture.axes[0])["unigram entropy: how often tokens occur"]
-    assert unigrams == ([0, 1], [3.0, 3.0])
-    assert picture.get_layout_engine() is not None  # so that nothing overlaps
-
-
-def test_a_run_without_its_training_lines_or_with_a_loss_that_is_null_is_drawn(tmp_path):
-    """metrics.jsonl may have been moved away before the last step of a resumed run."""
-    pytest.importorskip("matplotlib")
-    known = {"unigram_entropy": 3.0, "ln_vocab_size": 4.0, "most_frequent_prediction": 0.5,
-             "mlm_accuracy": 0.5, "nsp_accuracy": 0.5}  # fmt: skip
-    write_rows(
-        tmp_path / "metrics.jsonl", [{"split": "validation", "step": 4, "mlm_loss": None, **known}]
-    )
-    draw_pretraining(tmp_path)
-    assert (tmp_path / "curves.png").exists()
-    tuned = [
-        {"split": split, "step": 4, "learning_rate": 1e-3, "seed": 0, "loss": None, "accuracy": 0.5}
-        for split in ("train", "validation")
-    ]
-    write_rows(tmp_path / "tuned/metrics.jsonl", tuned)
-    draw_sst2(tmp_path / "tuned")
-    assert (tmp_path / "tuned/curves.png").exists()
-
-
 def test_a_text_that_is_not_utf_8_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="surrogates not allowed"):
         look(str(publish(tmp_path / "model")), "caf\udce9 [MASK]")
-
-
-@pytest.mark.slow
-def test_the_backend_of_a_notebook_need_not_be_there(tmp_path):
-    """Every process that a notebook starts has MPLBACKEND. It stays as it is."""
-    pytest.importorskip("matplotlib")
-    code = """
-import os
-from support.curves import new_figure
-new_figure((1, 1)).savefig(os.environ["OUT"])
-assert os.environ["MPLBACKEND"] == "nonsense"
-"""
-    environment = {**os.environ, "MPLBACKEND": "nonsense", "OUT": str(tmp_path / "a.png")}
-    ended = python("-c", code, env=environment)
-    assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "a.png").exists()
-
-
-def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch):
-    """A full disk made a finished run fail."""
-    figure = pytest.importorskip("matplotlib.figure")
-    write_validation(tmp_path)
-
-    def full_disk(*_, **__):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(figure.Figure, "savefig", full_disk)
-    with pytest.warns(UserWarning, match=f"{tmp_path} has no picture: no space left"):
-        draw_sst2(tmp_path)
-
-
-def test_without_matplotlib_a_run_ends_without_a_picture(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for draw in (draw_sst2, draw_pretraining):
-        draw(tmp_path)
-    assert not list(tmp_path.iterdir())

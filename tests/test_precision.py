@@ -13,15 +13,16 @@ from helpers import start, wait
 from strategies import CPU, PADDING, STILL, some_batches, write_reviews
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import support.devices
 import train_pretrain
 import train_sst2
 from bert import BertConfig, BertPretrainModel, SST2BertModel
-from support.devices import choose_device, choose_precision
-from support.run import FiniteGuard
 from train_pretrain import (
     PretrainLosses,
     add_gradients,
+    choose_device,
+    choose_precision,
+    count,
+    keep_freed_memory,
     make_optimizer,
     pretrain,
     to_device,
@@ -31,40 +32,31 @@ from train_pretrain import (
 # ---- Devices ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["meta", "mps", "cuda:x", "cpu:1", "cuda:", "gpu", "", "cuda:01", "cuda:256"]
-)
-def test_a_device_is_cpu_or_cuda(name):
-    with pytest.raises(ValueError, match=f"--device {name} is not cpu, cuda or cuda:0"):
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(ValueError, match=f"--device {name}"):
         choose_device(name)
 
 
-def test_a_gpu_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert choose_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(ValueError, match="--device cuda:2, but torch sees 2 GPUs here"):
-        choose_device("cuda:2")
-
-
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda size, device: mock.Mock(device=device))
     for is_there, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda is_there=is_there: is_there)
-        assert choose_device(None) == torch.device(expected)
+        assert choose_device(None) == expected
 
 
 def test_freed_memory_is_kept_by_the_two_numbers_of_mallopt(monkeypatch):
     """malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD is -1, whose value -1 means never."""
     library = mock.Mock()
-    monkeypatch.setattr(support.devices.ctypes, "CDLL", lambda name: library)
-    support.devices.keep_freed_memory()
+    monkeypatch.setattr(train_pretrain.ctypes, "CDLL", lambda name: library)
+    keep_freed_memory()
     assert library.mallopt.mock_calls == [mock.call(-4, 0), mock.call(-1, -1)]
 
 
 def test_without_mallopt_the_process_goes_on(monkeypatch):
     """Another C library than glibc may have none."""
-    monkeypatch.setattr(support.devices.ctypes, "CDLL", lambda name: object())
-    support.devices.keep_freed_memory()
+    monkeypatch.setattr(train_pretrain.ctypes, "CDLL", lambda name: object())
+    keep_freed_memory()
 
 
 # ---- Precision ----------------------------------------------------------------------------------
@@ -80,16 +72,13 @@ def test_without_mallopt_the_process_goes_on(monkeypatch):
     ],
 )
 def test_auto_is_the_fastest_precision_of_the_device(capabilities, device, expected, monkeypatch):
-    monkeypatch.setattr(support.devices, "cpu_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert choose_precision("auto", torch.device(device)) == expected
 
 
 def test_a_torch_that_cannot_tell_its_cpu_trains_in_float32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert support.devices.cpu_capabilities() == {}
     assert choose_precision("auto", CPU) == "float32"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": 1}, raising=False)
-    assert support.devices.cpu_capabilities() == {"amx_bf16": 1}
 
 
 @pytest.mark.parametrize(
@@ -147,15 +136,11 @@ def test_every_forward_pass_of_pretraining_obeys_the_precision(options, monkeypa
     told = replace(options, precision="bfloat16")
     pretrain(told)
     assert set(used) == {(True, "bfloat16"), (False, "bfloat16")}
-    used.clear()
-    pretrain(replace(told, weights=f"{options.out}/model", steps=0))
-    assert used == [(False, "bfloat16")]
 
 
-def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(support.devices, "cpu_capabilities", lambda: {"avx512_bf16": True})
+def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(tmp_path, monkeypatch):
+    capabilities = {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     used, autocast = [], train_sst2.autocast
 
     def noted(precision, device_type):
@@ -169,7 +154,6 @@ def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(
         out=str(out), dataset=dataset, test_dataset=dataset, vocab_size=60, epochs=1, device="cpu"
     )
     train_sst2.main(options)
-    assert "precision bfloat16, dropout 0.1\n" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["precision"] == "bfloat16"
     train_sst2.main(replace(options, weights=f"{out}/model", predict=("a",)))
     assert used == ["bfloat16"] * 4  # training, validation, test, prediction
@@ -177,22 +161,21 @@ def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(
 
 def test_weights_and_gradients_stay_float32(options):
     pretrain(replace(options, precision="bfloat16"))
-    newest = sorted(Path(options.out, "checkpoints").iterdir())[-1]
-    checkpoint = torch.load(newest, weights_only=True)
+    checkpoint = torch.load(f"{options.out}/checkpoint.pt", weights_only=True)
     moments = [state["exp_avg"] for state in checkpoint["optimizer"]["state"].values()]
     assert {tensor.dtype for tensor in [*checkpoint["model"].values(), *moments]} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
-def test_the_precision_is_resolved_printed_and_kept(precision, options, monkeypatch, capsys):
+def test_the_precision_is_resolved_and_kept(precision, options, monkeypatch):
     """config.json has the resolved precision, and a resumed run must share it: `auto` may mean
     another one elsewhere."""
-    monkeypatch.setattr(support.devices, "cpu_capabilities", lambda: {"avx512_bf16": True})
+    capabilities = {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     pretrain(replace(options, precision=precision))
-    assert "precision bfloat16, dropout 0.1\n" in capsys.readouterr().out
     assert json.loads(Path(options.out, "config.json").read_text())["precision"] == "bfloat16"
-    monkeypatch.setattr(support.devices, "cpu_capabilities", dict)
-    with pytest.raises(ValueError, match="has precision bfloat16, not float32"):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(ValueError, match="precision .*bfloat16.*float32"):
         pretrain(replace(options, precision="auto", resume=True))
 
 
@@ -202,18 +185,20 @@ def test_the_precision_is_resolved_printed_and_kept(precision, options, monkeypa
 def test_bfloat16_learns_as_float32_does(device):
     """The losses of each of 40 steps agree to 5%."""
 
-    def losses(precision: str) -> torch.Tensor:
+    def losses_in(precision: str) -> torch.Tensor:
         torch.manual_seed(0)
         model = BertPretrainModel(STILL, PADDING).to(device).train()
         optimizer, batches = make_optimizer(model), some_batches(2, 8)
         found = []
+        masked, pairs, _ = count(batches[:1], PADDING)
         for _ in range(40):
             ready = [to_device(batches[0], device)]
-            found.append(add_gradients(PretrainLosses(model, precision), ready).sum())
+            losses = add_gradients(PretrainLosses(model, precision), ready, masked, pairs)
+            found.append(losses.sum())
             update(model, optimizer, 2e-3)
         return torch.stack(found).cpu()
 
-    rounded, exact = losses("bfloat16"), losses("float32")
+    rounded, exact = losses_in("bfloat16"), losses_in("float32")
     assert exact[-1] < 0.7 * exact[0]
     assert not torch.equal(rounded, exact)
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.0)
@@ -240,11 +225,11 @@ def two_pretended_steps(left_behind: str) -> None:
         model = BertPretrainModel(config, 0).train()
         move(model, "pretended:0")
         optimizer = make_optimizer(model)
-        guard = FiniteGuard(torch.device("pretended:0"))
+        largest_norm = torch.zeros((), device="pretended:0")
         batch = {
             "input_ids": torch.ones(2, 8, dtype=torch.int64),
             "token_type_ids": torch.zeros(2, 8, dtype=torch.int64),
-            "positions": torch.tensor([1, 9]),
+            "masked_indices": torch.tensor([1, 9]),
             "mlm_targets": torch.tensor([5, 6]),
             "nsp_labels": torch.tensor([0, 1]),
         }
@@ -252,14 +237,14 @@ def two_pretended_steps(left_behind: str) -> None:
             name: values if name == left_behind else values.to("pretended:0")
             for name, values in batch.items()
         }
-        for step in range(2):
-            losses = add_gradients(PretrainLosses(model), [batch, batch])
+        for _ in range(2):
+            losses = add_gradients(PretrainLosses(model), [batch, batch], masked=4, pairs=4)
             norm = update(model, optimizer, 1e-3)
-            guard.note(step, norm)
+            largest_norm = torch.maximum(largest_norm, norm)
             if left_behind == "a value is read":
                 norm.item()
         assert losses.device.type == norm.device.type == "pretended"
-        assert guard.first_bad_step.device.type == "pretended"
+        assert largest_norm.device.type == "pretended"
     print("two steps")
 
 
@@ -280,8 +265,9 @@ def steps(tmp_path):
 @pytest.mark.slow
 def test_a_step_mixes_no_devices_and_reads_no_value(steps):
     """Fake tensors have shapes, types and devices, but no values. They go through forward,
-    backward, clipping, the fused optimizer and the guard. They do not notice an index on the CPU
-    into a tensor on the device (`positions`), a CPU tensor without dimensions, or `.to("cpu")`."""
+    backward, clipping, the fused optimizer and the largest norm. They do not notice an index on the
+    CPU into a tensor on the device (`masked_indices`), a CPU tensor without dimensions, or
+    `.to("cpu")`."""
     assert steps("nothing") == (0, "two steps\n")
 
 

@@ -9,19 +9,28 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._dynamo
-from helpers import ROOT
-from strategies import CPU, PADDING, SMALL, STILL, gradients, small_tokenizer, some_batches
+from helpers import ROOT, read_lines
+from strategies import (
+    CPU,
+    PADDING,
+    SMALL,
+    STILL,
+    gradients,
+    small_tokenizer,
+    some_batches,
+    write_reviews,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 import train_sst2
 from bert import Bert, BertConfig, BertPretrainModel
-from support.curves import read_lines
 from train_pretrain import (
     PretrainLosses,
     PretrainOptions,
     add_gradients,
+    count,
     make_optimizer,
     to_device,
     update,
@@ -53,7 +62,7 @@ def test_a_batch_for_a_gpu_is_pinned_and_copied_without_waiting(monkeypatch):
 @pytest.mark.slow
 def test_forward_and_losses_compile_as_one_graph():
     """It has no break (fullgraph), and the same losses and gradients. After the second number of
-    masked positions no number needs another graph."""
+    masked tokens no number needs another graph."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     model = BertPretrainModel(STILL, PADDING).train()
@@ -67,21 +76,6 @@ def test_forward_and_losses_compile_as_one_graph():
 
 
 @pytest.mark.slow
-def test_checkpointed_layers_compile_into_it(tmp_path):
-    torch._dynamo.reset()
-    (batch,) = some_batches(1)
-    found = []
-    for how in (False, True):
-        torch.manual_seed(0)
-        options = PretrainOptions(str(tmp_path), checkpoint_activations=how)
-        model = train_pretrain.make_model(options, small_tokenizer()).eval()
-        compiled = torch.compile(PretrainLosses(model), fullgraph=True, backend="aot_eager")
-        found.append(gradients(model, [batch], compiled if how else None))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.slow
 def test_compile_is_a_flag_of_the_training_script(tmp_path, monkeypatch):
     graphs, compile_real = [], torch.compile
 
@@ -91,8 +85,8 @@ def test_compile_is_a_flag_of_the_training_script(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", compile_noted)
     options = PretrainOptions(
-        str(tmp_path / "eager"), vocab_size=150, steps=3, eval_every=3, eval_batches=1,
-        batch_size=2, log_every=1, workers=0, max_seq_length=16, device="cpu", precision="float32",
+        str(tmp_path / "eager"), vocab_size=150, steps=3, eval_every=3, batch_size=2,
+        log_every=1, workers=0, max_seq_length=16, device="cpu", precision="float32",
     )  # fmt: skip
     train_pretrain.pretrain(options)
     assert not graphs
@@ -141,8 +135,9 @@ def test_nothing_in_a_step_waits_for_a_gpu():
     with Recorder() as before:
         ready = [to_device(batch, CPU)]
     assert "nonzero" in before.names
+    masked, pairs, _ = count([batch], PADDING)
     with Recorder() as step:
-        losses = add_gradients(PretrainLosses(model), ready, [(0, 0)])
+        losses = add_gradients(PretrainLosses(model), ready, masked, pairs, [(0, 0)])
         norm = update(model, optimizer, 1e-3)
     assert "addmm" in step.names
     assert not step.names & WAITING
@@ -162,9 +157,10 @@ def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
     for batch in batches:
         batch = {k: v.repeat(1, 3) if v.dim() == 2 else v for k, v in batch.items()}
         ready = [to_device(batch, device)]
+        masked, pairs, _ = count([batch], PADDING)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            add_gradients(PretrainLosses(model), ready, [(0, 0)])
+            add_gradients(PretrainLosses(model), ready, masked, pairs, [(0, 0)])
             update(model, optimizer, 1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -173,36 +169,9 @@ def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
 # ---- Memory -------------------------------------------------------------------------------------
 
 
-def test_checkpointed_activations_change_memory_and_nothing_else(tmp_path):
-    """The gradients have the same bits, dropout included; less than half of the bytes wait for the
-    backward pass."""
-    options = PretrainOptions(str(tmp_path), size="mini")
-    tokenizer = train_pretrain.choose_tokenizer(replace(options, vocab_size=150))
-    found, waiting = [], []
-    for checkpointed in (False, True):
-        torch.manual_seed(0)
-        how = replace(options, checkpoint_activations=checkpointed)
-        model = train_pretrain.make_model(how, tokenizer).train()
-        kept: dict[int, int] = {}
-
-        def keep(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        batch = to_device(some_batches(1, 8)[0], CPU)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            torch.manual_seed(1)
-            sum(train_pretrain.sum_losses(model, batch)).backward()
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        waiting.append(sum(size for pointer, size in kept.items() if pointer not in parameters))
-        found.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-    assert waiting[1] < 0.5 * waiting[0]
-
-
 FAULTS = """
 import resource, sys, torch
-from support.devices import keep_freed_memory
+from train_pretrain import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
 for _ in range(30):
@@ -227,10 +196,20 @@ def test_freed_memory_is_used_again_without_page_faults():
 
 def test_both_scripts_keep_freed_memory_before_they_train(options, tmp_path, monkeypatch):
     happened = []
-    for script in (train_pretrain, train_sst2):
+    for script, reached in ((train_pretrain, "train"), (train_sst2, "fine_tune")):
+        train = getattr(script, reached)
+
+        def noted(*arguments, train=train):
+            happened.append("train")
+            return train(*arguments)
+
         monkeypatch.setattr(script, "keep_freed_memory", lambda: happened.append("keep"))
-    monkeypatch.setattr(train_pretrain, "run_pretraining", lambda *_: happened.append("train"))
-    monkeypatch.setattr(train_sst2, "run_fine_tuning", lambda *_: happened.append("train"))
-    train_pretrain.pretrain(options)
-    train_sst2.train(train_sst2.SST2Options(out=str(tmp_path / "sst2"), device="cpu"))
+        monkeypatch.setattr(script, reached, noted)
+    train_pretrain.pretrain(replace(options, steps=1))
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
+    train_sst2.train(
+        train_sst2.SST2Options(
+            out=str(tmp_path / "sst2"), dataset=dataset, vocab_size=60, epochs=1, device="cpu"
+        )
+    )
     assert happened == ["keep", "train"] * 2

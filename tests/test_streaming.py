@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader
 
 import data
 from extras import streaming
-from support.command_line import run_script
+from train_pretrain import run_script
 from train_pretrain import PretrainOptions, pretrain
 
 SHARDS = 5

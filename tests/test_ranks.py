@@ -3,16 +3,30 @@
 Most ranks here are forked with the environment that torchrun gives to its ranks, which is quicker.
 """
 
+import math
 import multiprocessing
 import os
+import signal
 import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from helpers import ROOT, metrics_of, run, run_as_main, start, start_ranks, torchrun, wait
+from helpers import (
+    ROOT,
+    assert_same,
+    checkpoint_of,
+    metrics_of,
+    run,
+    run_as_main,
+    start,
+    start_ranks,
+    torchrun,
+    wait,
+)
 from strategies import (
     PADDING,
     SMALL,
@@ -26,140 +40,97 @@ from strategies import (
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import support.checkpoints
-import support.processes
 import train_pretrain
 from bert import BertPretrainModel
-from support.processes import join_processes, need_one_process, process_group_backend
-from train_pretrain import PretrainLosses, add_gradients, to_device
+from train_pretrain import (
+    PretrainLosses,
+    PretrainOptions,
+    add_gradients,
+    count,
+    join_ranks,
+    rank_and_ranks,
+    to_device,
+    total,
+)
 
 # ---- The group of ranks -------------------------------------------------------------------------
 
 
+def join_as(
+    monkeypatch, device: str | None, gpus: int, rank: int = 0, ranks: int = 1, local_rank: int = 0
+) -> tuple[str, dict, list[int]]:
+    """Joins a pretended group on a machine with so many GPUs. Returns the backend, other arguments,
+    and the GPUs that were taken.
+    """
+    for name, value in {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, str(value))
+    joined: list = []
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(
+        train_pretrain.dist, "init_process_group", lambda *how, **more: joined.append((*how, more))
+    )
+    join_ranks(device, accumulate=4)
+    ((backend, more),) = joined
+    return backend, more, taken
+
+
 @pytest.mark.parametrize(
-    ("device", "has_cuda", "backend"),
+    ("device", "gpus", "backend"),
     [
-        (None, True, "cpu:gloo,cuda:nccl"),
-        ("cuda", True, "cpu:gloo,cuda:nccl"),
-        ("cpu", True, "gloo"),
-        (None, False, "gloo"),
-        ("cpu", False, "gloo"),
+        (None, 1, "cpu:gloo,cuda:nccl"),
+        ("cuda", 1, "cpu:gloo,cuda:nccl"),
+        ("cpu", 1, "gloo"),
+        (None, 0, "gloo"),
+        ("cpu", 0, "gloo"),
     ],
 )
-def test_cpu_tensors_have_a_backend_on_every_machine(device, has_cuda, backend):
-    """Without a named backend, a machine with a GPU has nccl alone: no sum of CPU tensors."""
-    assert process_group_backend(device, has_cuda) == backend
+def test_cpu_tensors_have_a_backend_on_every_machine(device, gpus, backend, monkeypatch):
+    """Without a named backend, a machine with a GPU has nccl alone: no sum of CPU tensors. A single
+    rank forms a group, too."""
+    found, more, _ = join_as(monkeypatch, device, gpus)
+    assert found == backend
+    assert more == {"timeout": timedelta(days=1)}  # in which rank 0 may tokenize
+
+
+def test_each_rank_takes_a_gpu_of_its_machine(monkeypatch):
+    """On two machines with two GPUs each, rank 3 takes the second GPU of the second machine."""
+    assert join_as(monkeypatch, None, gpus=2, rank=3, ranks=4, local_rank=1)[2] == [1]
+    assert join_as(monkeypatch, "cpu", gpus=2, rank=3, ranks=4, local_rank=1)[2] == []
+    with pytest.raises(ValueError, match="--nproc_per_node"):
+        join_as(monkeypatch, None, gpus=2, rank=2, ranks=4, local_rank=2)
 
 
 def sum_over_ranks() -> None:
-    support.processes.process_group_backend = lambda device, has_cuda: "cpu:gloo,cuda:gloo"
-    rank, world_size = join_processes("cpu")  # a GPU is not needed
-    assert support.processes.total(rank, 10) == [sum(range(world_size)), 10 * world_size]
+    init = torch.distributed.init_process_group
+    train_pretrain.dist.init_process_group = lambda _, **more: init("cpu:gloo,cuda:gloo", **more)
+    join_ranks("cpu", accumulate=2)
+    rank, ranks = rank_and_ranks()
+    assert total(rank, 10) == [sum(range(ranks)), 10 * ranks]
     ones = torch.ones(2)
     torch.distributed.all_reduce(ones)
-    assert ones.tolist() == [world_size, world_size]
+    assert ones.tolist() == [ranks, ranks]
     torch.distributed.destroy_process_group()
-    print(f"rank {rank} of {world_size} is done")
+    print(f"rank {rank} of {ranks} is done")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_sum_cpu_tensors_beside_a_backend_for_the_accelerator(ranks, tmp_path):
-    """The group is as on a machine with GPUs; a single rank forms a group, too."""
+    """The group is as on a machine with GPUs."""
     statuses = wait(*start_ranks(ranks, sum_over_ranks, output=tmp_path / "output"))
     output = (tmp_path / "output").read_text()
     assert statuses == [0] * ranks, output
     assert output.count(f"of {ranks} is done") == ranks
 
 
-@pytest.mark.parametrize(("variable", "other"), [("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")])
-def test_half_of_what_torchrun_sets_is_rejected(variable, other, monkeypatch):
-    monkeypatch.setenv(variable, "0")
-    monkeypatch.delenv(other, raising=False)
-    message = (
-        f"^{variable} is set in the environment, but RANK and WORLD_SIZE belong together:"
-        " use torchrun, or unset it$"
-    )
-    with pytest.raises(ValueError, match=message):
-        join_processes()
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [("0", "0"), ("2", "2"), ("-1", "2")])
-def test_a_rank_that_cannot_be_is_rejected(rank, world_size, monkeypatch):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(ValueError, match=f"RANK {rank} of WORLD_SIZE {world_size} in the env"):
-        join_processes()
-
-
-def test_ranks_never_share_one_gpu(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    message = "^--device cuda:0 would put all 2 ranks on one GPU; .* each takes its own$"
-    with pytest.raises(ValueError, match=message):
-        join_processes("cuda:0")
-    with pytest.raises(ValueError, match="--device cuda:0 would put all 2 ranks on one GPU"):
-        train_pretrain.pretrain(train_pretrain.PretrainOptions(device="cuda:0"))
-
-
-def test_each_rank_takes_a_gpu_of_its_machine_and_waits_for_the_others_for_a_day(monkeypatch):
-    """On two machines with two GPUs each, rank 3 takes the second GPU of the second machine."""
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    taken, groups = [], []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(
-        support.processes.dist, "init_process_group", lambda *a, **k: groups.append((*a, k))
-    )
-    assert join_processes("cuda", micro_batches=4) == (3, 4)
-    assert taken == [1]
-    assert groups == [("cpu:gloo,cuda:nccl", {"timeout": timedelta(days=1)})]
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="--nproc_per_node: 2 GPUs for 3 ranks or more"):
-        join_processes()
-
-    # Without LOCAL_RANK there is one machine. On the CPU no GPU is taken. One rank may name a GPU.
-    monkeypatch.delenv("LOCAL_RANK")
-    monkeypatch.setenv("RANK", "1")
-    join_processes("cuda")
-    join_processes("cpu")
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    join_processes("cuda:0")
-    assert taken == [1, 1, 0]
-    backends = [backend for backend, _ in groups[1:]]
-    assert backends == ["cpu:gloo,cuda:nccl", "gloo", "cpu:gloo,cuda:nccl"]
-
-
 def test_micro_batches_that_ranks_cannot_share_are_rejected_before_they_join(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    options = train_pretrain.PretrainOptions(accumulate=4)
-    with pytest.raises(ValueError, match="^--accumulate 4 is no multiple of 3 ranks$"):
-        train_pretrain.pretrain(options)
-
-
-def test_only_the_first_rank_locks_the_folder(options, monkeypatch):
-    def stop(*arguments):
-        raise InterruptedError(arguments)
-
-    monkeypatch.setattr(train_pretrain, "join_processes", lambda *_: (1, 2))
-    monkeypatch.setattr(train_pretrain, "run_folder", stop)
-    with pytest.raises(InterruptedError) as stopped:
-        train_pretrain.pretrain(options)
-    assert stopped.value.args == ((replace(options, precision="float32"), 1),)
-
-
-def test_fine_tuning_accepts_one_rank_and_rejects_two(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    need_one_process()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    need_one_process()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="fine-tuning runs in one process, not in 2"):
-        need_one_process()
+    with pytest.raises(ValueError, match="--accumulate 4 .* 3 ranks"):
+        train_pretrain.pretrain(PretrainOptions(accumulate=4))
 
 
 @pytest.mark.slow
@@ -168,8 +139,8 @@ def test_fine_tuning_with_several_ranks_is_rejected(tmp_path):
     line = ("train_sst2.py", "--out", str(tmp_path / "run"))
     assert wait(*start_ranks(2, run_as_main, *line, output=tmp_path / "output")) == [2, 2]
     output = (tmp_path / "output").read_text()
-    message = "error: fine-tuning runs in one process, not in 2: start it with python"
-    assert output.count(message) == 2
+    assert output.count("error: ") == 2
+    assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
 
 
@@ -178,10 +149,12 @@ def test_fine_tuning_with_several_ranks_is_rejected(tmp_path):
 
 def save_gradients(file: Path) -> None:
     """Saves the losses and gradients of all ranks, which share the batches."""
-    rank, world_size = join_processes("cpu")
+    join_ranks("cpu", accumulate=4)
+    rank, ranks = rank_and_ranks()
     model, batches = model_and_batches()
-    mine = [to_device(batch, torch.device("cpu")) for batch in batches[rank::world_size]]
-    losses = add_gradients(DistributedDataParallel(PretrainLosses(model)), mine)
+    masked, pairs, _ = total(*count(batches[rank::ranks], PADDING))
+    mine = [to_device(batch, torch.device("cpu")) for batch in batches[rank::ranks]]
+    losses = add_gradients(DistributedDataParallel(PretrainLosses(model)), mine, masked, pairs)
     torch.distributed.all_reduce(losses)
     if rank == 0:
         torch.save([losses] + [p.grad for p in model.parameters()], file)
@@ -189,7 +162,7 @@ def save_gradients(file: Path) -> None:
 
 
 def model_and_batches() -> tuple[BertPretrainModel, list[dict]]:
-    """Returns a model in float64, and 4 micro-batches with unequal numbers of masked positions."""
+    """Returns a model in float64, and 4 micro-batches with unequal numbers of masked tokens."""
     torch.manual_seed(0)
     model = BertPretrainModel(SMALL, PADDING).double()
     sizes = (1, 5, 2, 3)
@@ -249,10 +222,9 @@ def test_two_ranks_have_the_curve_of_one_and_only_the_first_writes(flags, alone,
     ranks = start_ranks(2, run_as_main, *flags, "--out", str(out), output=output)
     assert wait(*ranks) == [0, 0], output.read_text()
     assert_close(metrics_of(out), alone)
-    names = {"config.json", "metrics.jsonl", "checkpoints", "model", "curves.png", ".lock"}
+    names = {"config.json", "metrics.jsonl", "checkpoint.pt", "model", "curves.png", ".lock"}
     assert {path.name for path in out.iterdir()} <= names
-    # One line for each split, from one rank.
-    assert output.read_text().count("documents left out") == 2
+    assert output.read_text().count("validation: ") == 1  # from one rank
 
 
 @pytest.mark.slow
@@ -263,9 +235,7 @@ def test_a_run_resumes_with_another_number_of_ranks(flags, alone, tmp_path):
     for world_size, until in ((2, 6), (4, 10)):
         resume = ["--resume"] if metrics.exists() else []
         ranks = start_ranks(world_size, run_as_main, *flags, "--out", str(tmp_path), *resume)
-        while not metrics.exists() or f'"train", "step": {until - 1}' not in metrics.read_text():
-            time.sleep(0.01)
-            assert all(rank.is_alive() for rank in ranks)
+        wait_for_step(metrics, until, ranks)
         for rank in ranks:
             rank.kill()
         assert wait(*ranks) == [-9] * world_size
@@ -274,11 +244,18 @@ def test_a_run_resumes_with_another_number_of_ranks(flags, alone, tmp_path):
     assert_close(metrics_of(tmp_path), alone)
 
 
+def wait_for_step(metrics: Path, step: int, ranks: list) -> None:
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or f'"train", "step": {step},' not in metrics.read_text():
+        time.sleep(0.005)
+        assert all(rank.is_alive() for rank in ranks)
+        assert time.monotonic() < deadline
+
+
 LEAVES = """
 import os, torch
-from support.processes import join_processes
-from train_pretrain import make_optimizer, update
-join_processes("cpu")
+from train_pretrain import join_ranks, make_optimizer, update
+join_ranks("cpu", 2)
 model = torch.nn.Linear(2, 2)
 model(torch.ones(1, 2)).sum().backward()
 torch.distributed.all_reduce(model.weight.grad)
@@ -316,16 +293,109 @@ def test_the_death_of_one_rank_ends_all_with_a_message(flags, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "Signal 9 (SIGKILL) received" in output
-    assert (tmp_path / "run/checkpoints/step-000000004.pt").exists()
+    assert checkpoint_of(tmp_path / "run")["progress"]["step"] == 4
     assert not (tmp_path / "run/model").exists()
 
 
+def errors_in(output: Path) -> list[str]:
+    printed = output.read_text()
+    assert "Traceback" not in printed, printed
+    return [line for line in printed.splitlines() if "error: " in line]
+
+
 @pytest.mark.slow
-def test_micro_batches_that_the_ranks_cannot_share_are_rejected(flags, tmp_path):
-    line, output = [*flags, "--out", str(tmp_path / "run")], tmp_path / "output"
-    assert wait(*start_ranks(3, run_as_main, *line, output=output)) == [2, 2, 2]
-    assert "error: --accumulate 4 is no multiple of 3 ranks" in output.read_text()
+@pytest.mark.parametrize("how", [["--accumulate", "3"], ["--dataset", "no/such/place"]])
+def test_a_mistake_ends_two_ranks(how, flags, tmp_path):
+    """What rank 0 alone can see, such as a missing corpus, is one message."""
+    line = [*flags, "--out", str(tmp_path / "run"), *how]
+    assert wait(*start_ranks(2, run_as_main, *line, output=tmp_path / "output")) == [2, 2]
+    errors = errors_in(tmp_path / "output")
+    assert len(errors) == (2 if "--accumulate" in how else 1)
+    assert all(how[1] in error for error in errors)
     assert not (tmp_path / "run").exists()
+
+
+def pretrain_with_nan_on_rank_1(*line: str) -> None:
+    add_gradients = train_pretrain.add_gradients
+    steps = iter(range(100))
+
+    def poisoned(losses_of, *arguments):
+        if next(steps) == 6 and os.environ["RANK"] == "1":
+            losses_of.module.model.nsp.bias.register_hook(lambda gradient: gradient * math.nan)
+        return add_gradients(losses_of, *arguments)
+
+    with mock.patch.object(train_pretrain, "add_gradients", poisoned):
+        run_pretrain(*line)
+
+
+def run_pretrain(*line: str) -> None:
+    with mock.patch("sys.argv", list(line)):
+        train_pretrain.run_script(train_pretrain.pretrain, PretrainOptions)
+
+
+@pytest.mark.slow
+def test_nan_on_one_rank_ends_both_with_one_message_and_a_good_checkpoint(flags, tmp_path):
+    line = [*flags, "--out", str(tmp_path / "run")]
+    ranks = start_ranks(2, pretrain_with_nan_on_rank_1, *line, output=tmp_path / "output")
+    assert wait(*ranks) == [2, 2]
+    (error,) = errors_in(tmp_path / "output")
+    assert "--learning-rate" in error
+    found = checkpoint_of(tmp_path / "run")
+    assert found["progress"]["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in found["model"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("receiver", [0, 1])
+def test_sigterm_to_one_of_two_ranks_saves_and_ends_both(receiver, flags, tmp_path):
+    """Both resume to the bits of two ranks that were never stopped."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    line = [*flags, "--save-every", "1000", "--workers", "1"]
+    assert wait(*start_ranks(2, run_pretrain, *line, "--out", str(whole))) == [0, 0]
+    ranks = start_ranks(2, run_pretrain, *line, "--out", str(out), output=tmp_path / "output")
+    wait_for_step(out / "metrics.jsonl", 3, ranks)
+    os.kill(ranks[receiver].pid, signal.SIGTERM)
+    assert wait(*ranks) == [1, 1]
+    printed = (tmp_path / "output").read_text()
+    assert printed.count("--resume") == 1
+    assert "Traceback" not in printed
+    assert wait(*start_ranks(2, run_pretrain, *line, "--out", str(out), "--resume")) == [0, 0]
+    assert_same(checkpoint_of(out), checkpoint_of(whole))
+    assert metrics_of(out) == metrics_of(whole)
+
+
+@pytest.mark.slow
+def test_ctrl_c_to_torchrun_saves_and_the_run_resumes_to_the_same_bits(flags, tmp_path):
+    """torchrun passes it on to the groups of its ranks."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    line = [*flags, "--workers", "2", "--save-every", "1000"]
+    assert wait(*start_ranks(2, run_pretrain, *line, "--out", str(whole))) == [0, 0]
+    process = torchrun(2, *line, "--out", str(out), start_new_session=True)
+    metrics = out / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or '"train", "step": 3,' not in metrics.read_text():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert 3 <= checkpoint_of(out)["progress"]["step"] < 12
+    assert wait(*start_ranks(2, run_pretrain, *line, "--out", str(out), "--resume")) == [0, 0]
+    assert_same(checkpoint_of(out), checkpoint_of(whole))
+
+
+def test_a_step_has_one_sum_over_the_ranks(options, monkeypatch):
+    """Counts and signals are summed together; losses only where a line is written."""
+    sums = []
+
+    def counted(*numbers):
+        sums.append(len(numbers))
+        return list(numbers)
+
+    monkeypatch.setattr(train_pretrain, "total", counted)
+    run(replace(options, log_every=100, eval_every=100, save_every=100))
+    assert sums.count(4) == options.steps
+    assert sums.count(2) == 1
 
 
 # ---- Data workers -------------------------------------------------------------------------------
@@ -368,6 +438,4 @@ def test_a_run_on_gpus_with_nccl_ends_and_is_resumed(gpus, tmp_path):
         process = torchrun(gpus, *line, *more, cwd=ROOT)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
-        newest = support.checkpoints.checkpoint_paths(tmp_path / "run")[-1]
-        assert newest.name == "step-000000004.pt"
-        newest.unlink()
+        assert checkpoint_of(tmp_path / "run")["progress"]["step"] == 4
