@@ -19,11 +19,12 @@ Read `train` first: the loop, with the training step in order. Above it stand th
 (loss, learning rate, gradients, update), below it what prepares a run.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-Dimensions: batch, seq, vocab, and masked (all masked positions of a batch).
+Dimensions: batch, seq, vocab, and masked (all masked tokens of a batch).
 """
 
 import contextlib
 import gc
+import hashlib
 import itertools
 import math
 from collections import defaultdict
@@ -42,15 +43,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import data
-from bert import (
-    BertConfig,
-    BertPretrainModel,
-    check_tokenizer,
-    fetch,
-    is_tokenizer_of,
-    read_json,
-    tokenizer_hash,
-)
+from bert import BertConfig, BertPretrainModel, check_tokenizer, fetch
 from support.command_line import LARGEST_INTEGER, LARGEST_SIZE, check_limits, run_script
 from support.curves import draw_pretraining
 from support.devices import (
@@ -97,9 +90,8 @@ class PretrainOptions:
     streaming: bool = False
     """Read the corpus without storing it, instead of tokenizing it once to disk."""
     tokenizer: str | None = None
-    """vocab.txt, tokenizer.json, directory or hub id. With --weights it must be the same as theirs,
-    and need not be named. Without both, a vocabulary is learned, for lowercased text without
-    accents."""
+    """vocab.txt, tokenizer.json, directory or hub id. With --weights, the tokenizer beside them
+    counts. Without both, a vocabulary is learned, for lowercased text without accents."""
     vocab_size: int = 2000
     """Size of the vocabulary that is learned without --tokenizer and --weights."""
 
@@ -156,6 +148,8 @@ class PretrainOptions:
 
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)
+        if self.weights and self.tokenizer:
+            raise ValueError("--tokenizer with --weights: the tokenizer beside the weights counts")
         if self.export_steps == ():
             raise ValueError("--export-steps needs a step, or several")
         late_exports = [step for step in self.export_steps or () if step > self.steps]
@@ -222,15 +216,15 @@ MAY_CHANGE = {
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Returns the batch on a device, with two more tensors, both int64 (masked,):
 
-    - `positions`: the masked positions, counted through all rows;
+    - `masked_indices`: of the masked tokens, counted through all rows;
     - `mlm_targets`: the tokens to predict there.
 
     They are computed on the CPU: on a GPU, `nonzero()` would force a synchronisation. Pinned memory
     is copied while the GPU computes.
     """
     labels = batch["mlm_labels"].flatten()  # (batch * seq,)
-    positions = (labels != data.IGNORED_LABEL).nonzero().flatten()
-    batch = {**batch, "positions": positions, "mlm_targets": labels[positions]}
+    indices = (labels != data.IGNORED_LABEL).nonzero().flatten()
+    batch = {**batch, "masked_indices": indices, "mlm_targets": labels[indices]}
     moved = {}
     for name, tensor in batch.items():
         if device.type == "cuda":
@@ -248,7 +242,7 @@ def forward(
     """
     with autocast(precision, batch["input_ids"].device.type):
         mlm_logits, nsp_logits = model(
-            batch["input_ids"], batch["token_type_ids"], positions=batch["positions"]
+            batch["input_ids"], batch["token_type_ids"], masked_indices=batch["masked_indices"]
         )
     if precision == "bfloat16":  # a model in float64 keeps its digits
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
@@ -349,7 +343,7 @@ def add_gradients(
     """
     ddp = losses_of if isinstance(losses_of, DistributedDataParallel) else None
     ranks = dist.get_world_size() if ddp else 1
-    masked_here = sum(len(batch["positions"]) for batch in micro_batches)
+    masked_here = sum(len(batch["masked_indices"]) for batch in micro_batches)
     pairs_here = sum(len(batch["nsp_labels"]) for batch in micro_batches)
     masked, pairs = total(masked_here, pairs_here)  # summed over the ranks
 
@@ -532,7 +526,7 @@ def probe(
     model.train()
 
     first_row = batch["input_ids"][0]
-    is_in_first_row = batch["positions"] < len(first_row)  # positions count through all rows
+    is_in_first_row = batch["masked_indices"] < len(first_row)  # they count all rows
     shown = {
         "Input": first_row[first_row != model.padding_idx],
         "Target": batch["mlm_targets"][is_in_first_row],
@@ -572,33 +566,10 @@ def evaluate_weights(options: PretrainOptions, device: torch.device) -> None:
 # ---- What a run needs --------------------------------------------------------
 
 
-def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
-    """Returns the tokenizer that lies beside the weights.
-
-    tokenizer: what --tokenizer names, or None.
-    Raises ValueError if either has another hash than the one in the config.json of the weights.
-    With another tokenizer, every id would mean another token, and nothing but a low accuracy would
-    show it. (Models from elsewhere have no hash there. Then the tokenizer beside the weights counts
-    as the right one.)
-    """
-    directory = fetch(weights)
-    saved = data.load_tokenizer(directory)
-    path = directory / "config.json"
-    config = read_json(path) if path.exists() else {}
-    right_hash = config.get("tokenizer_hash", tokenizer_hash(saved))
-    candidates = [(str(directory), saved)]
-    if tokenizer:
-        candidates.append((tokenizer, data.load_tokenizer(tokenizer)))
-    for source, candidate in candidates:
-        if not is_tokenizer_of(candidate, right_hash):
-            raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
-    return saved
-
-
 def choose_tokenizer(options: PretrainOptions) -> Tokenizer:
     """Returns the tokenizer of --weights, that of --tokenizer, or one learned from the corpus."""
     if options.weights:
-        return matching_tokenizer(options.weights, options.tokenizer)
+        return data.load_tokenizer(fetch(options.weights))
     if options.tokenizer:
         return data.load_tokenizer(options.tokenizer)
     if options.streaming:
@@ -653,7 +624,8 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
     """
     dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
     if options.weights:
-        model = BertPretrainModel.from_pretrained(options.weights, **dropouts)
+        padding_idx = tokenizer.get_vocab()[data.PAD]
+        model = BertPretrainModel.from_pretrained(options.weights, padding_idx, **dropouts)
         positions = model.config.max_seq_length
         if options.positions not in (None, positions):
             raise ValueError(f"--positions {options.positions}, but the weights have {positions}")
@@ -774,7 +746,7 @@ def what_identifies(
 ) -> dict[str, Any]:
     """Returns everything that must be the same when the run is resumed."""
     identity = {name: v for name, v in asdict(options).items() if name not in MAY_CHANGE}
-    identity["tokenizer_hash"] = tokenizer_hash(tokenizer)
+    identity["tokenizer_hash"] = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
     identity["validation_checksum"] = corpora["validation"].checksum()
     if options.streaming:  # no more is known of a stream before it has been read
         identity["shards"] = corpora["train"].num_shards

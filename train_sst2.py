@@ -32,7 +32,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import data
-from bert import BertConfig, SST2BertModel, check_tokenizer, fetch, read_json
+from bert import BertConfig, SST2BertModel, check_tokenizer, fetch
 from support.command_line import LARGEST_INTEGER, LARGEST_SIZE, check_limits, run_script
 from support.curves import draw_sst2
 from support.devices import (
@@ -51,7 +51,7 @@ from support.folder import (
 )
 from support.processes import need_one_process
 from support.run import Display, FiniteGuard, progress_bar, set_seed, show
-from train_pretrain import learning_rate, make_optimizer, matching_tokenizer, update
+from train_pretrain import learning_rate, make_optimizer, update
 
 LABELS = ("negative", "positive")
 
@@ -119,6 +119,8 @@ class SST2Options:
 
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)
+        if self.weights and self.tokenizer:
+            raise ValueError("--tokenizer with --weights: the tokenizer beside the weights counts")
         if not self.learning_rate:
             raise ValueError("--learning-rate needs a value, or several")
         if self.predict == ():
@@ -259,7 +261,7 @@ def fine_tune(
 def choose_tokenizer(options: SST2Options) -> Tokenizer:
     """Returns the tokenizer of --weights or --tokenizer, or one learned from the sentences."""
     if options.weights:
-        return matching_tokenizer(options.weights, options.tokenizer)
+        return data.load_tokenizer(fetch(options.weights))
     if options.tokenizer:
         return data.load_tokenizer(options.tokenizer)
     texts, _ = data.get_reviews(options.dataset, "train", options.dataset_name)
@@ -273,10 +275,12 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
     dropout would otherwise be fine-tuned without, and nobody would notice.
     """
     dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
+    vocabulary = tokenizer.get_vocab()
     if options.weights:
-        model = SST2BertModel.from_pretrained(options.weights, **dropouts)
+        model = SST2BertModel.from_pretrained(
+            options.weights, vocabulary[data.PAD], num_labels=2, **dropouts
+        )
     else:
-        vocabulary = tokenizer.get_vocab()
         config = BertConfig.named(
             options.size,
             vocab_size=max(vocabulary.values()) + 1,
@@ -349,6 +353,7 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
             if accuracy > best_accuracy:
                 best_model, best_accuracy = model, accuracy
                 # Now, since the next one may diverge, or be killed.
+                best_model.label_names = list(LABELS)  # those of SST-2, whatever the weights had
                 write_model(best_model, tokenizer, out / "model")
         accuracy_of_seeds = f"{np.mean(accuracies):.4f}"
         if options.seeds > 1:
@@ -395,7 +400,8 @@ def label_names(weights: str) -> Sequence[str]:
     class 0 may be the positive one. If it has none, or LABEL_0 and LABEL_1, which transformers
     writes without names, they are those of SST-2.
     """
-    published = read_json(fetch(weights) / "config.json").get("id2label")
+    config = (fetch(weights) / "config.json").read_text(encoding="utf-8")
+    published = json.loads(config).get("id2label")
     if not isinstance(published, dict):
         return LABELS
     names: list[Any] = [published.get("0"), published.get("1")]
