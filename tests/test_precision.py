@@ -244,7 +244,7 @@ def two_pretended_steps(left_behind: str) -> None:
         batch = {
             "input_ids": torch.ones(2, 8, dtype=torch.int64),
             "token_type_ids": torch.zeros(2, 8, dtype=torch.int64),
-            "positions": torch.tensor([1, 9]),
+            "masked_indices": torch.tensor([1, 9]),
             "mlm_targets": torch.tensor([5, 6]),
             "nsp_labels": torch.tensor([0, 1]),
         }

@@ -93,12 +93,12 @@ def test_logits_loss_and_every_gradient_equal_those_of_transformers(data, config
     expected = theirs(
         input_ids, mask, token_type_ids, labels=labels, next_sentence_label=nsp_labels
     )
-    positions = (labels != -100).flatten().nonzero().flatten()
-    mlm_logits, nsp_logits = model(input_ids, token_type_ids, positions=positions)
-    compare(mlm_logits, expected.prediction_logits.flatten(0, 1)[positions], 1e-9)
+    masked_indices = (labels != -100).flatten().nonzero().flatten()
+    mlm_logits, nsp_logits = model(input_ids, token_type_ids, masked_indices=masked_indices)
+    compare(mlm_logits, expected.prediction_logits.flatten(0, 1)[masked_indices], 1e-9)
     compare(nsp_logits, expected.seq_relationship_logits, 1e-9)
     cross_entropy = torch.nn.functional.cross_entropy
-    loss = cross_entropy(mlm_logits, labels.flatten()[positions])
+    loss = cross_entropy(mlm_logits, labels.flatten()[masked_indices])
     loss = loss + cross_entropy(nsp_logits, nsp_labels)
     compare(loss, expected.loss, 1e-9)
     loss.backward()

@@ -223,13 +223,13 @@ def test_masked_positions_are_where_the_labels_are():
     moved = to_device(batch, torch.device("cpu"))
     labels = batch["mlm_labels"].flatten()
     assert torch.equal(moved["mlm_targets"], labels[labels != data.IGNORED_LABEL])
-    assert torch.equal(labels[moved["positions"]], moved["mlm_targets"])
+    assert torch.equal(labels[moved["masked_indices"]], moved["mlm_targets"])
 
 
 def test_all_tensors_of_a_batch_go_to_the_device():
     (batch,) = some_batches(1)
     moved = to_device(batch, torch.device("meta"))
-    assert moved.keys() == {*batch, "positions", "mlm_targets"}
+    assert moved.keys() == {*batch, "masked_indices", "mlm_targets"}
     assert {tensor.device.type for tensor in moved.values()} == {"meta"}
 
 
