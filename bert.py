@@ -506,11 +506,10 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     if isinstance(model, SST2BertModel) and "BertForTokenClassification" in architectures:
         found -= {"classifier.weight", "classifier.bias"}
 
-    missing = [name for name in our_names if name not in found]
     unused = sorted(tensors.keys() - found - REDUNDANT)
-    differing = [name for name in [*missing, *unused] if name.startswith(ENCODER)]
-    if differing:
-        raise ValueError(f"{directory}: the encoder is not what config.json says: {differing}")
+    wrong = [n for n in [*our_names, *unused] if n not in found and n.startswith(ENCODER)]
+    if wrong:
+        raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
     is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKENS])
     if "cls.predictions.bias" in found and not is_tied:
         raise ValueError(f"{directory}: {DECODER} is not the matrix of the token embeddings")
@@ -607,6 +606,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     published["architectures"] = [model.architecture]
     published["pad_token_id"] = model.padding_idx
     published["id2label"] = dict(enumerate(model.label_names))
+    published["label2id"] = {name: i for i, name in enumerate(model.label_names)}
     contents = {"config.json": json.dumps(published, indent=2)}
     if tokenizer is not None:
         # With this class, transformers reads tokenizer.json as it is.

@@ -355,7 +355,7 @@ def folder(tmp_path_factory) -> Path:
             "--dataset corpus.jsonl --weights model --max-seq-length 17",
             "--max-seq-length 17 exceeds the weights' 16 positions",
         ),
-        ("train_pretrain.py", "--weights corpus.jsonl", "corpus.jsonl is no directory"),
+        ("train_pretrain.py", "--weights corpus.jsonl", "corpus.jsonl is not a directory"),
         ("train_pretrain.py", "--size huge", "invalid choice 'huge' for argument '--size'"),
         ("train_pretrain.py", "--batch-size 0", "--batch-size must be at least 1, got 0"),
         ("train_pretrain.py", "--workers -1", "--workers must be at least 0, got -1"),
@@ -374,7 +374,7 @@ def folder(tmp_path_factory) -> Path:
         ),
         (
             "train_sst2.py",
-            "--weights model --tokenizer vocab.txt --max-seq-length 17",
+            "--weights model --max-seq-length 17",
             "--max-seq-length 17: the weights have 16 positions",
         ),
         ("train_sst2.py", "--predict hello", "--predict needs --weights"),
@@ -406,8 +406,7 @@ def test_a_mistake_ends_in_one_clear_line_and_status_2(
     ("script", "line", "message"),
     [
         ("train_pretrain.py", "--dataset no/such/file", "no/such/file does not exist"),
-        ("train_sst2.py", "--weights a//b --predict hello", "a//b is no directory"),
-        ("bert.py", "corpus.jsonl text", "corpus.jsonl is no directory, and no id of the hub"),
+        ("train_sst2.py", "--weights a//b --predict hello", "a//b is not a directory"),
     ],
 )
 def test_a_person_sees_no_traceback(folder, script, line, message, tmp_path):

@@ -1,4 +1,4 @@
-"""Looking into a model: its guesses for masks, and its attention drawn. Then the curves of a run."""
+"""Looking into a model: its guesses for masks, and its attention drawn. Then a run's curves."""
 
 import dataclasses
 import itertools

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import EXACT, FIXED, PADDING, batches, build, configs, seeds
 
+import bert
 from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel, attention
 
 # ---- Configuration ------------------------------------------------------------------------------
@@ -78,21 +82,31 @@ def test_a_config_with_further_fields_checks_all_of_them():
         Wider(d_model=2.5)
 
 
+def test_the_checks_of_a_config_survive_postponed_annotations():
+    """With this import, which many projects have, the type of a field is a string."""
+    source = Path(bert.__file__).read_text()
+    postponed = source.replace("import json\n", "from __future__ import annotations\nimport json\n")
+    copied = types.ModuleType("copied")
+    sys.modules["copied"] = copied  # where dataclasses looks
+    exec(postponed, vars(copied))
+    assert isinstance(vars(copied.BertConfig)["__annotations__"]["d_model"], str)
+    with pytest.raises(ValueError, match="d_model must be"):
+        copied.BertConfig(d_model=2.5)
+
+
 def test_every_output_has_the_documented_shape(device):
     """All sizes differ, so no axis can stand in for another."""
     input_ids = torch.randint(1, FIXED.vocab_size, (5, 7), device=device)
-    bert = Bert(FIXED, PADDING).to(device)
-    hidden_states = bert(input_ids)
+    encoder = Bert(FIXED, PADDING).to(device)
+    hidden_states = encoder(input_ids)
     assert hidden_states.shape == (5, 7, FIXED.d_model)
-    assert bert.pool(hidden_states).shape == (5, FIXED.d_model)
+    assert encoder.pool(hidden_states).shape == (5, FIXED.d_model)
     pretrain = BertPretrainModel(FIXED, PADDING).to(device)
     mlm_logits, nsp_logits = pretrain(input_ids)
     assert mlm_logits.shape == (5, 7, FIXED.vocab_size)
     assert nsp_logits.shape == (5, 2)
-    assert pretrain(input_ids, masked_indices=torch.tensor([3, 34], device=device))[0].shape == (
-        2,
-        31,
-    )
+    masked_indices = torch.tensor([3, 34], device=device)
+    assert pretrain(input_ids, masked_indices=masked_indices)[0].shape == (2, 31)
     assert SST2BertModel(FIXED, PADDING).to(device)(input_ids).shape == (5, 2)
 
 

@@ -148,7 +148,7 @@ def test_every_forward_pass_of_pretraining_obeys_the_precision(options, monkeypa
     pretrain(told)
     assert set(used) == {(True, "bfloat16"), (False, "bfloat16")}
     used.clear()
-    pretrain(replace(told, weights=f"{options.out}/model", steps=0))
+    pretrain(replace(told, tokenizer=None, weights=f"{options.out}/model", steps=0))
     assert used == [(False, "bfloat16")]
 
 
@@ -171,7 +171,7 @@ def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(
     train_sst2.main(options)
     assert "precision bfloat16, dropout 0.1\n" in capsys.readouterr().out
     assert json.loads((out / "config.json").read_text())["precision"] == "bfloat16"
-    train_sst2.main(replace(options, weights=f"{out}/model", predict=("a",)))
+    train_sst2.main(replace(options, tokenizer=None, weights=f"{out}/model", predict=("a",)))
     assert used == ["bfloat16"] * 4  # training, validation, test, prediction
 
 
@@ -281,7 +281,8 @@ def steps(tmp_path):
 def test_a_step_mixes_no_devices_and_reads_no_value(steps):
     """Fake tensors have shapes, types and devices, but no values. They go through forward,
     backward, clipping, the fused optimizer and the guard. They do not notice an index on the CPU
-    into a tensor on the device (`positions`), a CPU tensor without dimensions, or `.to("cpu")`."""
+    into a tensor on the device (`masked_indices`), a CPU tensor without dimensions, or
+    `.to("cpu")`."""
     assert steps("nothing") == (0, "two steps\n")
 
 

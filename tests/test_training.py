@@ -243,8 +243,8 @@ class Parrot(torch.nn.Module):
         super().__init__()
         self.token = token
 
-    def forward(self, input_ids, token_type_ids, positions):
-        mlm_logits = torch.zeros(len(positions), SMALL.vocab_size)
+    def forward(self, input_ids, token_type_ids, masked_indices):
+        mlm_logits = torch.zeros(len(masked_indices), SMALL.vocab_size)
         mlm_logits[:, self.token] = 5.0
         nsp_logits = torch.tensor([[0.0, 2.0]] + [[2.0, 0.0]] * (len(input_ids) - 1))
         return mlm_logits, nsp_logits
@@ -334,7 +334,9 @@ def test_steps_0_evaluates_the_weights_and_writes_nothing(options, tmp_path, cap
     lines = read_lines(Path(options.out), "validation")
     capsys.readouterr()
     out = tmp_path / "nothing"
-    pretrain(replace(options, weights=f"{options.out}/model", steps=0, out=str(out)))
+    pretrain(
+        replace(options, tokenizer=None, weights=f"{options.out}/model", steps=0, out=str(out))
+    )
     assert not out.exists()
     first, *rows = capsys.readouterr().out.splitlines()
     assert first == f"{options.out}/model, 2 pairs of the validation split, float32"
@@ -347,7 +349,9 @@ def test_steps_0_evaluates_the_weights_and_writes_nothing(options, tmp_path, cap
     # However many batches are asked for, there are those of one epoch: 6 examples make two batches
     # of 4, and the last one is filled up.
     weights = f"{options.out}/model"
-    pretrain(replace(options, weights=weights, steps=0, batch_size=4, eval_batches=100))
+    pretrain(
+        replace(options, tokenizer=None, weights=weights, steps=0, batch_size=4, eval_batches=100)
+    )
     assert ", 8 pairs of the validation split" in capsys.readouterr().out
 
 
@@ -359,14 +363,14 @@ def test_steps_0_evaluates_no_head_that_the_weights_lack(options, tmp_path, caps
         with pytest.raises(
             ValueError, match=r"has no head to evaluate: mlm_bias, mlm_dense\.weight,"
         ):
-            pretrain(replace(options, weights=weights, steps=0))
+            pretrain(replace(options, tokenizer=None, weights=weights, steps=0))
     for of_the_other in ("seq_relationship", "pooler"):
         weights = publish(tmp_path / of_the_other, TINY)
         tensors = load_file(weights / "model.safetensors")
         kept = {name: t for name, t in tensors.items() if of_the_other not in name}
         save_file(kept, weights / "model.safetensors")
         capsys.readouterr()
-        pretrain(replace(options, weights=str(weights), steps=0))
+        pretrain(replace(options, tokenizer=None, weights=str(weights), steps=0))
         announced, _, *rows = capsys.readouterr().out.splitlines()
         assert announced == "NSP is not evaluated: the weights have no head for it"
         shown = [row.split()[0] for row in rows]
@@ -378,7 +382,8 @@ def test_steps_0_reads_no_training_text(options, tmp_path):
     write_texts(tmp_path / "corpus/train.jsonl", ["aa bb. cc dd."])
     write_texts(tmp_path / "corpus/validation.jsonl", ["aa bb. cc dd.", "ee ff. gg hh."])
     weights = str(publish(tmp_path / "model", TINY))
-    pretrain(replace(options, dataset=str(tmp_path / "corpus"), weights=weights, steps=0))
+    told = replace(options, tokenizer=None, weights=weights, steps=0)
+    pretrain(replace(told, dataset=str(tmp_path / "corpus")))
 
 
 def test_lines_and_evaluations_come_as_often_as_asked_and_at_the_end(options):
@@ -496,7 +501,7 @@ def test_dropout_is_set_for_new_and_for_loaded_models(dropout, options):
     assert dropouts_of(new) == {dropout}
     new.save_pretrained(options.out, small_tokenizer())
     loaded = train_pretrain.make_model(
-        replace(options, weights=options.out, dropout=0.2), small_tokenizer()
+        replace(options, tokenizer=None, weights=options.out, dropout=0.2), small_tokenizer()
     )
     assert dropouts_of(loaded) == {0.2}
 
@@ -512,7 +517,10 @@ def test_the_position_table_has_as_many_rows_as_asked_for(options):
     ("changes", "message"),
     [
         ({"positions": 12}, "--max-seq-length 16 exceeds --positions 12"),
-        ({"positions": 20, "weights": "W"}, "--positions 20, but the weights have 16"),
+        (
+            {"positions": 20, "weights": "W", "tokenizer": None},
+            "--positions 20, but the weights have 16",
+        ),
     ],
 )
 def test_positions_that_do_not_fit_are_rejected(changes, message, options):
@@ -533,6 +541,7 @@ def test_the_papers_two_phases_train_one_model_on_short_and_then_on_long_pairs(o
     pretrain(first)
     second = replace(
         options, out=str(tmp_path / "second"), weights=f"{first.out}/model", max_seq_length=40,
+        tokenizer=None,
         learning_rate=1e-2,
     )  # fmt: skip
     pretrain(second)
