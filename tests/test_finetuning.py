@@ -574,7 +574,6 @@ def test_the_saved_model_predicts_with_its_own_tokenizer(run, capsys, monkeypatc
         ({"0": "LABEL_0", "1": "LABEL_1"}, ["negative", "positive"]),
         ({}, ["negative", "positive"]),
         (None, ["negative", "positive"]),
-        (["a", "b"], ["negative", "positive"]),
         ({"0": 0, "1": 1}, ["negative", "positive"]),
         ({"0": "", "1": "good"}, ["negative", "positive"]),
     ],

@@ -479,7 +479,7 @@ def test_a_model_is_on_the_device_of_the_run(options, tmp_path, monkeypatch):
     for name in ("make_optimizer", "evaluate"):
         monkeypatch.setattr(train_pretrain, name, tell)
     weights = str(publish(tmp_path / "model", TINY))
-    for how in ({}, {"weights": weights, "steps": 0}):
+    for how in ({}, {"weights": weights, "tokenizer": None, "steps": 0}):
         with pytest.raises(ValueError, match="on meta"):
             pretrain(replace(options, **how))
 
