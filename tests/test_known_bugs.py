@@ -224,7 +224,7 @@ BUGS = {
     "21 another tokenizer for fine-tuning": (
         train_sst2.SST2Options, "__post_init__", "if self.weights and self.tokenizer:", "if False:",
         test_weights.test_a_tokenizer_beside_the_weights_is_the_only_one,
-        {"options": train_sst2.SST2Options},
+        {"of_script": train_sst2.SST2Options},
     ),
     "22 a bad row is swallowed": (
         data, "tokenize_documents", 'raise ValueError(f"row', 'text = str(f"row',
