@@ -259,7 +259,7 @@ class PretrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.padding_idx = padding_idx
-        self.label_names = [f"LABEL_{i}" for i in range(config.num_labels)]
+        self.label_names = [f"LABEL_{i}" for i in range(config.num_labels)]  # id2label
         self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
@@ -590,17 +590,16 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     """
     from safetensors.torch import save_file
 
-    config = model.config
     state = model.state_dict()
     with torch.device("meta"):  # shapes without memory
-        as_configured = type(model)(config, model.padding_idx)
+        as_configured = type(model)(model.config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # an error that names what does not fit
     if tokenizer is None and any((directory / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(f"{directory} has a tokenizer: pass the model's own, to replace it")
-    if {config.attention_d_k, config.attention_d_v} != {config.d_model}:
+    if {model.config.attention_d_k, model.config.attention_d_v} != {model.config.d_model}:
         warnings.warn("d_k, d_v and d_model differ: only bert.py opens this", stacklevel=3)
 
-    published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(config).items()}
+    published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(model.config).items()}
     del published["num_labels"]  # transformers counts the names instead
     published |= FIXED_FIELDS
     published["architectures"] = [model.architecture]
@@ -612,7 +611,8 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
         # With this class, transformers reads tokenizer.json as it is.
         about: dict[str, Any] = {f"{role}_token": f"[{role.upper()}]" for role in ROLES}
         about["tokenizer_class"] = "PreTrainedTokenizerFast"
-        about["model_max_length"] = config.max_seq_length
+        about["model_max_length"] = model.config.max_seq_length
+        about["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         contents["tokenizer_config.json"] = json.dumps(about, indent=2)
         contents["tokenizer.json"] = tokenizer.to_str(pretty=True)
     tensors = {published_name(name): tensor.cpu().contiguous() for name, tensor in state.items()}

@@ -1176,6 +1176,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             tokenizer = wordpiece(read_vocabulary(path), **read_normalizer(about))
         else:
             tokenizer = Tokenizer.from_file(str(path))
+        if path.name == "tokenizer.json":
             check_files_agree(tokenizer, path, about)
         check_casing(tokenizer)
     except Exception as error:  # the library raises nothing more precise
@@ -1245,6 +1246,6 @@ def check_casing(tokenizer: Tokenizer) -> None:
     for token in tokenizer.get_vocab().keys() - added:
         if token != token.lower() and not token.startswith(("[", "<")):
             raise ValueError(
-                f'text is lowercased, but {token} is a token: write {{"do_lower_case": false}} into'
-                " tokenizer_config.json, beside vocab.txt alone"
+                f"text is lowercased, but {token} is a token: keep vocab.txt alone, beside a"
+                ' tokenizer_config.json with {"do_lower_case": false}'
             )

@@ -307,6 +307,8 @@ def test_a_saved_tokenizer_gives_the_same_ids_in_transformers(kind, tmp_path):
     for text in ("The Cat saw the Café.", "A é É 中文", "a [MASK] [PAD] b", "e\u0301 \u00ad\x00"):
         assert theirs(text)["input_ids"] == accepted.encode(text).ids
         assert data.load_tokenizer(tmp_path / "model").encode(text).ids == accepted.encode(text).ids
+    of_pair = accepted.encode("a b", "c").type_ids
+    assert theirs("a b", "c")["token_type_ids"] == of_pair == [0, 0, 0, 0, 1, 1]
 
 
 def test_a_pipeline_of_transformers_says_positive_and_negative(tmp_path):

@@ -37,6 +37,8 @@ def test_tokenizers_load_from_each_kind_of_source_with_the_same_ids(tmp_path):
     expected = small_tokenizer().encode("Abc d.").ids
     for source in (tmp_path, tmp_path / "vocab.txt", tmp_path / "other.json"):
         assert data.load_tokenizer(source).encode("Abc d.").ids == expected
+    (tmp_path / "vocab.txt").write_text("no business of other.json")
+    assert data.load_tokenizer(tmp_path / "other.json").encode("Abc d.").ids == expected
 
 
 def test_files_of_a_folder_that_contradict_each_other_are_rejected(tmp_path):
