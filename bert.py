@@ -1,12 +1,13 @@
+# SPDX-License-Identifier: MIT
+# From "BERT in four files", copyright (c) 2026 the bert-in-four-files authors.
 """BERT in one file: the model, its heads, and the format in which weights are published.
 
 Read it from top to bottom: configuration, embeddings, attention, encoder layer, encoder, heads.
 After them come loading and saving, and a small command:
 
-    python bert.py DIR "the [MASK] sat on the [MASK]"   # counts parameters, fills masks
+    python bert.py DIRECTORY "the [MASK] sat on the [MASK]"
 
-The file depends on no other file of this project (only its command borrows data.py's tokenizer),
-and can be copied alone.
+The file is made to be copied. It needs PyTorch; safetensors for files, tokenizers to fill masks.
 
 Sources:
     [BERT]         Devlin et al. 2018, arXiv 1810.04805
@@ -21,20 +22,15 @@ Dimensions, as they stand in comments on shapes:
     heads    attention heads; d_head is the width of one, d_k / heads or d_v / heads
     d_k      width of queries and of keys, all heads together; d_v the same of values
     vocab    tokens in the vocabulary
-    masked   masked positions of the whole batch, those of the tokens to be predicted
+    masked   masked tokens of the whole batch, those to be predicted
 """
 
-import argparse
-import hashlib
 import json
 import math
-import pickle
 import re
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,10 +52,7 @@ SIZES = {  # name: (encoder layers, d_model). base and large: [BERT] §3; the ot
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Architecture hyperparameters. Raises ValueError if they are inconsistent.
-
-    The defaults are those of BERT-base.
-    """
+    """Architecture hyperparameters, by default those of BERT-base."""
 
     max_seq_length: int = 512
     vocab_size: int = 30522
@@ -74,6 +67,7 @@ class BertConfig:
     attention_dropout: float = 0.1  # of attention probabilities
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02  # standard deviation of initial weights
+    num_labels: int = 2  # of the classifier
 
     # True: PyTorch's scaled_dot_product_attention, which is faster and needs less memory.
     # False: `attention` below, which shows every step. Tests check that both give the same outputs,
@@ -81,44 +75,29 @@ class BertConfig:
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
-        # `type(...) is`, because for isinstance True is an int, too.
         for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if field.type is int and type(value) is not int:
-                raise ValueError(f"{name} must be an integer, got {value!r}")
-            if field.type is int and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            if field.type is float and (type(value) is bool or not isinstance(value, int | float)):
-                raise ValueError(f"{name} must be a number, got {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"{name} must be true or false, got {value!r}")
-        for name in ("dropout", "attention_dropout"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {value}")
-        for name in ("layer_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        for name in ("attention_d_k", "attention_d_v"):
-            value = getattr(self, name)
-            if value % self.head_num:
-                raise ValueError(f"{name}={value} is not divisible by head_num={self.head_num}")
+            value = getattr(self, field.name)
+            # `type(...) is`, because for isinstance True is an int, too.
+            if type(field.default) is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+        for width in (self.attention_d_k, self.attention_d_v):
+            if width % self.head_num:
+                raise ValueError(f"{width} is not divisible by head_num={self.head_num}")
 
     @classmethod
     def named(cls, size: str, **changes: Any) -> Self:
-        """Returns a published size, with some fields changed.
-
-        Example: `BertConfig.named("base", max_seq_length=128)`.
+        """Returns a published size with changes, as in `named("base", max_seq_length=128)`. The
+        other widths and the number of heads follow d_model, unless they are given as well.
         """
         if size not in SIZES:
             raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
-        layers, d_model = SIZES[size]
+        layers, published_d_model = SIZES[size]
+        d_model = changes.get("d_model", published_d_model)
         sizes: dict[str, Any] = {
             "d_model": d_model,
             "attention_d_k": d_model,
             "attention_d_v": d_model,
-            "head_num": d_model // 64,  # in all these sizes a head is 64 wide
+            "head_num": max(1, d_model // 64),  # in all these sizes a head is 64 wide
             "d_feed_forward": 4 * d_model,
             "encoder_layers": layers,
         }
@@ -186,8 +165,7 @@ def attention(
     probs = scores.softmax(dim=-1)
 
     # Dropout sets some probabilities to 0, and scales up the others, so that a query ignores a few
-    # tokens. [Code]
-    # The returned probabilities are those before dropout.
+    # tokens. [Code] The returned probabilities are those before dropout.
     output = F.dropout(probs, dropout) @ v
     return output, probs
 
@@ -245,8 +223,7 @@ class EncoderLayer(nn.Module):
 
     LayerNorm comes after the sum ("post-LN"). At the start of training, the gradients of the last
     layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
-    models compute x + f(LayerNorm(x)) ("pre-LN"). There x is passed on from sum to sum without a
-    LayerNorm (only the input of f is normalized). The gradient flows back along this path
+    models compute x + f(LayerNorm(x)) ("pre-LN"). There the gradient flows back from sum to sum
     unchanged, and training works without warmup.
 
     Differs: [Code] approximates GELU by a tanh (at most 5e-4 off); this is GELU itself.
@@ -265,33 +242,33 @@ class EncoderLayer(nn.Module):
         """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
+        # With another function than GELU, change hidden_act in FIXED_FIELDS, too.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 
 
 class PretrainedModel(nn.Module):
-    """What the three models below share: initial weights, loading and saving."""
+    """What models share: initial weights, loading and saving. In a model of your own, name the
+    encoder `bert`, and the heads as you like.
+    """
 
-    # The class in the library transformers that opens what `save_pretrained` writes.
-    architecture: str
+    # The class in transformers that opens what is saved; this one opens the encoder alone.
+    architecture = "BertModel"
 
-    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+    def __init__(self, config: BertConfig, padding_idx: int = 0) -> None:
         super().__init__()
         self.config = config
         self.padding_idx = padding_idx
+        self.label_names = [f"LABEL_{i}" for i in range(config.num_labels)]  # id2label
         self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
-        """Initializes one module: weights from a normal distribution with mean 0 and standard
-        deviation `initializer_range`, 0.02 by default; biases 0. A LayerNorm stays as PyTorch makes
-        it, with weight 1 and bias 0.
+        """Initializes one module: weights from N(0, 0.02), biases 0. A LayerNorm stays as PyTorch
+        makes it, with weight 1 and bias 0.
 
-        Why so small? The logit of a token is the dot product of a hidden state and the token's row
-        of the embeddings, which are also the decoder. LayerNorm gives the hidden state the length
-        sqrt(d_model), so the logits have the standard deviation 0.02 sqrt(d_model), 0.55 for base.
-        All tokens are about equally probable at first, and the first MLM loss is about ln(vocab).
-        With PyTorch's default for embeddings, 1 instead of 0.02, the logits would be 50 times as
-        large, and the first loss far above ln(vocab).
+        Why so small? The logit of a token is the dot product of a hidden state, of length
+        sqrt(d_model), and the token's embedding. So logits start near 0, and the first MLM loss is
+        about ln(vocab). With PyTorch's default for embeddings, N(0, 1), it would be far above.
 
         Differs: [Code] cuts the distribution off at two standard deviations.
         """
@@ -301,15 +278,17 @@ class PretrainedModel(nn.Module):
             nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **changes: Any) -> Self:
+    def from_pretrained(
+        cls, source: str | Path, padding_idx: int | None = None, **changes: Any
+    ) -> Self:
         """Returns a published BERT, in evaluation mode. See `load_pretrained`.
 
-        source: a directory or a hub id. changes: fields of its config to replace, such as dropout;
-        none that changes the shape of a tensor.
+        source: a directory or a hub id. padding_idx: the tokenizer's [PAD]; by default the one in
+        config.json. changes: fields of the config to replace, such as dropout or num_labels.
         """
-        return load_pretrained(cls, source, changes)
+        return load_pretrained(cls, source, padding_idx, changes)
 
-    def save_pretrained(self, directory: str | Path, tokenizer: Any) -> None:
+    def save_pretrained(self, directory: str | Path, tokenizer: Any = None) -> None:
         """Writes config, weights and tokenizer in the published format. See `write_pretrained`."""
         write_pretrained(self, Path(directory), tokenizer)
 
@@ -317,9 +296,7 @@ class PretrainedModel(nn.Module):
 class Bert(PretrainedModel):
     """The encoder, and the pooler over its first token. [BERT] §3."""
 
-    architecture = "BertModel"
-
-    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+    def __init__(self, config: BertConfig, padding_idx: int = 0) -> None:
         super().__init__(config, padding_idx)
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
@@ -337,9 +314,10 @@ class Bert(PretrainedModel):
         All arguments are (batch, seq).
         token_type_ids: 0 = segment A, 1 = segment B; by default all 0.
         attention_mask: True = a token, False = padding; by default `input_ids != padding_idx`.
+        In transformers the attention mask is the second argument: when in doubt, pass by name.
 
-        No token attends to padding, so padding never changes the output at the other positions. The
-        output at padding positions themselves means nothing; the losses ignore it.
+        No token attends to padding, so padding never changes the output of the other tokens. The
+        output of padding itself means nothing; the losses ignore it.
         """
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
@@ -356,10 +334,7 @@ class Bert(PretrainedModel):
         return hidden_states
 
     def pool(self, hidden_states: Tensor) -> Tensor:
-        """Returns tanh(dense([CLS])), one vector for each sequence. [Code]
-
-        hidden_states: (batch, seq, d_model). Returns (batch, d_model).
-        """
+        """Returns tanh(dense([CLS])), (batch, d_model). [Code]"""
         cls_states = hidden_states[:, 0]  # [CLS] is the first token
         return torch.tanh(self.pooler(cls_states))
 
@@ -372,13 +347,13 @@ class BertPretrainModel(PretrainedModel):
     Next sentence prediction (NSP): does segment B follow segment A in the corpus?
 
     The decoder is tied to the token embeddings: the vector that stands for a token in the input
-    also scores it in the output. With the published vocabulary of 30,522 tokens, this matrix, vocab
-    x d_model, is the largest of all: a fifth of base's parameters, nine tenths of tiny's.
+    also scores it in the output. With the published vocabulary of 30,522 tokens, this one matrix,
+    vocab x d_model, is a fifth of base's parameters and nine tenths of tiny's.
     """
 
     architecture = "BertForPreTraining"
 
-    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+    def __init__(self, config: BertConfig, padding_idx: int = 0) -> None:
         super().__init__(config, padding_idx)
         self.bert = Bert(config, padding_idx)
         self.mlm_dense = nn.Linear(config.d_model, config.d_model)
@@ -393,22 +368,24 @@ class BertPretrainModel(PretrainedModel):
         input_ids: Tensor,
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        positions: Tensor | None = None,
+        *,
+        masked_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns mlm_logits and nsp_logits, the latter (batch, 2): 0 = next, 1 = random.
 
-        The first three arguments are those of `Bert`.
-        positions: (masked,), where MLM logits are wanted, counted through the whole batch: token c
-        of sequence r is r * seq + c.
+        The first three arguments are those of `Bert`. masked_indices: (masked,), where MLM logits
+        are wanted, counted through the whole batch: token c of sequence r is r * seq + c.
 
-        mlm_logits are (masked, vocab) with `positions`, and (batch, seq, vocab) without. Training
-        passes the masked positions, about 15% of all, and saves 85% of the costliest product.
+        mlm_logits are (masked, vocab) with `masked_indices`, and (batch, seq, vocab) without.
+        Training passes the masked tokens, about 15% of all, and saves 85% of the costliest product.
         """
         hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
         nsp_logits = self.nsp(self.bert.pool(hidden_states))
 
-        if positions is not None:
-            hidden_states = hidden_states.flatten(0, 1)[positions]  # (masked, d_model)
+        if masked_indices is not None:
+            if masked_indices.dim() != 1:  # True and False for each token, for example
+                raise ValueError(f"masked_indices are (masked,), not {masked_indices.shape}")
+            hidden_states = hidden_states.flatten(0, 1)[masked_indices]  # (masked, d_model)
         transformed = self.mlm_norm(F.gelu(self.mlm_dense(hidden_states)))
         decoder = self.bert.embeddings.token.weight  # (vocab, d_model), the tied matrix
         mlm_logits = F.linear(transformed, decoder, self.mlm_bias)
@@ -420,12 +397,14 @@ class SST2BertModel(PretrainedModel):
 
     architecture = "BertForSequenceClassification"
 
-    def __init__(self, config: BertConfig, padding_idx: int) -> None:
+    def __init__(self, config: BertConfig, padding_idx: int = 0) -> None:
         super().__init__(config, padding_idx)
         self.bert = Bert(config, padding_idx)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.d_model, 2)  # 0 = negative, 1 = positive
+        self.classifier = nn.Linear(config.d_model, config.num_labels)
         self.init_weights(self.classifier)
+        if config.num_labels == 2:
+            self.label_names = ["negative", "positive"]  # those of SST-2
 
     def forward(
         self,
@@ -433,7 +412,7 @@ class SST2BertModel(PretrainedModel):
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Returns logits, (batch, 2): 0 = negative, 1 = positive. Arguments: see `Bert`."""
+        """Returns logits, (batch, num_labels). Arguments: see `Bert`."""
         hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
         pooled = self.bert.pool(hidden_states)  # (batch, d_model)
         return self.classifier(self.dropout(pooled))
@@ -442,13 +421,9 @@ class SST2BertModel(PretrainedModel):
 # ---- The published format ----------------------------------------------------
 #
 # A published BERT is a directory with config.json, model.safetensors (or the older
-# pytorch_model.bin, or shards of either), tokenizer.json or vocab.txt, and tokenizer_config.json.
-# All published BERTs name their tensors alike, but for the prefix `bert.`, which some leave out,
-# and for gamma and beta, TensorFlow's names in LayerNorm. PUBLISHED_NAMES is also a map of the
-# paper's matrices: W^Q, W^K, W^V and W^O of attention, W_1 and W_2 of the feed-forward network.
+# pytorch_model.bin), and tokenizer.json or vocab.txt.
 
-# Our name of a module: its published name, both without `bert.` in front. `.weight` or `.bias`
-# follows; only mlm_bias is a parameter itself. * is the index of a layer.
+# Our name of a module or parameter: its published name, without `bert.` and `.weight` or `.bias`.
 PUBLISHED_NAMES = {
     "embeddings.token": "embeddings.word_embeddings",  # also the decoder
     "embeddings.position": "embeddings.position_embeddings",
@@ -467,7 +442,6 @@ PUBLISHED_NAMES = {
     "mlm_norm": "cls.predictions.transform.LayerNorm",
     "mlm_bias": "cls.predictions.bias",
     "nsp": "cls.seq_relationship",
-    "classifier": "classifier",
 }
 PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where they differ
     "max_seq_length": "max_position_embeddings",
@@ -478,91 +452,76 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-FIXED_FIELDS = {  # what config.json says of every BERT; other values mean another model
-    "model_type": "bert",
-    "hidden_act": "gelu",
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
-COPIES = {  # copy: original. Many published files hold these tensors twice.
-    "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-REDUNDANT_TENSORS = {*COPIES, "embeddings.position_ids"}  # position_ids: a table of 0, 1, 2, ...
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists is read
+# What config.json says of every BERT. With other values, the outputs would be other ones.
+FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
+TOKENS = "bert.embeddings.word_embeddings.weight"
+ENCODER = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
+DECODER = "cls.predictions.decoder.weight"  # in many files; a copy of the token embeddings
+REDUNDANT = {DECODER, "cls.predictions.decoder.bias", "bert.embeddings.position_ids"}
+ROLES = ("unk", "sep", "pad", "cls", "mask")  # of special tokens
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 def published_name(name: str) -> str:
-    """Returns the published name of one of our parameters, by `PUBLISHED_NAMES`.
-
-    Example: `bert.layers.3.expand.bias` -> `bert.encoder.layer.3.intermediate.dense.bias`.
+    """Returns the published name of one of our parameters: of `bert.layers.3.expand.bias`, it is
+    `bert.encoder.layer.3.intermediate.dense.bias`. A name that is not in the table stays as it is.
     """
-    prefix = "bert." if name.startswith("bert.") else ""
-    name = name.removeprefix("bert.")
-    match = re.search(r"layers\.(\d+)\.", name)
-    layer = match[1] if match else ""
-    pattern = re.sub(r"layers\.\d+\.", "layers.*.", name)
+    layer = "".join(re.findall(r"layers\.(\d+)\.", name)[:1])
+    pattern = re.sub(r"layers\.\d+\.", "layers.*.", name, count=1)
+    ((prefix, module, kind),) = re.findall(r"^(bert\.)?(.+?)(\.weight|\.bias)?$", pattern)
+    return prefix + PUBLISHED_NAMES.get(module, module).replace("*", layer) + kind
 
-    if pattern in PUBLISHED_NAMES:  # mlm_bias
-        published = PUBLISHED_NAMES[pattern]
-    else:
-        module, _, kind = pattern.rpartition(".")  # kind: weight or bias
-        published = f"{PUBLISHED_NAMES[module]}.{kind}"
-    return prefix + published.replace("*", layer)
+
+def missing_prefix(tensors: dict[str, Tensor]) -> str:
+    """Returns `bert.` for an encoder alone: models with heads have it in their names already."""
+    return "" if any(name.startswith("bert.") for name in tensors) else "bert."
 
 
 # ---- Loading -----------------------------------------------------------------
 
 
-def load_pretrained(cls: type[PretrainedModel], source: str | Path, changes: dict[str, Any]) -> Any:
-    """Returns a model of class `cls` with published weights, in evaluation mode.
-
-    1. Find the directory, or download it.
-    2. Read config.json, and make a model of that shape with initial weights.
-    3. Read the tensors, rename them, check them, and copy them into the model.
-
-    Raises ValueError if the files are corrupt, incomplete or not a BERT. The files may lack the
-    pooler and heads. These keep their initial weights; `model.missing_parameters` lists their
-    parameters, and a warning names them. Another warning names heads in the files that this class
-    does not have.
+def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, changes: dict) -> Any:
+    """Returns a model of class `cls` into which each tensor of the same published name and shape is
+    copied. An encoder that is not complete is an error. Pooler and heads that the files lack keep
+    their initial weights: `model.missing_parameters` lists them, and a warning names them.
     """
     directory = fetch(source)
     try:
-        config, padding_idx = read_config(directory, changes)
-        model = cls(config, padding_idx)
-        our_names = {  # by published name
-            published_name(name).removeprefix("bert."): name for name in model.state_dict()
-        }
+        published = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_config(published)
         tensors = read_tensors(directory)
-        unused_heads = check_tensors(tensors, our_names)
-        if "cls.predictions.bias" in our_names:  # the model has a head for masked tokens
-            check_decoder(tensors)
-        state = {our_names[name]: tensors[name] for name in tensors if name in our_names}
-        model.missing_parameters = model.load_state_dict(state, strict=False).missing_keys
-        check_encoder_is_complete(model.missing_parameters)
-    except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a tensor's shape differs
-        # On one line, and without the advice that torch adds after a full stop.
-        reason = " ".join(str(error).split(". ")[0].split())
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    except Exception as error:  # json, pickle, safetensors and torch have errors of their own
+        reason = str(error).partition("\n")[0]
         raise ValueError(f"no BERT can be read from {directory}: {reason}") from error
+    if padding_idx is None:
+        padding_idx = published.get("pad_token_id") or 0  # it may be absent, or null
+    model = cls(replace(config, **changes), padding_idx)
 
-    if model.missing_parameters:
-        names = ", ".join(model.missing_parameters)
-        warnings.warn(f"initialized, not in {directory}: {names}", stacklevel=3)
-    if unused_heads:
-        warnings.warn(f"not used, of {directory}: {', '.join(unused_heads)}", stacklevel=3)
+    state = model.state_dict()
+    our_names = {missing_prefix(state) + published_name(name): name for name in state}
+    found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
+    # A classifier of tokens has the same name as ours and, with as many labels, the same shape.
+    architectures = published.get("architectures") or []
+    if isinstance(model, SST2BertModel) and "BertForTokenClassification" in architectures:
+        found -= {"classifier.weight", "classifier.bias"}
+
+    unused = sorted(tensors.keys() - found - REDUNDANT)
+    wrong = [n for n in [*our_names, *unused] if n not in found and n.startswith(ENCODER)]
+    if wrong:
+        raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
+    is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKENS])
+    if "cls.predictions.bias" in found and not is_tied:
+        raise ValueError(f"{directory}: {DECODER} is not the matrix of the token embeddings")
+
+    loaded = model.load_state_dict({our_names[n]: tensors[n] for n in found}, strict=False)
+    model.missing_parameters = loaded.missing_keys
+    if "classifier.weight" in found and published.get("id2label"):
+        model.label_names = [published["id2label"][str(i)] for i in range(model.config.num_labels)]
+    for what, names in (("initialized, not in", loaded.missing_keys), ("not used, of", unused)):
+        if names:
+            warnings.warn(f"{what} {directory}: {', '.join(names)}", stacklevel=3)
     return model.eval()
-
-
-def is_hub_id(source: str) -> bool:
-    """Returns whether a name can be a hub id, `name` or `owner/name`, and is not a local path.
-
-    Where a folder runs/ exists, runs/bas is a mistyped path, and must not be looked up on the hub.
-    """
-    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
-        return False
-    return "/" not in source or not Path(Path(source).parts[0]).exists()
 
 
 def fetch(source: str | Path) -> Path:
@@ -570,331 +529,127 @@ def fetch(source: str | Path) -> Path:
     directory = Path(source)
     if directory.is_dir():
         return directory
-    needed = "name a directory with config.json, model.safetensors and tokenizer.json"
-    if not is_hub_id(str(source)):
-        raise ValueError(f"{source} is no directory, and no id of the hub: {needed}")
 
     from huggingface_hub import snapshot_download
 
-    print(f"fetching {source} from the hub", file=sys.stderr)
+    files = ["config.json", *TOKENIZER_FILES, "model.safetensors"]
     try:
-        # Many models have both kinds of weights. The .bin files are fetched only if there is no
-        # safetensors file.
-        for weight_files in ("model*.safetensors*", "pytorch_model*.bin*"):
-            patterns = ["config.json", "tokenizer*.json", "vocab.txt", weight_files]
-            directory = Path(snapshot_download(str(source), allow_patterns=patterns))
-            if any(directory.glob(weight_files)):
-                break
-    except (OSError, ValueError) as error:  # no network, or no such id
-        raise ValueError(
-            f"{source} is no directory, and the hub does not give it: {needed}"
-        ) from error
+        directory = Path(snapshot_download(str(source), allow_patterns=files))
+        if not (directory / "model.safetensors").exists():  # then there is the older file
+            snapshot_download(str(source), allow_patterns=[*files, "pytorch_model.bin"])
+    except (OSError, ValueError) as error:  # no network, no such id, or not the form of an id
+        raise ValueError(f"{source} is not a directory, and the hub does not give it") from error
     return directory
 
 
-def read_json(path: Path) -> dict:
-    """Returns the object in a JSON file. Raises ValueError or OSError if it cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return content
-
-
-def read_config(directory: Path, changes: dict[str, Any]) -> tuple[BertConfig, int]:
-    """Returns the config in config.json, with `changes`, and the id of the padding token.
-
-    Raises ValueError if it belongs to another model or is inconsistent.
-    """
-    published = read_json(directory / "config.json")
+def read_config(published: dict[str, Any]) -> BertConfig:
+    """Returns what config.json says. Raises ValueError if it belongs to another model."""
     for key, value in FIXED_FIELDS.items():
         if published.get(key, value) != value:
             raise ValueError(f"{key} is {published[key]!r}, not {value!r}")
-    if "hidden_size" not in published:
-        raise ValueError("config.json has no 'hidden_size'")
 
-    hidden_size = published["hidden_size"]
     # The defaults of d_k and d_v: only a config.json that was written here has values for them.
-    values = {"attention_d_k": hidden_size, "attention_d_v": hidden_size}
+    width = published.get("hidden_size")
+    values: dict[str, Any] = {"attention_d_k": width, "attention_d_v": width}
     for field in fields(BertConfig):
         key = PUBLISHED_FIELDS.get(field.name, field.name)
         if key in published:
             values[field.name] = published[key]
-    config = BertConfig(**{**values, **changes})
-
-    padding_idx = published.get("pad_token_id") or 0  # it may be absent, or null
-    if type(padding_idx) is not int or not 0 <= padding_idx < config.vocab_size:
-        raise ValueError(f"pad_token_id is {padding_idx!r}, of {config.vocab_size} tokens")
-    return config, padding_idx
-
-
-def find_weights(directory: Path) -> list[Path]:
-    """Returns the files with a model's tensors: one file, or several shards.
-
-    The shards are those that an index file names or, without an index, all model-*-of-* files (or
-    pytorch_model-*-of-*). Other files beside them (optimizers, adapters, older exports) are not the
-    model's.
-    """
-    for name in WEIGHT_FILES:
-        if (directory / name).exists():
-            return [directory / name]
-
-        index = directory / f"{name}.index.json"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")  # from each tensor to its file
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{index.name} names no shards")
-            shards = sorted(directory / str(shard) for shard in set(weight_map.values()))
-            missing = ", ".join(shard.name for shard in shards if not shard.exists())
-            if missing:
-                raise ValueError(f"shards that {index.name} names are missing: {missing}")
-            return shards
-
-        stem, _, suffix = name.rpartition(".")
-        shards = sorted(directory.glob(f"{stem}-*-of-*.{suffix}"))
-        if shards:
-            return shards
-    raise ValueError(f"it has neither {' nor '.join(WEIGHT_FILES)}")
+    if published.get("id2label"):
+        values["num_labels"] = len(published["id2label"])
+    return BertConfig(**values)
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a model, by published name without the prefix `bert.`.
-
-    If the files hold only the copy of a tensor (`COPIES`), its original is returned as well.
-
-    An old .bin file is a pickle. `weights_only` reads tensors from it and runs no code.
-    """
-    from safetensors import SafetensorError
+    """Returns all tensors by published name, with the prefix `bert.` for the encoder."""
     from safetensors.torch import load_file
 
-    tensors: dict[str, Tensor] = {}
-    for file in find_weights(directory):
-        try:
-            if file.suffix == ".safetensors":
-                tensors |= load_file(file)
-            else:
-                content = torch.load(file, map_location="cpu", weights_only=True)
-                if not isinstance(content, dict):
-                    raise ValueError(f"{file.name} holds no tensors by name")
-                tensors |= {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-        except (
-            SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, KeyError, IndexError,
-        ) as error:  # fmt: skip
-            raise ValueError(f"{file.name}: {str(error) or type(error).__name__}") from error
+    safe_file = directory / "model.safetensors"
+    old_file = directory / "pytorch_model.bin"
+    if old_file.exists() and not safe_file.exists():
+        # It is a pickle. `weights_only` reads tensors from it and runs no code.
+        tensors = torch.load(old_file, map_location="cpu", weights_only=True)
+    else:
+        tensors = load_file(safe_file)
 
-    def current_name(name: str) -> str:
-        name = name.removeprefix("bert.")
-        name = re.sub(r"\.gamma$", ".weight", name)  # TensorFlow's names of LayerNorm
-        return re.sub(r"\.beta$", ".bias", name)
-
-    tensors = {current_name(name): tensor for name, tensor in tensors.items()}
-    for copy, original in COPIES.items():
-        if copy in tensors:
-            tensors.setdefault(original, tensors[copy])
-    return tensors
-
-
-def check_tensors(tensors: dict[str, Tensor], known: Collection[str]) -> list[str]:
-    """Returns the heads that the files have and the model does not, by published name.
-
-    tensors: what the files hold. known: the published names that the model has.
-    Raises ValueError if a tensor of the encoder is not known (the files have more layers than the
-    config says), or if a known tensor is not made of finite floating-point numbers.
-    """
-    unknown = [name for name in tensors if name not in known and name not in REDUNDANT_TENSORS]
-    encoder = sorted(name for name in unknown if name.startswith(("embeddings.", "encoder.")))
-    if encoder:
-        raise ValueError(f"the config has no place for {', '.join(encoder)}")
-
+    named = {}
     for name, tensor in tensors.items():
-        if name in known and not tensor.is_floating_point():
-            raise ValueError(f"{name} is of {tensor.dtype}, not of floating-point numbers")
-        if name in known and not tensor.isfinite().all():
-            raise ValueError(f"{name} has a number that is not finite")
-
-    # The first two words of a name: cls.predictions, cls.seq_relationship, classifier.weight.
-    heads = {".".join(name.split(".")[:2]) for name in unknown}
-    return sorted(heads)
-
-
-def check_decoder(tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError if a copy in the files differs from its original (`COPIES`): the decoder
-    from the token embeddings, or one bias of the decoder from the other. A model here has one
-    matrix and one bias for both.
-    """
-    for copy, original in COPIES.items():
-        if copy in tensors and not torch.equal(tensors[copy], tensors[original]):
-            raise ValueError(f"it has a decoder of its own: {copy} differs from {original}")
-
-
-def check_encoder_is_complete(missing: list[str]) -> None:
-    """Raises ValueError if a parameter of the encoder is missing. The pooler and heads may be."""
-    encoder = [name for name in missing if re.search(r"embeddings\.|layers\.", name)]
-    if encoder:
-        raise ValueError(f"a part of the encoder is missing: {', '.join(encoder)}")
+        # TensorFlow's names for the weight and the bias of a LayerNorm.
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+        named[missing_prefix(tensors) + name] = tensor
+    return named
 
 
 # ---- Saving ------------------------------------------------------------------
 
 
 def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) -> None:
-    """Writes a model and its tokenizer in the published format, for `from_pretrained` and others.
-
-    transformers opens the directory too, unless d_k or d_v differs from d_model: its BERT has no
-    such option. Raises OSError if the disk is full.
+    """Writes a model and its tokenizer in the published format, for `from_pretrained` and for
+    transformers. What may be wrong is an error before the first byte is written.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    config = model.config
-    if {config.attention_d_k, config.attention_d_v} != {config.d_model}:
+    state = model.state_dict()
+    with torch.device("meta"):  # shapes without memory
+        as_configured = type(model)(model.config, model.padding_idx)
+    as_configured.load_state_dict(state, assign=True)  # an error that names what does not fit
+    if tokenizer is None and any((directory / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(f"{directory} has a tokenizer: pass the model's own, to replace it")
+    if {model.config.attention_d_k, model.config.attention_d_v} != {model.config.d_model}:
         warnings.warn("d_k, d_v and d_model differ: only bert.py opens this", stacklevel=3)
-    directory.mkdir(parents=True, exist_ok=True)
 
-    tensors = {
-        published_name(name): tensor.cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
-    try:
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"{directory} cannot be written: {error}") from error
-
-    tokenizer_json = tokenizer.to_str(pretty=True)
-    (directory / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
-    write_vocabulary(directory / "vocab.txt", tokenizer.get_vocab())
-    normalizer = tokenizer.normalizer
-    tokenizer_config = {
-        "tokenizer_class": "BertTokenizer",
-        "model_max_length": config.max_seq_length,
-        "do_lower_case": getattr(normalizer, "lowercase", False),
-        "strip_accents": getattr(normalizer, "strip_accents", None),
-        "tokenize_chinese_chars": getattr(normalizer, "handle_chinese_chars", True),
-    }
-    write_json(directory / "tokenizer_config.json", tokenizer_config)
-
-    published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(config).items()}
+    published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(model.config).items()}
+    del published["num_labels"]  # transformers counts the names instead
     published |= FIXED_FIELDS
     published["architectures"] = [model.architecture]
     published["pad_token_id"] = model.padding_idx
-    published["tokenizer_hash"] = tokenizer_hash(tokenizer)
-    write_json(directory / "config.json", published)
+    published["id2label"] = dict(enumerate(model.label_names))
+    published["label2id"] = {name: i for i, name in enumerate(model.label_names)}
+    contents = {"config.json": json.dumps(published, indent=2)}
+    if tokenizer is not None:
+        # With this class, transformers reads tokenizer.json as it is.
+        about: dict[str, Any] = {f"{role}_token": f"[{role.upper()}]" for role in ROLES}
+        about["tokenizer_class"] = "PreTrainedTokenizerFast"
+        about["model_max_length"] = model.config.max_seq_length
+        about["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        contents["tokenizer_config.json"] = json.dumps(about, indent=2)
+        contents["tokenizer.json"] = tokenizer.to_str(pretty=True)
+    tensors = {published_name(name): tensor.cpu().contiguous() for name, tensor in state.items()}
+
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    for name, content in contents.items():
+        (directory / name).write_text(content, encoding="utf-8")
+    (directory / "vocab.txt").unlink(missing_ok=True)  # of a tokenizer that was there before
 
 
-def write_vocabulary(path: Path, vocabulary: dict[str, int]) -> None:
-    """Writes vocab.txt: the id of a token is the number of its line, from 0. A vocabulary that
-    leaves out an id, or has a token with a line break, cannot be written so: then there is no file
-    afterwards.
-    """
-    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
-    has_all_ids = [vocabulary[token] for token in tokens] == list(range(len(tokens)))
-    if has_all_ids and not any(set("\n\r") & set(token) for token in tokens):
-        path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
-    else:
-        path.unlink(missing_ok=True)  # of a tokenizer that was there before
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
-
-
-# ---- Tokenizer and weights belong together -----------------------------------
-#
-# With another tokenizer, ids silently refer to different tokens, and accuracy drops without an
-# error. So a model is saved with a hash of its tokenizer, and the training scripts compare it.
-# A `tokenizer` here is one of the library tokenizers, as data.py's `load_tokenizer` returns it.
-
-
-def vocabulary_hash(tokenizer: Any) -> str:
-    """Returns sixteen hexadecimal digits that depend on every token and id of the vocabulary."""
-    vocabulary = repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Returns a hash of vocabulary and normalizer, in which the tokenizers of BERTs differ.
-
-    Two files that make the same tokenizer must get the same hash. strip_accents may be null, which
-    means "the same as lowercase", so null is replaced by that value.
-    """
-    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
-    if normalizer.get("type") == "BertNormalizer" and normalizer["strip_accents"] is None:
-        normalizer["strip_accents"] = normalizer["lowercase"]
-    effective = json.dumps(normalizer, sort_keys=True)
-    digest = hashlib.sha256((vocabulary_hash(tokenizer) + effective).encode()).hexdigest()
-    return f"v2-{digest[:16]}"
-
-
-def is_tokenizer_of(tokenizer: Any, saved_hash: str) -> bool:
-    """Returns whether a tokenizer has the hash that was saved with a model.
-
-    A hash without "v2-", which older models have, is of the vocabulary alone.
-    """
-    if saved_hash.startswith("v2-"):
-        return tokenizer_hash(tokenizer) == saved_hash
-    return vocabulary_hash(tokenizer) == saved_hash
+# ---- Filling masks, with a tokenizer of the library tokenizers ---------------
 
 
 def check_tokenizer(model: PretrainedModel, tokenizer: Any) -> None:
-    """Raises ValueError if the tokenizer does not fit: if an id has no embedding in the model, if
-    there is no [PAD], or if [PAD] has another id than the model's `padding_idx`, so that the model
-    would attend to padding and ignore an ordinary token. Another vocabulary of the same size is not
-    noticed here.
-    """
+    """Raises ValueError if an id of the tokenizer has no embedding, or if it has no [PAD]."""
     vocabulary = tokenizer.get_vocab()
+    if max(vocabulary.values()) >= model.config.vocab_size:
+        raise ValueError(f"the tokenizer has ids beyond the weights' {model.config.vocab_size}")
     if "[PAD]" not in vocabulary:
         raise ValueError("the tokenizer has no [PAD]")
-    largest_id, rows = max(vocabulary.values()), model.config.vocab_size
-    if largest_id >= rows:
-        raise ValueError(f"the tokenizer has the id {largest_id}, the weights have {rows} tokens")
-    padding_id = vocabulary["[PAD]"]
-    if model.padding_idx != padding_id:
-        raise ValueError(
-            f"the model takes id {model.padding_idx} for padding (pad_token_id in config.json), the"
-            f" tokenizer's [PAD] is id {padding_id}"
-        )
-
-
-# ---- Looking into a model ----------------------------------------------------
-
-
-def parameter_counts(model: PretrainedModel) -> Counter[str]:
-    """Returns how many parameters each part of a model has, all layers together. For example,
-    `bert.layers.3.expand.bias` belongs to the part `layers.expand`.
-
-    The tied matrix is one parameter and is counted once. What `from_pretrained` did not find is not
-    counted; but for that, the counts add up to the whole model.
-    """
-    counts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        if name not in model.missing_parameters:
-            module = name.removeprefix("bert.").removesuffix(".weight").removesuffix(".bias")
-            words = [word for word in module.split(".") if not word.isdigit()]
-            counts[".".join(words[:2])] += parameter.numel()
-    return counts
 
 
 @torch.no_grad()
 def fill_masks(
     model: BertPretrainModel, tokenizer: Any, text: str, k: int = 5
 ) -> list[dict[str, float]]:
-    """Returns, for each [MASK] in a text, the k most probable tokens and their probabilities.
-
-    The model is in evaluation mode afterwards. Raises ValueError as `check_tokenizer` does, and if
-    the tokenizer has no [MASK].
-    """
+    """Returns, for each [MASK] in a text, the k most probable tokens and their probabilities."""
     check_tokenizer(model, tokenizer)
-    mask_id = tokenizer.token_to_id("[MASK]")
-    if mask_id is None:
-        raise ValueError("the tokenizer has no [MASK]")
-    device = model.mlm_bias.device
-    ids = tokenizer.encode(text).ids  # with [CLS] and [SEP]
-    input_ids = torch.tensor([ids], device=device)  # (1, seq)
-    positions = (input_ids[0] == mask_id).nonzero().flatten()
-    mlm_logits, _ = model.eval()(input_ids, positions=positions)  # (masked, vocab)
     vocabulary = tokenizer.get_vocab()
+    ids = [tokenizer.encode(text).ids]  # with [CLS] and [SEP]
+    input_ids = torch.tensor(ids, device=model.mlm_bias.device)  # (1, seq)
+    every_token = torch.ones_like(input_ids)  # there is no padding
+    masked_indices = (input_ids[0] == vocabulary["[MASK]"]).nonzero().flatten()
+    model.eval()
+    mlm_logits, _ = model(input_ids, attention_mask=every_token, masked_indices=masked_indices)
+
     guesses = []
     for probs in mlm_logits.softmax(dim=-1).tolist():
         # Only ids of tokens are ranked: the weights may have more rows than there are tokens.
@@ -903,44 +658,23 @@ def fill_masks(
     return guesses
 
 
-def look(source: str, text: str) -> None:
-    """Prints how many parameters each part of a model has, and its guesses for each [MASK]."""
-    from data import load_tokenizer  # the only use of another file of this project
+def main() -> None:
+    """Prints the number of a model's parameters, and its guesses for each [MASK] in a text."""
+    from tokenizers import Tokenizer
 
-    text.encode()  # raises ValueError if the command line was not UTF-8
+    _, source, text = sys.argv
     directory = fetch(source)
-    tokenizer = load_tokenizer(directory)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # missing heads are handled below
-        model = BertPretrainModel.from_pretrained(directory)
-    check_tokenizer(model, tokenizer)
-
-    counts = parameter_counts(model)
-    for part, count in counts.items():
-        print(f"{count:>13,}  {part}")
-    print(f"{counts.total():>13,}  in all")
-
-    if "[MASK]" not in text:
-        return
-    if any(name.startswith("mlm_") for name in model.missing_parameters):
-        raise ValueError(f"{directory} has no head to fill a [MASK] with")
+    tokenizer = Tokenizer.from_str((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer.no_padding()  # published tokenizers may pad and truncate
+    tokenizer.no_truncation()
+    model = BertPretrainModel.from_pretrained(directory, tokenizer.token_to_id("[PAD]"))
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     for guesses in fill_masks(model, tokenizer, text):
         print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in guesses.items()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="bert.py", description="Counts a model's parameters and fills the masks of a text."
-    )
-    parser.add_argument("source", help="directory or hub id of a model")
-    parser.add_argument("text", nargs="?", default="", help="with [MASK] for tokens to be guessed")
-    arguments = parser.parse_args()
-    try:
-        look(arguments.source, arguments.text)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"{error}\nusage: python bert.py DIRECTORY TEXT")

@@ -1157,57 +1157,95 @@ def is_hub_id(source: str) -> bool:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory with one of them, or that
-    of a hub id. A vocab.txt is uncased unless the tokenizer_config.json beside it says otherwise.
+    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory, or a hub id. In a
+    directory, tokenizer.json counts, and the other files must not contradict it.
     """
     path = Path(path)
     try:
-        if path.suffix not in {".txt", ".json"} and is_hub_id(str(path)):
-            print(f"fetching {path} from the hub", file=sys.stderr)
-            files = ["tokenizer.json", "tokenizer_config.json", "vocab.*"]
+        if not path.exists() and path.suffix not in {".txt", ".json"}:
+            files = ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
             path = Path(snapshot_download(str(path), allow_patterns=files))
         if path.is_dir():
-            has_json = (path / "tokenizer.json").exists()
-            path = path / ("tokenizer.json" if has_json else "vocab.txt")
+            names = [name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
+            if not names:
+                raise ValueError("put vocab.txt or tokenizer.json there")
+            path = path / names[0]
+        about_path = path.with_name("tokenizer_config.json")
+        about = json.loads(about_path.read_text(encoding="utf-8")) if about_path.exists() else {}
         if path.suffix == ".txt":
-            tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-            vocabulary = {token: i for i, token in enumerate(tokens)}
-            about = path.with_name("tokenizer_config.json")
-            normalizer = read_normalizer(about) if about.exists() else {}
-            if "lowercase" not in normalizer:
-                check_is_uncased(tokens)
-            tokenizer = wordpiece(vocabulary, **normalizer)
+            tokenizer = wordpiece(read_vocabulary(path), **read_normalizer(about))
         else:
             tokenizer = Tokenizer.from_file(str(path))
+        if path.name == "tokenizer.json":
+            check_files_agree(tokenizer, path, about)
+        check_casing(tokenizer)
     except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"no tokenizer at {path}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"no tokenizer at {path}: {reason}") from error
     missing = set(SPECIAL_TOKENS) - set(tokenizer.get_vocab())
     if missing:
         raise ValueError(f"the tokenizer at {path} lacks {', '.join(sorted(missing))}")
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # "[MASK]" in a text is that token
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def check_is_uncased(tokens: list[str]) -> None:
-    """Raises ValueError if a token has upper case: text would be lowercased, and never match it."""
-    special = ("[", "<")  # [MASK], and <S> in Google's Chinese vocabulary
-    cased = [token for token in tokens if token != token.lower() and not token.startswith(special)]
-    if cased:
-        raise ValueError(
-            f'it has cased tokens, such as {cased[0]}: write {{"do_lower_case": false}} into a'
-            " tokenizer_config.json beside it (or true, if text is to be lowercased all the same)"
-        )
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Returns the tokens of a vocab.txt: the id of a token is the number of its line, from 0."""
+    tokens = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    return {token: i for i, token in enumerate(tokens)}
 
 
-def read_normalizer(path: Path) -> dict[str, bool | None]:
-    """Returns how a published tokenizer_config.json says that text is normalized; a vocab.txt alone
-    does not tell whether it is cased.
+NORMALIZER_OPTIONS = {  # ours: the name in a published tokenizer_config.json
+    "lowercase": "do_lower_case",
+    "strip_accents": "strip_accents",
+    "handle_chinese_chars": "tokenize_chinese_chars",
+}
+
+
+def read_normalizer(about: dict[str, Any]) -> dict[str, bool | None]:
+    """Returns how a tokenizer_config.json says that text is normalized; a vocab.txt alone does not
+    tell. Raises ValueError if the tokenizer is not BERT's.
     """
-    names = {  # ours -> those of the file
-        "lowercase": "do_lower_case",
-        "strip_accents": "strip_accents",
-        "handle_chinese_chars": "tokenize_chinese_chars",
-    }
-    published = json.loads(path.read_text(encoding="utf-8"))
-    return {ours: published[name] for ours, name in names.items() if name in published}
+    kind = about.get("tokenizer_class") or "BertTokenizer"
+    if kind not in ("BertTokenizer", "BertTokenizerFast"):
+        raise ValueError(f"its tokenizer_class is {kind}, which needs a tokenizer.json")
+    return {ours: about[name] for ours, name in NORMALIZER_OPTIONS.items() if name in about}
+
+
+def check_files_agree(tokenizer: Tokenizer, path: Path, about: dict[str, Any]) -> None:
+    """Raises ValueError if the vocab.txt or the tokenizer_config.json beside a tokenizer.json says
+    something else. The model was trained with one of them, and nobody knows with which.
+    """
+    for ours, name in NORMALIZER_OPTIONS.items():
+        said = about.get(name)
+        if said is None or not hasattr(tokenizer.normalizer, ours):
+            continue
+        found = getattr(tokenizer.normalizer, ours)
+        if found is None:  # strip_accents that is left open is the same as lowercase
+            found = tokenizer.normalizer.lowercase
+        if found != said:
+            raise ValueError(f"{name} is {said} in tokenizer_config.json, not in {path.name}")
+    beside = path.with_name("vocab.txt")
+    if beside.exists():
+        vocabulary = tokenizer.get_vocab()
+        for token, token_id in read_vocabulary(beside).items():
+            if vocabulary.get(token) != token_id:
+                raise ValueError(f"{token} is id {token_id} in vocab.txt, not in {path.name}")
+
+
+def check_casing(tokenizer: Tokenizer) -> None:
+    """Raises ValueError if text is lowercased and a token has upper case, which no text can match.
+
+    Tokens like [MASK] may have upper case, and <S> in Google's Chinese vocabulary.
+    """
+    if tokenizer.normalizer is None or tokenizer.normalizer.normalize_str("A") == "A":
+        return
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in tokenizer.get_vocab().keys() - added:
+        if token != token.lower() and not token.startswith(("[", "<")):
+            raise ValueError(
+                f"text is lowercased, but {token} is a token: keep vocab.txt alone, beside a"
+                ' tokenizer_config.json with {"do_lower_case": false}'
+            )

@@ -55,8 +55,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from bert import BertConfig, BertPretrainModel, check_tokenizer, fetch, is_tokenizer_of, read_json
-from bert import tokenizer_hash
+from bert import BertConfig, BertPretrainModel, check_tokenizer, fetch
 
 Batch = dict[str, Tensor]
 Precision = Literal["auto", "float32", "medium", "bfloat16"]
@@ -94,9 +93,8 @@ class PretrainOptions:
     streaming: bool = False
     """Read the corpus without storing it, instead of tokenizing it once to disk."""
     tokenizer: str | None = None
-    """vocab.txt, tokenizer.json, directory or hub id. With --weights it must be the same as theirs,
-    and need not be named. Without both, a vocabulary is learned, for lowercased text without
-    accents."""
+    """vocab.txt, tokenizer.json, directory or hub id. With --weights, the tokenizer beside them
+    counts. Without both, a vocabulary is learned, for lowercased text without accents."""
     vocab_size: int = 2000
     """Size of the vocabulary that is learned without --tokenizer and --weights."""
 
@@ -160,7 +158,7 @@ class PretrainOptions:
 
 
 def check_options(options: Any, smallest: int, *names: str) -> None:
-    """Raises ValueError if one of these options is smaller, or if a rate cannot be right."""
+    """Raises ValueError if one of these numbers is smaller, or if options cannot be right."""
     for name in names:
         number = getattr(options, name)
         if number < smallest:
@@ -168,6 +166,8 @@ def check_options(options: Any, smallest: int, *names: str) -> None:
             raise ValueError(f"{flag} must be at least {smallest}, got {number}")
     if not 0 <= options.dropout < 1:
         raise ValueError(f"--dropout must lie in [0, 1), got {options.dropout}")
+    if None not in (options.weights, options.tokenizer):
+        raise ValueError("--tokenizer with --weights: the tokenizer beside the weights counts")
     for rate in np.atleast_1d(options.learning_rate):
         if not 0 < rate < math.inf:
             raise ValueError(f"--learning-rate must be positive and finite, got {rate}")
@@ -205,7 +205,7 @@ def forward(
     """
     with autocast(precision, batch["input_ids"].device.type):
         mlm_logits, nsp_logits = model(
-            batch["input_ids"], batch["token_type_ids"], positions=batch["masked_indices"]
+            batch["input_ids"], batch["token_type_ids"], masked_indices=batch["masked_indices"]
         )
     if precision == "bfloat16":  # a model in float64 keeps its digits
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
@@ -524,33 +524,10 @@ def probe(
 # ---- What a run needs --------------------------------------------------------
 
 
-def matching_tokenizer(weights: str, tokenizer: str | None) -> Tokenizer:
-    """Returns the tokenizer that lies beside the weights.
-
-    tokenizer: what --tokenizer names, or None.
-    Raises ValueError if either has another hash than the one in the config.json of the weights.
-    With another tokenizer, every id would mean another token, and nothing but a low accuracy would
-    show it. (Models from elsewhere have no hash there. Then the tokenizer beside the weights counts
-    as the right one.)
-    """
-    directory = fetch(weights)
-    saved = data.load_tokenizer(directory)
-    path = directory / "config.json"
-    config = read_json(path) if path.exists() else {}
-    right_hash = config.get("tokenizer_hash", tokenizer_hash(saved))
-    candidates = [(str(directory), saved)]
-    if tokenizer:
-        candidates.append((tokenizer, data.load_tokenizer(tokenizer)))
-    for source, candidate in candidates:
-        if not is_tokenizer_of(candidate, right_hash):
-            raise ValueError(f"the tokenizer {source} is not the one {weights} was trained with")
-    return saved
-
-
 def choose_tokenizer(options: PretrainOptions) -> Tokenizer:
     """Returns the tokenizer of --weights, that of --tokenizer, or one learned from the corpus."""
     if options.weights is not None:
-        return matching_tokenizer(options.weights, options.tokenizer)
+        return data.load_tokenizer(fetch(options.weights))
     if options.tokenizer is not None:
         return data.load_tokenizer(options.tokenizer)
     if options.streaming:
@@ -604,17 +581,18 @@ def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainMo
     tokens, then 100,000 with 512.
     """
     dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
+    vocabulary = tokenizer.get_vocab()
+    padding_idx = vocabulary[data.PAD]
     if options.weights is not None:
-        model = BertPretrainModel.from_pretrained(options.weights, **dropouts)
+        model = BertPretrainModel.from_pretrained(options.weights, padding_idx, **dropouts)
     else:
-        vocabulary = tokenizer.get_vocab()
         config = BertConfig.named(
             options.size,
             vocab_size=max(vocabulary.values()) + 1,
             max_seq_length=options.positions or options.max_seq_length,
             **dropouts,
         )
-        model = BertPretrainModel(config, vocabulary[data.PAD])
+        model = BertPretrainModel(config, padding_idx)
     rows = model.config.max_seq_length  # of the position table
     if options.positions not in (None, rows):
         raise ValueError(f"--positions {options.positions}, but the weights have {rows}")

@@ -22,7 +22,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import data
-from bert import BertConfig, SST2BertModel, check_tokenizer, fetch, read_json
+from bert import BertConfig, SST2BertModel, check_tokenizer, fetch
 from train_pretrain import (
     Precision,
     autocast,
@@ -49,7 +49,6 @@ from train_pretrain import (
     learning_rate,
     lock_folder,
     make_optimizer,
-    matching_tokenizer,
     progress_bar,
     run_script,
     set_seed,
@@ -335,7 +334,7 @@ def fine_tune(
 def choose_tokenizer(options: SST2Options) -> Tokenizer:
     """Returns the tokenizer of --weights or --tokenizer, or one learned from the sentences."""
     if options.weights is not None:
-        return matching_tokenizer(options.weights, options.tokenizer)
+        return data.load_tokenizer(fetch(options.weights))
     if options.tokenizer is not None:
         return data.load_tokenizer(options.tokenizer)
     texts, _ = get_reviews(options.dataset, "train", options.dataset_name)
@@ -349,17 +348,20 @@ def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
     dropout would otherwise be fine-tuned without, and nobody would notice.
     """
     dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
+    vocabulary = tokenizer.get_vocab()
+    padding_idx = vocabulary[data.PAD]
     if options.weights is not None:
-        model = SST2BertModel.from_pretrained(options.weights, **dropouts)
+        model = SST2BertModel.from_pretrained(
+            options.weights, padding_idx, num_labels=2, **dropouts
+        )
     else:
-        vocabulary = tokenizer.get_vocab()
         config = BertConfig.named(
             options.size,
             vocab_size=max(vocabulary.values()) + 1,
             max_seq_length=options.max_seq_length or 128,
             **dropouts,
         )
-        model = SST2BertModel(config, vocabulary[data.PAD])
+        model = SST2BertModel(config, padding_idx)
     check_tokenizer(model, tokenizer)
     return model
 
@@ -421,6 +423,7 @@ def train(options: SST2Options) -> None:
             accuracies.append(accuracy)
             if accuracy > best_accuracy:
                 best_model, best_accuracy = model, accuracy
+                best_model.label_names = list(LABELS)  # whatever the weights had
                 # Now, since the next one may diverge, or be killed.
                 write_model(best_model, tokenizer, out / "model")
         deviation = f" ± {np.std(accuracies, ddof=1):.4f}" if options.seeds > 1 else ""
@@ -438,16 +441,6 @@ def train(options: SST2Options) -> None:
 # ---- Prediction --------------------------------------------------------------
 
 
-def label_names(weights: str) -> Sequence[str]:
-    """Returns the names of classes 0 and 1: those in config.json, since in a model of somebody else
-    class 0 may be the positive one. If it has none, or LABEL_0 and LABEL_1, which transformers
-    writes without names, they are those of SST-2.
-    """
-    published = read_json(fetch(weights) / "config.json").get("id2label") or {}
-    names = [str(published.get(key, f"LABEL_{key}")) for key in ("0", "1")]
-    return LABELS if names == ["LABEL_0", "LABEL_1"] else names
-
-
 @torch.no_grad()
 def predict(options: SST2Options) -> None:
     """Prints a line for each text: its label, the probability of that label, the text."""
@@ -463,7 +456,8 @@ def predict(options: SST2Options) -> None:
             f" {', '.join(model.missing_parameters)}"
         )
     longest = choose_length(options, model)
-    labels = label_names(str(options.weights))
+    # In a model of somebody else, class 0 may be the positive one.
+    labels = LABELS if model.label_names[0].startswith("LABEL_") else model.label_names
     for text in options.predict or ():
         rows = encode_sentences(tokenizer, [text], longest)
         logits = forward(model, torch.tensor(rows, device=device), precision)  # (1, 2)

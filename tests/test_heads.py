@@ -18,15 +18,26 @@ from bert import BertConfig, BertPretrainModel, SST2BertModel
 
 
 @given(st.data(), configs(), seeds)
-def test_logits_at_masked_positions_are_those_of_the_full_logits(draw, config, seed):
+def test_logits_of_masked_tokens_are_those_of_the_full_logits(draw, config, seed):
     input_ids, token_type_ids = draw.draw(batches(config))
     drawn = draw.draw(st.lists(st.integers(0, input_ids.numel() - 1), max_size=4))
-    positions = torch.tensor(drawn, dtype=torch.long)
+    masked_indices = torch.tensor(drawn, dtype=torch.long)
     model = build(BertPretrainModel, config, seed)
     everywhere, nsp_logits = model(input_ids, token_type_ids)
-    masked_logits, same_nsp_logits = model(input_ids, token_type_ids, positions=positions)
-    torch.testing.assert_close(masked_logits, everywhere.flatten(0, 1)[positions], **EXACT)
+    masked_logits, same_nsp_logits = model(input_ids, token_type_ids, masked_indices=masked_indices)
+    torch.testing.assert_close(masked_logits, everywhere.flatten(0, 1)[masked_indices], **EXACT)
     assert torch.equal(nsp_logits, same_nsp_logits)
+
+
+def test_masked_indices_have_one_dimension_and_are_passed_by_name():
+    """A mask of the batch's shape, or a fourth argument in transformers' order, would be silent."""
+    model = build(BertPretrainModel, FIXED)
+    input_ids = torch.tensor([[3, 4, 5]])
+    for wrong in (input_ids > 3, torch.tensor([[1, 2]]), torch.tensor(1)):
+        with pytest.raises(ValueError, match="masked_indices"):
+            model(input_ids, masked_indices=wrong)
+    with pytest.raises(TypeError):
+        model(input_ids, None, None, torch.tensor([1]))
 
 
 def test_the_decoder_is_the_token_embedding():

@@ -212,14 +212,14 @@ BUGS = {
         test_weights.test_what_is_saved_is_what_is_loaded, {"cls": bert.Bert},
     ),
     "20 another prefix, and nothing is loaded": (
-        bert, "load_pretrained",
-        'published_name(name).removeprefix("bert.")', "published_name(name)",
-        test_weights.test_the_encoder_survives_from_pretraining_to_fine_tuning, {},
+        bert, "load_pretrained", "    if wrong:", "    if False:",
+        test_weights.test_an_encoder_that_is_not_complete_is_rejected_by_what_it_lacks,
+        {"cls": bert.Bert},
     ),
     "21 another tokenizer for fine-tuning": (
-        train_pretrain, "matching_tokenizer",
-        "if not is_tokenizer_of(candidate, right_hash):", "if False:",
-        test_finetuning.test_another_tokenizer_than_that_of_the_weights_is_rejected, {},
+        train_sst2.SST2Options, "__post_init__", "if self.weights and self.tokenizer:", "if False:",
+        test_weights.test_a_tokenizer_beside_the_weights_is_the_only_one,
+        {"of_script": train_sst2.SST2Options},
     ),
     "22 a bad row is swallowed": (
         data, "tokenize_documents", 'raise ValueError(f"row', 'text = str(f"row',
@@ -291,16 +291,21 @@ BUGS = {
         {"device": None, "gpus": 1, "backend": "cpu:gloo,cuda:nccl"},
     ),
     "35 the model's padding id is not that of the batches": (
-        bert, "check_tokenizer", "model.padding_idx != padding_id", "False",
-        test_weights.test_two_padding_ids_are_an_error_that_names_both, {},
+        train_pretrain, "make_model", "options.weights, padding_idx,", "options.weights, None,",
+        test_weights.test_padding_is_the_tokenizers_whatever_the_config_says, {},
+    ),
+    "36 a cased checkpoint is lowercased": (
+        data, "check_casing", "token != token.lower()", "False",
+        test_tokens.test_a_lowercasing_tokenizer_with_cased_tokens_is_rejected_whatever_file_it_is_from,
+        {"file": "tokenizer.json"},
     ),
     "36 a cased checkpoint without tokenizer.json is lowercased": (
-        data, "read_normalizer", "if name in published", "if False",
+        data, "read_normalizer", "if name in about", "if False",
         test_tokens.test_a_vocabulary_is_cased_if_its_config_says_so,
         {"tokenizer_config": {"do_lower_case": False}, "ids": ["A", "é"]},
     ),
     "37 layers that the config has no place for are dropped": (
-        bert, "check_tensors", "if encoder:", "if False:",
+        bert, "load_pretrained", "[*our_names, *unused]", "our_names",
         test_weights.test_a_part_of_the_encoder_that_the_config_has_no_place_for_is_named, {},
     ),
     "38 resuming without a checkpoint starts anew": (

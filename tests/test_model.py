@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import EXACT, FIXED, PADDING, batches, build, configs, seeds
 
+import bert
 from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel, attention
 
 # ---- Configuration ------------------------------------------------------------------------------
@@ -23,78 +27,86 @@ def test_published_sizes_have_the_published_number_of_parameters(size, count):
     assert sum(p.numel() for p in model.parameters()) == count
 
 
-def test_a_named_size_can_be_changed_field_by_field():
-    config = BertConfig.named("mini", max_seq_length=9, d_feed_forward=7)
-    assert (config.d_model, config.head_num, config.encoder_layers) == (256, 4, 4)
-    assert (config.max_seq_length, config.d_feed_forward) == (9, 7)
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (768, 768, 768, 12, 3072)),
+        ({"d_model": 512}, (512, 512, 512, 8, 2048)),
+        ({"d_model": 512, "d_feed_forward": 7}, (512, 512, 512, 8, 7)),
+        ({"d_model": 512, "attention_d_k": 80, "head_num": 4}, (512, 80, 512, 4, 2048)),
+        ({"d_model": 30}, (30, 30, 30, 1, 120)),
+    ],
+)
+def test_the_widths_of_a_named_size_follow_d_model_unless_they_are_given(changes, expected):
+    config = BertConfig.named("base", **changes)
+    widths = (config.d_model, config.attention_d_k, config.attention_d_v)
+    assert (*widths, config.head_num, config.d_feed_forward) == expected
+    assert config.encoder_layers == 12
 
 
 def test_an_unknown_size_is_rejected_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'huge' is not one of tiny, mini, .*, large"):
+    with pytest.raises(ValueError, match="tiny, mini, .*, large"):
         BertConfig.named("huge")
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("name", "value"),
     [
-        ({"attention_d_k": 11}, "attention_d_k=11 is not divisible by head_num=2"),
-        ({"attention_d_v": 13}, "attention_d_v=13 is not divisible by head_num=2"),
-        ({"head_num": 0}, "head_num must be at least 1, got 0"),
-        ({"encoder_layers": 0}, "encoder_layers must be at least 1, got 0"),
-        ({"vocab_size": -1}, "vocab_size must be at least 1, got -1"),
-        ({"encoder_layers": 2.5}, "encoder_layers must be an integer, got 2.5"),
-        ({"d_model": True}, "d_model must be an integer, got True"),
-        ({"layer_norm_eps": True}, "layer_norm_eps must be a number, got True"),
-        ({"fused_attention": 0.5}, "fused_attention must be true or false, got 0.5"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
-        ({"attention_dropout": -0.1}, r"attention_dropout must lie in \[0, 1\), got -0.1"),
+        ("attention_d_k", 11),  # of two heads
+        ("attention_d_v", 13),
+        ("head_num", 0),
+        ("encoder_layers", 0),
+        ("vocab_size", -1),
+        ("encoder_layers", 2.5),
+        ("d_model", "12"),
+        ("d_model", True),
+        ("max_seq_length", None),
     ],
 )
-def test_inconsistent_sizes_are_rejected_with_their_values(changes, words):
-    with pytest.raises(ValueError, match=words):
-        dataclasses.replace(FIXED, **changes)
+def test_sizes_are_positive_integers_that_heads_divide(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be|not divisible by head_num=2"):
+        dataclasses.replace(FIXED, **{name: value})
 
 
 def test_a_config_with_further_fields_checks_all_of_them():
-    """Someone who copies bert.py may add a field. (It must not be read from the annotations of the
-    object, which Python 3.14 has not.)
-    """
+    """Someone who copies bert.py may add a field."""
 
     @dataclasses.dataclass(frozen=True)
     class Wider(BertConfig):
         experts: int = 2
 
     assert Wider(experts=3).d_model == 768
-    with pytest.raises(ValueError, match="experts must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="experts must be"):
         Wider(experts=0)
-    with pytest.raises(ValueError, match="d_model must be an integer"):
+    with pytest.raises(ValueError, match="d_model must be"):
         Wider(d_model=2.5)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["layer_norm_eps", "initializer_range"])
-def test_a_config_needs_positive_numbers(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be positive and finite"):
-        BertConfig(**{name: value})
-
-
-def test_a_dropout_of_zero_may_be_an_integer_as_json_writes_it():
-    config = dataclasses.replace(FIXED, dropout=0, attention_dropout=0)
-    assert Bert(config, PADDING).embeddings.dropout.p == 0
+def test_the_checks_of_a_config_survive_postponed_annotations():
+    """With this import, which many projects have, the type of a field is a string."""
+    source = Path(bert.__file__).read_text()
+    postponed = source.replace("import json\n", "from __future__ import annotations\nimport json\n")
+    copied = types.ModuleType("copied")
+    sys.modules["copied"] = copied  # where dataclasses looks
+    exec(postponed, vars(copied))
+    assert isinstance(vars(copied.BertConfig)["__annotations__"]["d_model"], str)
+    with pytest.raises(ValueError, match="d_model must be"):
+        copied.BertConfig(d_model=2.5)
 
 
 def test_every_output_has_the_documented_shape(device):
     """All sizes differ, so no axis can stand in for another."""
     input_ids = torch.randint(1, FIXED.vocab_size, (5, 7), device=device)
-    bert = Bert(FIXED, PADDING).to(device)
-    hidden_states = bert(input_ids)
+    encoder = Bert(FIXED, PADDING).to(device)
+    hidden_states = encoder(input_ids)
     assert hidden_states.shape == (5, 7, FIXED.d_model)
-    assert bert.pool(hidden_states).shape == (5, FIXED.d_model)
+    assert encoder.pool(hidden_states).shape == (5, FIXED.d_model)
     pretrain = BertPretrainModel(FIXED, PADDING).to(device)
     mlm_logits, nsp_logits = pretrain(input_ids)
     assert mlm_logits.shape == (5, 7, FIXED.vocab_size)
     assert nsp_logits.shape == (5, 2)
-    assert pretrain(input_ids, positions=torch.tensor([3, 34], device=device))[0].shape == (2, 31)
+    masked_indices = torch.tensor([3, 34], device=device)
+    assert pretrain(input_ids, masked_indices=masked_indices)[0].shape == (2, 31)
     assert SST2BertModel(FIXED, PADDING).to(device)(input_ids).shape == (5, 2)
 
 

@@ -155,7 +155,7 @@ def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(tmp_path, 
     )
     train_sst2.main(options)
     assert json.loads((out / "config.json").read_text())["precision"] == "bfloat16"
-    train_sst2.main(replace(options, weights=f"{out}/model", predict=("a",)))
+    train_sst2.main(replace(options, tokenizer=None, weights=f"{out}/model", predict=("a",)))
     assert used == ["bfloat16"] * 4  # training, validation, test, prediction
 
 

@@ -21,6 +21,10 @@ from strategies import (
     small_tokenizer,
     write_cased_vocabulary,
 )
+from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import NFD, Lowercase, StripAccents
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 import data
 
@@ -33,13 +37,88 @@ def test_tokenizers_load_from_each_kind_of_source_with_the_same_ids(tmp_path):
     expected = small_tokenizer().encode("Abc d.").ids
     for source in (tmp_path, tmp_path / "vocab.txt", tmp_path / "other.json"):
         assert data.load_tokenizer(source).encode("Abc d.").ids == expected
+    (tmp_path / "vocab.txt").write_text("no business of other.json")
+    assert data.load_tokenizer(tmp_path / "other.json").encode("Abc d.").ids == expected
 
 
-def test_a_folder_with_both_files_gives_its_tokenizer_json(tmp_path):
-    """tokenizer.json says more than vocab.txt, such as the casing."""
-    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "more"]) + "\n")
+def test_files_of_a_folder_that_contradict_each_other_are_rejected(tmp_path):
+    """The model was trained with one of them, and nobody knows with which."""
+    lines = "".join(f"{token}\n" for token in VOCABULARY)
     small_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    assert data.load_tokenizer(tmp_path).get_vocab_size() == len(VOCABULARY)
+    (tmp_path / "vocab.txt").write_text(lines)
+    about = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    assert data.load_tokenizer(tmp_path).to_str() == small_tokenizer().to_str()
+
+    for name in about:
+        contradiction = json.dumps({**about, name: False})
+        (tmp_path / "tokenizer_config.json").write_text(contradiction)
+        with pytest.raises(ValueError, match=f"{name}.*tokenizer_config.json"):
+            data.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    for other in (lines + "more\n", lines.replace("a\nb\n", "b\na\n", 1)):
+        (tmp_path / "vocab.txt").write_text(other)
+        with pytest.raises(ValueError, match=r"vocab\.txt"):
+            data.load_tokenizer(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_token(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8-sig")
+    assert data.load_tokenizer(tmp_path).get_vocab() == small_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "BertTokenizerFast", None])
+def test_a_vocab_txt_is_read_as_wordpiece_where_its_tokenizer_is_that_of_bert(kind, tmp_path):
+    """A Japanese BERT has a vocab.txt, too, for a tokenizer that cuts text into words first."""
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
+    about = tmp_path / "tokenizer_config.json"
+    about.write_text(json.dumps({"tokenizer_class": kind}))
+    assert data.load_tokenizer(tmp_path).get_vocab() == small_tokenizer().get_vocab()
+    about.write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
+    with pytest.raises(ValueError, match="BertJapaneseTokenizer"):
+        data.load_tokenizer(tmp_path)
+    small_tokenizer().save(str(tmp_path / "tokenizer.json"))  # says all by itself
+    assert data.load_tokenizer(tmp_path).get_vocab() == small_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json", "Sequence in tokenizer.json"])
+def test_a_lowercasing_tokenizer_with_cased_tokens_is_rejected_whatever_file_it_is_from(
+    file, tmp_path
+):
+    """No text would ever match them: `The` becomes `t ##h ##e`, without an error."""
+    cased = {token: i for i, token in enumerate([*VOCABULARY, "<S>", "Hund"])}
+    tokenizer = data.wordpiece(cased)
+    if file == "vocab.txt":
+        (tmp_path / file).write_text("\n".join(cased))
+        (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    else:
+        if file.startswith("Sequence"):
+            tokenizer.normalizer = normalizers.Sequence([NFD(), Lowercase(), StripAccents()])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="Hund"):
+        data.load_tokenizer(tmp_path)
+    folder = tmp_path / "told"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(cased))
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    assert data.load_tokenizer(folder).encode("Hund").ids == [CLS, cased["Hund"], SEP]
+
+
+def test_a_capital_in_an_added_token_is_no_contradiction(tmp_path):
+    """Added tokens are found before the text is lowercased. <S> is in Google's Chinese one."""
+    tokenizer = data.wordpiece({t: i for i, t in enumerate([*VOCABULARY, "<S>"])})
+    tokenizer.add_tokens([AddedToken("@User", normalized=False)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    tokens = data.load_tokenizer(tmp_path).encode("A @User").tokens
+    assert tokens == ["[CLS]", "a", "@User", "[SEP]"]
+
+
+def test_special_tokens_are_special_even_if_the_file_does_not_say_so(tmp_path):
+    """transformers makes them so, and a [MASK] in a text is to be filled."""
+    plain = Tokenizer(WordPiece({t: i for i, t in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    plain.pre_tokenizer = BertPreTokenizer()
+    plain.save(str(tmp_path / "tokenizer.json"))
+    assert data.load_tokenizer(tmp_path).encode("a [MASK]").ids[-1] == MASK
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
@@ -49,25 +128,6 @@ def test_a_vocabulary_has_a_token_for_each_line(tmp_path, end):
     (tmp_path / "vocab.txt").write_text("\n".join(tokens) + end, encoding="utf-8")
     expected = {token: i for i, token in enumerate(tokens)}
     assert data.load_tokenizer(tmp_path / "vocab.txt").get_vocab() == expected
-
-
-def test_a_cased_vocabulary_without_a_config_is_rejected(tmp_path):
-    """Text would be lowercased, and every word with a capital become [UNK]."""
-    (tmp_path / "vocab.txt").write_text(
-        "\n".join([*VOCABULARY, "<S>"])
-    )  # as in Google's Chinese one
-    data.load_tokenizer(tmp_path / "vocab.txt")
-    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "Hund"]))
-    for config in (None, '{"model_max_length": 9}'):
-        if config:
-            (tmp_path / "tokenizer_config.json").write_text(config)
-        with pytest.raises(
-            ValueError, match='cased tokens, such as Hund: write {"do_lower_case": false}'
-        ):
-            data.load_tokenizer(tmp_path / "vocab.txt")
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    ids = data.load_tokenizer(tmp_path / "vocab.txt").encode("Hund").ids
-    assert ids[1] == len(VOCABULARY)
 
 
 def test_a_word_of_more_than_100_characters_is_unknown():
@@ -96,40 +156,15 @@ def test_padding_and_truncation_of_a_published_tokenizer_are_switched_off(tmp_pa
 @pytest.mark.parametrize(
     ("tokenizer_config", "ids"),
     [
-        ({"do_lower_case": True}, ["a", "[UNK]"]),
         ({"do_lower_case": False}, ["A", "é"]),
-        ({"do_lower_case": True, "strip_accents": False}, ["a", "é"]),
         ({"do_lower_case": False, "strip_accents": True}, ["A", "e"]),
     ],
 )
 def test_a_vocabulary_is_cased_if_its_config_says_so(tokenizer_config, ids, tmp_path):
     """A cased checkpoint without tokenizer.json was lowercased without a warning."""
     published = write_cased_vocabulary(tmp_path, **tokenizer_config)
-    expected = ["a", "e"] if ids == ["a", "[UNK]"] else ids
     for source in (published, published / "vocab.txt"):
-        assert data.load_tokenizer(source).encode("A é").tokens[1:-1] == expected
-
-
-def test_the_tokenizer_of_a_hub_id_is_announced_and_only_its_files_are_fetched(
-    tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "vocab.txt").write_text("\n".join([*data.SPECIAL_TOKENS, "a"]) + "\n")
-    asked = []
-
-    def download(source: str, allow_patterns: list[str]) -> str:
-        asked.append((source, allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr(data, "snapshot_download", download)
-    tokenizer = data.load_tokenizer("someone/some-bert")
-    assert tokenizer.encode("a").tokens == ["[CLS]", "a", "[SEP]"]
-    files = ["tokenizer.json", "tokenizer_config.json", "vocab.*"]
-    assert asked == [("someone/some-bert", files)]
-    assert capsys.readouterr().err == "fetching someone/some-bert from the hub\n"
-    for path in ("missing.json", "missing.txt"):  # a file is a file, never a hub id
-        with pytest.raises(ValueError, match=f"no tokenizer at {path}"):
-            data.load_tokenizer(path)
-    assert len(asked) == 1
+        assert data.load_tokenizer(source).encode("A é").tokens[1:-1] == ids
 
 
 def test_chinese_characters_are_words_unless_the_config_says_otherwise(tmp_path):

@@ -333,7 +333,7 @@ def test_with_0_steps_a_run_evaluates_once_and_writes_the_model_that_it_was_give
 ):
     pretrain(options)
     weights = f"{options.out}/model"
-    told = replace(options, weights=weights, steps=0, out=str(tmp_path / "again"))
+    told = replace(options, tokenizer=None, weights=weights, steps=0, out=str(tmp_path / "again"))
     pretrain(told)
     before, after = (read_lines(Path(o.out), "validation") for o in (options, told))
     assert after["step"] == [0]
@@ -459,7 +459,7 @@ def test_dropout_is_set_for_new_and_for_loaded_models(dropout, options):
     assert dropouts_of(new) == {dropout}
     new.save_pretrained(options.out, small_tokenizer())
     loaded = train_pretrain.make_model(
-        replace(options, weights=options.out, dropout=0.2), small_tokenizer()
+        replace(options, tokenizer=None, weights=options.out, dropout=0.2), small_tokenizer()
     )
     assert dropouts_of(loaded) == {0.2}
 
@@ -475,7 +475,7 @@ def test_the_position_table_has_as_many_rows_as_asked_for(options):
     ("changes", "message"),
     [
         ({"positions": 12}, "--max-seq-length 16 .*12"),
-        ({"positions": 20, "weights": "W"}, "--positions 20.* 16"),
+        ({"positions": 20, "weights": "W", "tokenizer": None}, "--positions 20.* 16"),
     ],
 )
 def test_positions_that_do_not_fit_are_rejected(changes, message, options):
@@ -496,6 +496,7 @@ def test_the_papers_two_phases_train_one_model_on_short_and_then_on_long_pairs(o
     pretrain(first)
     second = replace(
         options, out=str(tmp_path / "second"), weights=f"{first.out}/model", max_seq_length=40,
+        tokenizer=None,
         learning_rate=1e-2,
     )  # fmt: skip
     pretrain(second)
