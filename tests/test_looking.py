@@ -1,15 +1,12 @@
-"""Looking into a model: its guesses for masks, and its attention drawn. Then a run's curves."""
+"""Looking into a model: its guesses for masks, and the command of bert.py."""
 
 import dataclasses
-import itertools
 import shutil
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from helpers import python, run_in_process
+from helpers import python
 from strategies import (
     PADDING,
     PUBLISHABLE,
@@ -20,13 +17,10 @@ from strategies import (
 )
 
 import bert
-import extras.attention
 from bert import (
-    Bert,
     BertPretrainModel,
     fill_masks,
 )
-from extras.attention import attention_probs, draw_attention, draw_text
 
 
 def test_masks_are_filled_with_the_most_likely_tokens():
@@ -102,117 +96,3 @@ def test_masks_are_filled_on_the_device_of_the_model():
     with mock.patch.object(torch.Tensor, "nonzero", return_value=where):
         fill_masks(model, small_tokenizer(), "a [MASK]")
     assert asked == ["meta"]
-
-
-def test_attention_is_shown_as_it_is_in_every_layer_and_head():
-    """Rows are distributions, and they are those that make the output: a query of zeros makes them
-    uniform."""
-    model = build(Bert, dataclasses.replace(PUBLISHABLE, fused_attention=False))
-    probs = attention_probs(model, torch.tensor([[2, 5, 4, 7, 3]]))
-    assert probs.shape == (3, 2, 5, 5)
-    torch.testing.assert_close(probs.sum(dim=-1), torch.ones(3, 2, 5, dtype=probs.dtype))
-    assert probs.std(dim=-1).min() > 1e-6
-    torch.nn.init.zeros_(model.layers[1].attention.query.weight)
-    torch.nn.init.zeros_(model.layers[1].attention.query.bias)
-    probs = attention_probs(model, torch.tensor([[2, 5, 4, 7, 3]]))
-    torch.testing.assert_close(probs[1], torch.full_like(probs[1], 0.2))
-    assert probs[0].std(dim=-1).min() > 1e-6
-
-
-def test_the_attention_figure_has_a_panel_for_each_head_with_its_tokens():
-    pytest.importorskip("matplotlib")
-    probs = torch.rand(3, 2, 4, 4).softmax(dim=-1)
-    tokens = ["[CLS]", "a", "##b", "[SEP]"]
-    figure = draw_attention(probs, tokens)
-    *panels, bar = figure.axes  # the last one is the colour bar
-    assert len(panels) == 3 * 2
-    assert bar.get_ylabel() == "probability"
-    assert (figure.get_supxlabel(), figure.get_supylabel()) == (
-        "key: attended to",
-        "query: attends",
-    )
-    for i, panel in enumerate(panels):
-        assert panel.get_title() == f"layer {i // 2 + 1}, head {i % 2 + 1}"
-        below = [label.get_text() for label in panel.get_xticklabels()]
-        left = [label.get_text() for label in panel.get_yticklabels()]
-        assert below == (tokens if i >= 4 else [])  # at the edges of the grid
-        assert left == (tokens if i % 2 == 0 else [])
-        (image,) = panel.get_images()  # a row of it is a query
-        assert torch.equal(torch.from_numpy(image.get_array().data), probs[i // 2, i % 2])
-        assert image.get_clim() == (0, 1)  # one scale for all panels
-    assert image.colorbar.ax is bar  # which tells what the colours of the panels mean
-
-
-@pytest.mark.parametrize(
-    ("layers", "heads", "length", "inches"),
-    [(3, 2, 4, (2 * 1.2 + 1.5, 3 * 1.2 + 1.5)), (2, 3, 20, (3 * 2.8 + 1.5, 2 * 2.8 + 1.5))],
-)
-def test_the_attention_figure_grows_with_layers_heads_and_length(layers, heads, length, inches):
-    """Labels of 0.14 inches each have to fit."""
-    pytest.importorskip("matplotlib")
-    probs = torch.rand(layers, heads, length, length)
-    figure = draw_attention(probs, ["a"] * length)
-    assert figure.get_size_inches().tolist() == pytest.approx(inches)
-
-
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 3)])
-def test_nothing_in_the_attention_figure_overlaps(layers, heads):
-    pytest.importorskip("matplotlib")
-    tokens = ["[CLS]", *["unbelievable"] * 18, "[SEP]"]
-    figure = draw_attention(torch.rand(layers, heads, 20, 20), tokens)
-    figure.draw_without_rendering()  # decides the places
-    panels = figure.axes[:-1]
-    assert len({round(panel.get_window_extent().width, 3) for panel in panels}) == 1
-    places = [axes.get_tightbbox() for axes in figure.axes]
-    labels = panels[-1].get_xticklabels()  # of the last row, so it has some
-    for boxes in (places, [label.get_window_extent() for label in labels]):
-        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    return publish(tmp_path_factory.mktemp("pretrained"))
-
-
-def test_the_command_draws_attention(pretrained, tmp_path):
-    pytest.importorskip("matplotlib")
-    picture = str(tmp_path / "a.png")
-    line = ("extras.attention", str(pretrained), "a b c.", "--out", picture)
-    assert run_in_process(tmp_path / "output", *line) == (0, "")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_picture_into_a_folder_that_is_not_there_is_rejected_before_any_work(tmp_path):
-    with pytest.raises(ValueError, match=r"--out .*a\.png: its folder does not exist"):
-        draw_text("no/such/model", "a b", str(tmp_path / "nowhere/a.png"))
-
-
-def test_a_picture_is_of_the_tokens_of_the_text(tmp_path, monkeypatch):
-    drawn = []
-
-    def draw(probs, tokens):
-        drawn.append((probs.shape, tokens))
-        return figure
-
-    figure = mock.Mock()
-    monkeypatch.setattr(extras.attention, "draw_attention", draw)
-    source, picture = str(publish(tmp_path)), str(tmp_path / "a.png")
-    monkeypatch.setattr(sys, "argv", ["attention", source, "a b", "--out", picture])
-    extras.attention.main()
-    assert drawn == [((3, 2, 4, 4), ["[CLS]", "a", "b", "[SEP]"])]
-    figure.savefig.assert_called_once_with(picture, dpi=120)
-
-
-def test_a_mistyped_model_of_a_picture_is_one_line_and_status_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["attention", "no/such/place", "a"])
-    with pytest.raises(SystemExit) as ended:
-        extras.attention.main()
-    assert ended.value.code == 2
-    printed = capsys.readouterr().err
-    assert "no/such/place" in printed
-    assert printed.count("\n") == 1
-
-
-def test_a_text_that_is_not_utf_8_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match="surrogates not allowed"):
-        draw_text(str(publish(tmp_path / "model")), "caf\udce9 [MASK]", str(tmp_path / "a.png"))

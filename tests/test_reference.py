@@ -34,7 +34,14 @@ from tokenizers.normalizers import NFD, BertNormalizer, Lowercase, Normalizer, S
 import data
 from bert import SIZES, Bert, BertConfig, BertPretrainModel, SST2BertModel, published_name
 from experiments.attention import attention_probs
-from train_pretrain import PretrainLosses, add_gradients, learning_rate, make_optimizer, to_device
+from train_pretrain import (
+    PretrainLosses,
+    add_gradients,
+    count,
+    learning_rate,
+    make_optimizer,
+    to_device,
+)
 from train_pretrain import update
 
 transformers = pytest.importorskip("transformers")
@@ -144,7 +151,9 @@ def test_fifty_steps_of_training_have_the_losses_of_transformers():
             group["lr"] = rate
         their_optimizer.step()
         their_optimizer.zero_grad()
-        ours = add_gradients(PretrainLosses(model), [to_device(batch, CPU)]).sum()
+        masked, pairs, _ = count([batch], PADDING)
+        ready = [to_device(batch, CPU)]
+        ours = add_gradients(PretrainLosses(model), ready, masked, pairs).sum()
         update(model, optimizer, rate)
         losses.append(loss.item())
         assert abs(ours.item() - loss.item()) < 1e-8, step
