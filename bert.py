@@ -588,7 +588,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     """Writes a model and its tokenizer in the published format, for `from_pretrained` and for
     transformers. What may be wrong is an error before the first byte is written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = model.state_dict()
     with torch.device("meta"):  # shapes without memory
@@ -616,9 +616,10 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
         contents["tokenizer_config.json"] = json.dumps(about, indent=2)
         contents["tokenizer.json"] = tokenizer.to_str(pretty=True)
     tensors = {published_name(name): tensor.cpu().contiguous() for name, tensor in state.items()}
+    weights = save(tensors, metadata={"format": "pt"})
 
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").write_bytes(weights)
     for name, content in contents.items():
         (directory / name).write_text(content, encoding="utf-8")
     (directory / "vocab.txt").unlink(missing_ok=True)  # of a tokenizer that was there before

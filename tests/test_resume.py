@@ -38,6 +38,7 @@ from strategies import (
     PADDING,
     TINY,
     Malicious,
+    publish,
     small_tokenizer,
     write_many_documents,
     write_reviews,
@@ -396,6 +397,20 @@ def test_a_full_disk_is_one_message_and_leaves_the_checkpoint_before(
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
     assert in_process(options) == 0
     assert_same(state(tmp_path / "run"), uninterrupted)
+
+
+def write_with_limit(folder: Path, limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with mock.patch("tyro.cli"):
+        train_pretrain.run_script(lambda _: publish(folder), PretrainOptions)
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_a_model_is_written_is_one_message(tmp_path):
+    process = start(write_with_limit, tmp_path / "model", 5_000, output=tmp_path / "log")
+    assert wait(process) == [2]
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 # ---- What a resumed run may change ----------------------------------------------------
