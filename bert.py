@@ -600,7 +600,6 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
         warnings.warn("d_k, d_v and d_model differ: only bert.py opens this", stacklevel=3)
 
     published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(model.config).items()}
-    del published["num_labels"]  # transformers counts the names instead
     published |= FIXED_FIELDS
     published["architectures"] = [model.architecture]
     published["pad_token_id"] = model.padding_idx
