@@ -202,7 +202,7 @@ LIMITS = {  # the smallest and the largest value
 # that --device and --compile change the random numbers of dropout. Corpus and tokenizer may have
 # another path (of a stream only the tokenizer), since `what_identifies` compares their content.
 # The precision may not differ: if --precision auto would choose another one on the new device, name
-# the old one. A stream must keep --workers and the number of ranks (see extras/streaming.py).
+# the old one. A stream must keep --workers and the number of ranks.
 MAY_CHANGE = {
     "out",
     "resume",
@@ -404,15 +404,13 @@ def train(
     model: BertPretrainModel,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
-    progress: dict,
     report: Callable[[int], None],
     export: Callable[[int], None],
 ) -> None:
     """Trains from the run's step to the last one.
 
     run: its `step` is the first to take, its `saved_step` that of the newest checkpoint, or -1.
-    batches: this rank's micro-batches. progress: how far a stream has been read, saved with each
-    checkpoint; {} for a corpus on disk. report(step): evaluates. export(step): writes the model.
+    batches: this rank's micro-batches. report(step): evaluates. export(step): writes the model.
     """
     device = model.nsp.weight.device
     losses_of: Any = PretrainLosses(model, options.precision)
@@ -431,7 +429,7 @@ def train(
         save_is_due = step % options.save_every == 0 or is_last or must_stop
         if save_is_due and step > run.saved_step:
             guard.check(model)
-            run.save(step, progress, model=model, optimizer=optimizer)
+            run.save(step, None, model=model, optimizer=optimizer)
         # A stopped run leaves its model, too.
         if run.rank == 0 and (must_stop or options.exports_at(step)):
             guard.check(model)
@@ -615,32 +613,18 @@ def load_corpora(
     splits: Sequence[str] = ("train", "validation"),
 ) -> dict[str, Any]:
     """Returns the corpus of each split. With --streaming, `splits` is ignored: both are returned,
-    and "train" is a stream of rows.
+    and "train" is a stream.
     """
-    if options.streaming:
-        from extras import streaming
-
-        rows, texts = streaming.open_stream(
-            options.dataset,
-            options.dataset_name,
-            options.text_column,
-            options.rows_per_document,
-            options.split,
-        )
-        return {"train": rows, "validation": streaming.tokenize_block(texts, 0, tokenizer)}
-    return {
-        split: data.get_corpus(
-            options.dataset,
-            split,
-            tokenizer,
-            name=options.dataset_name,
-            train_split=options.split,
-            text_column=options.text_column,
-            processes=options.workers or None,
-            rows_per_document=options.rows_per_document,
-        )
-        for split in splits
+    how = {
+        "name": options.dataset_name,
+        "train_split": options.split,
+        "text_column": options.text_column,
+        "rows_per_document": options.rows_per_document,
     }
+    if options.streaming:
+        stream, validation = data.open_stream(options.dataset, tokenizer, **how)
+        return {"train": stream, "validation": validation}
+    return {split: data.get_corpus(options.dataset, split, tokenizer, **how) for split in splits}
 
 
 def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainModel:
@@ -709,78 +693,50 @@ def make_validation(
 
 
 def make_batches(
-    options: PretrainOptions,
-    corpus: Any,
-    tokenizer: Tokenizer,
-    run: Run,
-    saved_progress: list[dict] | None,
-) -> tuple[Iterator[Batch], dict]:
-    """Returns (batches, progress).
+    options: PretrainOptions, corpus: Any, tokenizer: Tokenizer, run: Run
+) -> Iterator[Batch]:
+    """Returns this rank's micro-batches, from the run's step on.
 
-    batches: this rank's micro-batches, from the run's step on.
-    progress: of a stream, a dict that changes whenever a batch is taken, and that `train` saves in
-    each checkpoint; {} for a corpus on disk, where the step is enough.
-    saved_progress: that of each rank, from the checkpoint that is resumed.
+    A stream has no bookmarks: a resumed run reads again what it has trained on, and skips it.
     """
     # Forked workers share memory until it is written to. The garbage collector writes into every
     # object that it visits, so each worker would get a copy of it; frozen objects are not visited.
     gc.freeze()
+    start = run.step * options.accumulate // run.world_size
+    ranks = {"rank": run.rank, "world_size": run.world_size, "workers": options.workers}
     if options.streaming:
-        from extras import streaming
-
-        workers = options.workers
-        fresh_progress = [streaming.new_progress(workers) for _ in range(run.world_size)]
-        if saved_progress is None:
-            progress = fresh_progress[run.rank]
-        else:
-            # Raises ValueError if the number of ranks or workers has changed meanwhile.
-            progress = streaming.same_readers(saved_progress, fresh_progress)[run.rank]
-        loader = streaming.get_stream_dataloader(
-            corpus,
-            options.text_column,
-            progress,
-            run.rank,
-            run.world_size,
-            tokenizer=tokenizer,
-            batch_size=options.batch_size,
-            make_dataset=partial(make_dataset, options),
-        )
-        batches = streaming.take(loader, progress)
+        make = partial(make_dataset, options, tokenizer=tokenizer)
+        loader = data.get_stream_dataloader(corpus, make, options.batch_size, **ranks)
     else:
-        loader = data.get_split_dataloader(
-            make_dataset(options, corpus, tokenizer),
-            options.batch_size,
-            start=run.step * options.accumulate // run.world_size,
-            rank=run.rank,
-            world_size=run.world_size,
-            workers=options.workers,
-        )
-        batches, progress = iter_later(loader), {}
+        dataset = make_dataset(options, corpus, tokenizer)
+        loader = data.get_split_dataloader(dataset, options.batch_size, start, **ranks)
     loader.worker_init_fn = leave_group  # Ctrl-C must not end the workers
-    return batches, progress
+    return iter_later(loader, skip=start if options.streaming else 0)
 
 
-def iter_later(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Yields the loader's batches, but starts its workers only when the first one is asked for.
+def iter_later(loader: Iterable[Batch], skip: int) -> Iterator[Batch]:
+    """Yields the loader's batches after the first ones, which are skipped, but starts its workers only when the first one is asked for.
 
     By then `Run.begin` has installed the handler that only notes Ctrl-C, and the workers inherit
     it. With the handler before, a Ctrl-C would end a worker that has not called `leave_group` yet.
     """
-    yield from loader
+    yield from itertools.islice(loader, skip, None)
 
 
 def what_identifies(
-    options: PretrainOptions, tokenizer: Tokenizer, corpora: dict[str, Any]
+    options: PretrainOptions, tokenizer: Tokenizer, corpora: dict[str, Any], world_size: int
 ) -> dict[str, Any]:
     """Returns everything that must be the same when the run is resumed."""
     identity = {name: v for name, v in asdict(options).items() if name not in MAY_CHANGE}
     identity["tokenizer_hash"] = tokenizer_hash(tokenizer)
-    identity["validation_checksum"] = corpora["validation"].checksum()
-    if options.streaming:  # no more is known of a stream before it has been read
-        identity["shards"] = corpora["train"].num_shards
+    identity["validation_key"] = corpora["validation"].key
+    if options.streaming:
+        # A worker's batches depend on which shards it reads. No more is known of a stream before it
+        # has been read, so the key of its validation part stands for the corpus.
+        identity["workers"] = options.workers
+        identity["ranks"] = world_size
     else:
-        identity["corpus_checksum"] = corpora["train"].checksum()
-        del identity["dataset"]  # the same corpus may have another path now
+        identity["corpus_key"] = corpora["train"].key
     return identity
 
 
@@ -826,11 +782,11 @@ def run_pretraining(
     def export_folder(step: int) -> Path:
         return out / "models" / f"step-{step}"
 
-    identity = what_identifies(options, tokenizer, corpora)
+    identity = what_identifies(options, tokenizer, corpora, world_size)
     run = Run(out, rank, world_size, options.steps, identity)
-    # `resume` loads weights, moments and step, and returns each rank's progress in a stream.
-    saved_progress = run.resume(model=model, optimizer=optimizer) if options.resume else None
-    batches, progress = make_batches(options, corpora["train"], tokenizer, run, saved_progress)
+    if options.resume:
+        run.resume(model=model, optimizer=optimizer)  # loads weights, moments and step
+    batches = make_batches(options, corpora["train"], tokenizer, run)
     run.begin(options)
     if rank == 0:
         for split, corpus in corpora.items():
@@ -852,7 +808,7 @@ def run_pretraining(
     def export(step: int) -> None:
         write_model(model, tokenizer, export_folder(step))
 
-    train(options, run, model, optimizer, batches, progress, report, export)
+    train(options, run, model, optimizer, batches, report, export)
     if rank == 0:
         write_model(model, tokenizer, out / "model")
         draw_pretraining(out)

@@ -140,6 +140,97 @@ LIMITS = {  # the smallest and the largest value
 }
 
 
+# ---- SST-2 -------------------------------------------------------------------
+
+
+def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[str], list[int]]:
+    """Returns the texts of a split of SST-2, and their labels: 0 = negative, 1 = positive.
+
+    Raises ValueError, with the row, if a sentence is no text or a label is not 0 or 1.
+    """
+    source = str(data.sample_folder() / "reviews") if path == "sample" else path
+    rows = data.get_dataset(source, name, split)
+    column = "sentence" if "sentence" in rows.column_names else "text"
+    if not {column, "label"} <= set(rows.column_names):
+        raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
+    texts, labels = list(rows[column]), list(rows["label"])
+    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{path}, {split}: row {row} has the {column} {text!r}, which is no text"
+            )
+        # True, 1.0 and "1" are no labels.
+        if type(label) is not int or label not in (0, 1):
+            raise ValueError(
+                f"{path}, {split}: row {row} has the label {label!r}, not 0 or 1 (SetFit/sst2 has a"
+                " test split with labels)"
+            )
+    return texts, labels
+
+
+def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> list[list[int]]:
+    """Returns the ids of `[CLS] sentence [SEP]` for each text, cut to `longest` tokens."""
+    vocabulary = tokenizer.get_vocab()
+    cls_id, sep_id = vocabulary[data.CLS], vocabulary[data.SEP]
+    sentences = data.encode_plain(tokenizer, texts)
+    return [[cls_id, *ids[: longest - 2], sep_id] for ids in sentences]
+
+
+PURPOSE_SST2 = 2  # of random numbers; see data.py
+
+
+class SST2Batches:
+    """Batches of all sentences, each once, with sentences of similar lengths together.
+
+    1. Shuffle the sentences, by (`seed`, `epoch`). The training loop sets both attributes.
+    2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
+       is padding (67% in a plain random order, each batch padded to its longest), and every epoch
+       still groups other sentences.
+    3. Cut the pools into batches, and shuffle the batches.
+
+    Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is
+    `input_ids`, int64 (batch, longest of these), and `labels`, int64 (batch,).
+    """
+
+    def __init__(
+        self,
+        rows: list[list[int]],
+        labels: list[int],
+        batch_size: int,
+        padding_idx: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        self.rows, self.labels, self.batch_size = rows, labels, batch_size
+        self.padding_idx, self.seed, self.epoch = padding_idx, seed, 0
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        size = len(self.rows)
+        lengths = np.array([len(row) for row in self.rows])
+        if self.seed is None:
+            order = np.argsort(lengths, kind="stable")
+            batch_order = np.arange(len(self))
+        else:
+            rng = np.random.default_rng((self.seed, PURPOSE_SST2, self.epoch, 0))
+            shuffled = rng.permutation(size)
+            pool_size = 64 * self.batch_size
+            pools = np.split(shuffled, range(pool_size, size, pool_size))
+            sorted_pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
+            order = np.concatenate(sorted_pools)
+            batch_order = rng.permutation(len(self))
+
+        for start in batch_order * self.batch_size:
+            indices = order[start : start + self.batch_size]
+            rows = [torch.tensor(self.rows[index]) for index in indices]
+            input_ids = torch.nn.utils.rnn.pad_sequence(
+                rows, batch_first=True, padding_value=self.padding_idx
+            )
+            labels = torch.tensor([self.labels[index] for index in indices])
+            yield {"input_ids": input_ids, "labels": labels}
+
+
 # ---- Forward and evaluation --------------------------------------------------
 
 
@@ -182,8 +273,8 @@ def best_epoch(accuracies: list[float]) -> int:
 
 def fine_tune(
     model: SST2BertModel,
-    training: data.SST2Batches,
-    validation: data.SST2Batches,
+    training: SST2Batches,
+    validation: SST2Batches,
     epochs: int,
     rate: float,
     seed: int,
@@ -262,7 +353,7 @@ def choose_tokenizer(options: SST2Options) -> Tokenizer:
         return matching_tokenizer(options.weights, options.tokenizer)
     if options.tokenizer:
         return data.load_tokenizer(options.tokenizer)
-    texts, _ = data.get_reviews(options.dataset, "train", options.dataset_name)
+    texts, _ = get_reviews(options.dataset, "train", options.dataset_name)
     return data.train_tokenizer(texts, options.vocab_size)
 
 
@@ -314,10 +405,10 @@ def run_fine_tuning(options: SST2Options, out: Path, device: torch.device) -> No
     untrained = make_model(options, tokenizer)
     longest = options.max_seq_length or untrained.config.max_seq_length
 
-    def load(path: str, split: str, name: str | None = None) -> data.SST2Batches:
-        texts, labels = data.get_reviews(path, split, name)
-        rows = data.encode_sentences(tokenizer, texts, longest)
-        return data.SST2Batches(rows, labels, options.batch_size, padding_idx)
+    def load(path: str, split: str, name: str | None = None) -> SST2Batches:
+        texts, labels = get_reviews(path, split, name)
+        rows = encode_sentences(tokenizer, texts, longest)
+        return SST2Batches(rows, labels, options.batch_size, padding_idx)
 
     # All splits are read now: a mistake in the test split must not show up after hours.
     training = load(options.dataset, "train", options.dataset_name)
@@ -420,7 +511,7 @@ def predict(options: SST2Options) -> None:
     longest = options.max_seq_length or model.config.max_seq_length
     labels = label_names(str(options.weights))
     for text in texts_to_predict(options.predict or ()):
-        rows = data.encode_sentences(tokenizer, [text], longest)
+        rows = encode_sentences(tokenizer, [text], longest)
         logits = forward(model, torch.tensor(rows, device=device), precision)  # (1, 2)
         probs = logits.softmax(dim=-1)[0]
         print(f"{labels[int(probs.argmax())]}  {probs.max():.3f}  {text}")

@@ -23,7 +23,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -40,6 +39,7 @@ from train_pretrain import (
     to_device,
     update,
 )
+from train_sst2 import SST2Batches, encode_sentences, get_reviews
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 30522
@@ -246,7 +246,7 @@ def our_epoch(size: str, rows: list[list[int]], labels: list[int]) -> Callable[[
     keep_freed_memory()
     config = BertConfig.named(size, vocab_size=VOCABULARY, max_seq_length=128)
     model = SST2BertModel(config, 0).train()
-    optimizer, batches = make_optimizer(model), data.SST2Batches(rows, labels, 32, seed=0)
+    optimizer, batches = make_optimizer(model), SST2Batches(rows, labels, 32, seed=0)
 
     def epoch() -> None:
         for batch in batches:
@@ -286,8 +286,8 @@ def their_epoch(
 
 def sst2_epoch(reviews: str, tokenizer, size: str, rounds: int) -> dict[str, float]:
     """2,048 sentences, drawn from the training split."""
-    texts, labels = data.get_reviews(reviews, "train")
-    all_rows = data.encode_sentences(tokenizer, texts, 128)
+    texts, labels = get_reviews(reviews, "train")
+    all_rows = encode_sentences(tokenizer, texts, 128)
     chosen = np.random.default_rng(0).choice(len(texts), SENTENCES, replace=len(texts) < SENTENCES)
     rows, labels = [all_rows[i] for i in chosen], [labels[i] for i in chosen]
     found = contest(
@@ -300,7 +300,7 @@ def sst2_epoch(reviews: str, tokenizer, size: str, rounds: int) -> dict[str, flo
         rounds,
         warm_up=1,
     )
-    cells = sum(batch["input_ids"].numel() for batch in data.SST2Batches(rows, labels, 32, seed=0))
+    cells = sum(batch["input_ids"].numel() for batch in SST2Batches(rows, labels, 32, seed=0))
     what = f"SST-2, {size}"
     return {
         f"{what}: sentences/s": len(rows) / found["ours"]["seconds"],
@@ -329,19 +329,21 @@ def tokenizing(documents: list[str], tokenizer) -> dict[str, float]:
     """Stage 1 in one process beside the tokenizer alone, on the same documents."""
     sentences = [s for text in documents for s in data.split_sentences(text)]
     tokens = sum(len(ids) for ids in data.encode_plain(tokenizer, sentences))
-    rows = datasets.Dataset.from_dict({"text": documents})
-    datasets.disable_caching()
+
+    def tokenize() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            data.tokenize_corpus(documents, tokenizer, f"{folder}/corpus")
+
     medians = take_turns(
         {
             "alone": lambda: [
                 tokenizer.encode_batch_fast(sentences[i : i + 1000], add_special_tokens=False)
                 for i in range(0, len(sentences), 1000)
             ],
-            "stage 1": lambda: data.tokenize_dataset(rows, tokenizer),
+            "stage 1": tokenize,
         },
         rounds=5,
     )
-    datasets.enable_caching()
     return {
         "stage 1, tokens/s": tokens / medians["stage 1"],
         "stage 1 / tokenizer alone": medians["alone"] / medians["stage 1"],

@@ -17,10 +17,8 @@ def bigrams(corpus: str, vocabulary: str) -> Iterator[dict]:
     occur in the training split. Pairs that are rare give way to single tokens (Witten and Bell)."""
     tokenizer = data.load_tokenizer(vocabulary)
     size = tokenizer.get_vocab_size()
-    train, held_out = (
-        np.concatenate(data.get_corpus(corpus, split, tokenizer, processes=2).chunks)
-        for split in ("train", "validation")
-    )
+    train = data.get_corpus(corpus, "train", tokenizer).tokens
+    held_out = data.get_corpus(corpus, "validation", tokenizer).tokens
     counts = np.bincount(train, minlength=size)
     single = (counts + 1) / (len(train) + size)
     pairs, occur = np.unique(train[:-1].astype(np.int64) * size + train[1:], return_counts=True)

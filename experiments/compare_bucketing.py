@@ -18,16 +18,17 @@ import torch
 import data
 from bert import BertConfig, SST2BertModel
 from support.devices import keep_freed_memory
-from train_sst2 import fine_tune
+from train_sst2 import SST2Batches, encode_sentences, fine_tune, get_reviews
 
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-class ShuffledBatches(data.SST2Batches):
+class ShuffledBatches(SST2Batches):
     """As its parent, without regard to lengths."""
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        order = data.generator(self.seed or 0, 2, self.epoch).permutation(len(self.rows))
+        rng = np.random.default_rng((self.seed or 0, 2, self.epoch, 0))
+        order = rng.permutation(len(self.rows))
         for numbers in np.split(order, range(self.batch_size, len(order), self.batch_size)):
             rows = [torch.tensor(self.rows[i]) for i in numbers]
             yield {
@@ -36,7 +37,7 @@ class ShuffledBatches(data.SST2Batches):
             }
 
 
-def padding(batches: data.SST2Batches) -> float:
+def padding(batches: SST2Batches) -> float:
     cells = sum(batch["input_ids"].numel() for batch in batches)
     return 1 - sum(map(len, batches.rows)) / cells
 
@@ -46,13 +47,13 @@ def main(dataset: str, vocabulary: str) -> None:
     keep_freed_memory()
     tokenizer = data.load_tokenizer(vocabulary)
 
-    def load(split: str, kind: type, seed: int | None) -> data.SST2Batches:
-        texts, labels = data.get_reviews(dataset, split)
-        return kind(data.encode_sentences(tokenizer, texts, 128), labels, 32, seed=seed)
+    def load(split: str, kind: type, seed: int | None) -> SST2Batches:
+        texts, labels = get_reviews(dataset, split)
+        return kind(encode_sentences(tokenizer, texts, 128), labels, 32, seed=seed)
 
-    validation = load("validation", data.SST2Batches, None)
+    validation = load("validation", SST2Batches, None)
     for seed in range(3):
-        for kind in (data.SST2Batches, ShuffledBatches):
+        for kind in (SST2Batches, ShuffledBatches):
             train = load("train", kind, seed)
             torch.manual_seed(seed)
             config = BertConfig.named(size, vocab_size=30522, max_seq_length=128)

@@ -33,7 +33,7 @@ class Lists(torch.utils.data.Dataset):
     seed, padding_idx = 0, 0
 
     def __init__(self, corpus: data.TokenizedCorpus) -> None:
-        tokens = np.concatenate(corpus.chunks)[: len(corpus) // 10]
+        tokens = corpus.tokens[: len(corpus) // 10]
         starts = range(0, len(tokens) - LENGTH, LENGTH)
         self.lines = [tokens[start : start + LENGTH].tolist() for start in starts]
 
@@ -54,7 +54,7 @@ def kib(pid: int) -> int:
 
 def main(corpus: str, vocabulary: str, seconds: str, way: str = "mapped") -> None:
     tokenizer = data.load_tokenizer(vocabulary)
-    tokenized = data.get_corpus(corpus, "train", tokenizer, processes=2)
+    tokenized = data.get_corpus(corpus, "train", tokenizer)
     dataset: Any = (
         Lists(tokenized) if way == "lists" else data.PretrainDataset(tokenized, tokenizer, LENGTH)
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import data
 from experiments.lines import print_lines
+from train_sst2 import get_reviews
 
 WORDS_IN_A_ROW = 8
 
@@ -24,7 +25,7 @@ def overlap(reviews: str, sst2: str) -> Iterator[dict]:
     """Counts the sentences of the validation split that share eight words in a row with a review,
     and shows them.
     """
-    sentences, _ = data.get_reviews(sst2, "validation")
+    sentences, _ = get_reviews(sst2, "validation")
     wanted = {run for sentence in sentences for run in runs_of_words(sentence)}
     found: set[str] = set()
     for text in data.get_texts(reviews):

@@ -27,7 +27,7 @@ def trap(corpus: str, vocabulary: str, size: str = "mini", steps: int = 300) -> 
     """One pair of segments, without dropout, at three learning rates."""
     tokenizer = data.load_tokenizer(vocabulary)
     examples = data.PretrainDataset(
-        data.get_corpus(corpus, "validation", tokenizer, processes=2), tokenizer, LENGTH
+        data.get_corpus(corpus, "validation", tokenizer), tokenizer, LENGTH
     )
     batch = to_device(examples.batch([0]), torch.device("cpu"))
     shares = batch["mlm_targets"].bincount() / len(batch["mlm_targets"])

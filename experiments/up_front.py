@@ -64,21 +64,17 @@ def up_front(corpus: str, vocabulary: str) -> Iterator[dict]:
         for way in ("up front", "on the fly"):
             with tempfile.TemporaryDirectory() as folder:
                 started = time.perf_counter()
-                file = f"{folder}/rows.arrow"
                 if way == "up front":
-                    made = part.map(
+                    rows_made = part.map(
                         transform, batched=True, batch_size=4, fn_kwargs={"tokenizer": tokenizer},
-                        remove_columns="text", cache_file_name=file)  # fmt: skip
-                    next(iter(made.with_format("torch").iter(256)))
+                        remove_columns="text", cache_file_name=f"{folder}/rows.arrow")  # fmt: skip
+                    next(iter(rows_made.with_format("torch").iter(256)))
                 else:
-                    tokenized = data.tokenize_dataset(part, tokenizer)
-                    examples = data.PretrainDataset(
-                        data.TokenizedCorpus(tokenized), tokenizer, LENGTH
-                    )
+                    tokenized = data.tokenize_corpus(part["text"], tokenizer, f"{folder}/corpus")
+                    examples = data.PretrainDataset(tokenized, tokenizer, LENGTH)
                     next(iter(data.get_split_dataloader(examples, 256, workers=0)))
-                    file = tokenized.cache_files[0]["filename"] if tokenized.cache_files else ""
                 seconds = time.perf_counter() - started
-                size = Path(file).stat().st_size if file else tokenized.data.nbytes
+                size = sum(made.stat().st_size for made in Path(folder).rglob("*"))
             yield {"way": way, "documents": documents, "characters": characters,
                    "seconds": round(seconds, 2), "bytes": size}  # fmt: skip
 

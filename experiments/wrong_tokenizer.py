@@ -11,6 +11,7 @@ from pathlib import Path
 
 import data
 from experiments.lines import print_lines
+from train_sst2 import get_reviews
 
 
 def wrong_tokenizer(dataset: str, model: str, out: str) -> Iterator[dict]:
@@ -19,7 +20,7 @@ def wrong_tokenizer(dataset: str, model: str, out: str) -> Iterator[dict]:
     """
     shutil.copytree(model, out)
     config = json.loads((Path(out) / "config.json").read_text())
-    texts, _ = data.get_reviews(dataset, "train")
+    texts, _ = get_reviews(dataset, "train")
     tokenizer = data.train_tokenizer(texts, config["vocab_size"])
     tokenizer.save(f"{out}/tokenizer.json")
     tokenizer.model.save(out)

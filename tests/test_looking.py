@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 
 import bert
-import extras.attention
+import experiments.attention
 import train_pretrain
 import train_sst2
 from bert import (
@@ -42,7 +42,7 @@ from bert import (
     look,
     parameter_counts,
 )
-from extras.attention import attention_probs, draw_attention, draw_text
+from experiments.attention import attention_probs, draw_attention, draw_text
 from support.curves import draw_pretraining, draw_sst2, means_of_seeds, plot_pretraining
 from train_sst2 import SST2Options
 
@@ -176,10 +176,10 @@ def test_nothing_in_the_attention_figure_overlaps(layers, heads):
 def test_the_help_of_the_picture_explains_its_words(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["attention", "--help"])
     with pytest.raises(SystemExit):
-        extras.attention.main()
+        experiments.attention.main()
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.startswith("usage: extras.attention [-h] [--out OUT] source text ")
-    assert extras.attention.__doc__.splitlines()[0] in shown
+    assert shown.startswith("usage: experiments.attention [-h] [--out OUT] source text ")
+    assert experiments.attention.__doc__.splitlines()[0] in shown
     for words in (
         "source directory or hub id of a model",
         "text what the model reads",
@@ -196,7 +196,7 @@ def pretrained(tmp_path_factory) -> Path:
 def test_the_command_draws_attention(pretrained, tmp_path):
     pytest.importorskip("matplotlib")
     picture = str(tmp_path / "a.png")
-    line = ("extras.attention", str(pretrained), "a b c.", "--out", picture)
+    line = ("experiments.attention", str(pretrained), "a b c.", "--out", picture)
     assert run_in_process(tmp_path / "output", *line) == (0, "")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -245,10 +245,10 @@ def test_a_picture_is_of_the_tokens_of_the_text(tmp_path, monkeypatch):
         return figure
 
     figure = mock.Mock()
-    monkeypatch.setattr(extras.attention, "draw_attention", draw)
+    monkeypatch.setattr(experiments.attention, "draw_attention", draw)
     source, picture = str(publish(tmp_path)), str(tmp_path / "a.png")
     monkeypatch.setattr(sys, "argv", ["attention", source, "a b", "--out", picture])
-    extras.attention.main()
+    experiments.attention.main()
     assert drawn == [((3, 2, 4, 4), ["[CLS]", "a", "b", "[SEP]"])]
     figure.savefig.assert_called_once_with(picture, dpi=120)
 
@@ -256,7 +256,7 @@ def test_a_picture_is_of_the_tokens_of_the_text(tmp_path, monkeypatch):
 def test_a_mistyped_model_of_a_picture_is_one_line_and_status_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["attention", "no/such/place", "a"])
     with pytest.raises(SystemExit) as ended:
-        extras.attention.main()
+        experiments.attention.main()
     assert ended.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: no/such/place is no directory")
@@ -456,8 +456,8 @@ def test_a_run_without_its_training_lines_or_with_a_loss_that_is_null_is_drawn(t
 def test_a_picture_that_would_be_too_large_is_rejected_before_it_is_drawn(tmp_path, monkeypatch):
     """Its memory grows with the square of the tokens: 40 GiB for base and 512."""
     publish(tmp_path)  # 3 layers of 2 heads
-    monkeypatch.setattr(extras.attention, "LARGEST_PICTURE", 3 * 2 * 4**2)
-    monkeypatch.setattr(extras.attention, "draw_attention", mock.Mock())
+    monkeypatch.setattr(experiments.attention, "LARGEST_PICTURE", 3 * 2 * 4**2)
+    monkeypatch.setattr(experiments.attention, "draw_attention", mock.Mock())
     draw_text(str(tmp_path), "a b", str(tmp_path / "a.png"))
     with pytest.raises(ValueError, match="5 tokens make too large a picture"):
         draw_text(str(tmp_path), "a b c", str(tmp_path / "a.png"))

@@ -30,7 +30,7 @@ from strategies import (
 
 import data
 from bert import SIZES, Bert, BertConfig, BertPretrainModel, SST2BertModel, published_name
-from extras.attention import attention_probs
+from experiments.attention import attention_probs
 from train_pretrain import PretrainLosses, add_gradients, learning_rate, make_optimizer, to_device
 from train_pretrain import update
 

@@ -1,6 +1,6 @@
 """Draws where every head of a model attends: a grid of pictures, a row for each layer.
 
-    python -m extras.attention DIR "the cat sat on the mat" --out attention.png
+    python -m experiments.attention DIR "the cat sat on the mat" --out attention.png
 
 Dimensions: layers, heads, seq.
 """
@@ -92,7 +92,9 @@ def draw_text(source: str, text: str, out: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="extras.attention", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="experiments.attention", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("source", help="directory or hub id of a model")
     parser.add_argument("text", help="what the model reads")
     parser.add_argument("--out", default="attention.png", help="the picture (default: %(default)s)")
