@@ -34,7 +34,6 @@ Dimensions in comments: batch, seq (columns of an example), masked (masked colum
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import re
@@ -55,6 +54,7 @@ import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from huggingface_hub import snapshot_download
+from pyarrow.parquet import ParquetFile
 from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
@@ -77,17 +77,17 @@ SENTENCE_END = re.compile(
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
     r"""|[。！？।॥۔؟።។]+["'”’)\]」』）】]*|\n\s*\n"""
 )
-LONGEST_SENTENCE = 1000  # characters
-# Up to 999 characters and the white space, or the end of the text, after them; or exactly 1,000.
-PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)
+LONGEST_SENTENCE = 400  # characters
+# Up to 399 characters and the white space, or the end of the text, after them; or exactly 400.
+PIECE = re.compile(r".{1,399}(?:\s|\Z)|.{400}", re.DOTALL)
 
 
 def split_sentences(text: str, counts: Counter[str] | None = None) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). One of more
-    than 1,000 characters is cut at white space, or after 1,000 characters if there is none.
-    counts: counts these under "sentences cut".
+    than 400 characters is cut at white space, or after 400 characters if there is none; otherwise
+    no pair would reach its middle. counts: counts these under "sentences cut".
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -461,8 +461,9 @@ def draw_pair(
        starts at one of them. The same seam twice is a true pair, two seams are a random one.
 
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
-    lengths, tell the label: only both segments together do. One cue remains: a pair that starts one
-    document and ends another is a random one (guessing from this is right in 51% of film reviews).
+    lengths, tell the label: only both segments together do. For the same reason a pair does not
+    have all tokens before one seam and all after the other: it would always be a random one.
+    (Where both are one token, it has.)
 
     Differs: [Code] draws a random segment B by another rule than a true one.
     """
@@ -478,7 +479,7 @@ def draw_pair(
 
     room_before = min(seam.offset - seam.document_start for seam in seams)
     room_after = min(seam.document_end - seam.offset for seam in seams)
-    length = min(target, room_before + room_after)
+    length = min(target, max(2, room_before + room_after - 1))
     length_a = min(1 + int(rng.random() * (length - 1)), room_before)
     length_b = min(length - length_a, room_after)
     length_a = length - length_b  # what segment B has no room for
@@ -861,8 +862,9 @@ def list_files(where: Path) -> dict[str, list[tuple[str, int, int]]]:
     others are train. Files of any other kind are rejected: they might hold text that would be
     missed.
     """
-    files = sorted(where.rglob("[!._]*.*")) if where.is_dir() else [where]
+    files = sorted(where.rglob("*.*")) if where.is_dir() else [where]
     files = [file for file in files if file.is_file() and file.suffix != ".md"]
+    files = [file for file in files if not is_hidden(file.relative_to(where))]
     kinds = {KINDS.get(file.suffix.lower()): file.name for file in files}
     if not files or None in kinds or len(kinds) > 1:
         found = ", ".join(sorted(kinds.values())) or "no file"
@@ -877,24 +879,35 @@ def list_files(where: Path) -> dict[str, list[tuple[str, int, int]]]:
     return splits
 
 
+def is_hidden(file: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in file.parts)
+
+
 def read_files(
     files: list[tuple[str, int, int]], columns: tuple[str, ...] | None
 ) -> Iterator[dict]:
     """Yields the rows of files, one after another. Other columns may differ between files."""
     for file, _, _ in files:
-        kind = KINDS[Path(file).suffix.lower()]
         with reading(file):
-            if kind == "text":
-                rows: Any = [{"text": Path(file).read_text(encoding="utf-8")}]
-            else:
-                rows = datasets.load_dataset(
-                    kind, data_files=glob.escape(file), split="train", streaming=True
-                )
-            for row in rows:
+            for row in read_rows(Path(file), columns):
                 missing = set(columns or ()) - set(row)
                 if missing:
                     raise ValueError(f"no column {', '.join(missing)} among {', '.join(row)}")
                 yield {column: row[column] for column in columns or row}
+
+
+def read_rows(file: Path, columns: tuple[str, ...] | None) -> Iterator[dict]:
+    """Yields the rows of a file, possibly with more columns than these."""
+    if file.suffix.lower() == ".txt":
+        yield {"text": file.read_text(encoding="utf-8")}
+    elif file.suffix.lower() == ".parquet":
+        for batch in ParquetFile(file).iter_batches(100, columns=columns):
+            yield from batch.to_pylist()
+    else:
+        with file.open(encoding="utf-8") as lines:
+            is_list = lines.read(1) == "["
+            lines.seek(0)
+            yield from json.load(lines) if is_list else map(json.loads, lines)
 
 
 @contextlib.contextmanager
@@ -903,7 +916,8 @@ def reading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of datasets, pyarrow, codecs, gzip, fsspec: they share no base
-        cause = error.__cause__ or error
+        is_ours = str(error).startswith("cannot ")
+        cause = error if is_ours else error.__cause__ or error
         reason = (str(cause) or type(cause).__name__).splitlines()[0]
         if getattr(cause, "errno", None) == errno.ENOSPC:
             reason = f"cannot write to {datasets.config.HF_DATASETS_CACHE}: {reason}"

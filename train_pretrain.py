@@ -615,7 +615,7 @@ def load_corpora(
     """Returns the corpus of each split. With --streaming, `splits` is ignored: both are returned,
     and "train" is a stream.
     """
-    how = {
+    how: dict[str, Any] = {
         "name": options.dataset_name,
         "train_split": options.split,
         "text_column": options.text_column,
@@ -715,7 +715,8 @@ def make_batches(
 
 
 def iter_later(loader: Iterable[Batch], skip: int) -> Iterator[Batch]:
-    """Yields the loader's batches after the first ones, which are skipped, but starts its workers only when the first one is asked for.
+    """Yields the loader's batches, without the first `skip`. Its workers start only when the first
+    batch is asked for.
 
     By then `Run.begin` has installed the handler that only notes Ctrl-C, and the workers inherit
     it. With the handler before, a Ctrl-C would end a worker that has not called `leave_group` yet.

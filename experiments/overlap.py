@@ -29,7 +29,7 @@ def overlap(reviews: str, sst2: str) -> Iterator[dict]:
     wanted = {run for sentence in sentences for run in runs_of_words(sentence)}
     found: set[str] = set()
     for text in data.get_texts(reviews):
-        found.update(wanted.intersection(runs_of_words(text)))
+        found.update(wanted.intersection(runs_of_words(text or "")))
     sharing = [s for s in sentences if not found.isdisjoint(runs_of_words(s))]
     yield {"sentences": len(sentences), "that share eight words": len(sharing)}
     for sentence in sharing:

@@ -166,9 +166,6 @@ def state(out: Path) -> tuple[dict, list[dict]]:
     checkpoint = torch.load(newest, weights_only=True)
     del checkpoint["seconds"]
     del checkpoint["metrics_bytes"]  # how long the clock's digits are
-    for progress in checkpoint["own"]:
-        for bookmark in progress.get("bookmarks", []):
-            (bookmark or {}).pop("rows", None)  # the library's own counters
     return checkpoint, metrics_of(out)
 
 

@@ -17,7 +17,7 @@ from strategies import LETTERS, write_texts
 FOUR_FILES = ("bert", "data", "train_pretrain", "train_sst2")
 
 
-FOLDERS = ("support", "extras", "experiments", "benchmarks", "sample")
+FOLDERS = ("support", "experiments", "benchmarks", "sample")
 
 
 MAY_IMPORT = {
@@ -26,17 +26,14 @@ MAY_IMPORT = {
     "support": {"support"},
     "train_pretrain": {"bert", "data", "support"},
     "train_sst2": {"bert", "data", "support", "train_pretrain"},
-    "extras": {*FOUR_FILES, "support", "extras"},
-    "experiments": {*FOUR_FILES, "support", "extras", "experiments"},
-    "benchmarks": {*FOUR_FILES, "support", "extras", "benchmarks"},
+    "experiments": {*FOUR_FILES, "support", "experiments"},
+    "benchmarks": {*FOUR_FILES, "support", "benchmarks"},
     "sample": {"sample"},
 }
 
 
 UPWARD = {  # imports within a function, for those who ask: (module, function) -> imported module
     ("bert", "look"): "data",
-    ("train_pretrain", "load_corpora"): "extras.streaming",
-    ("train_pretrain", "make_batches"): "extras.streaming",
 }
 
 
@@ -153,7 +150,7 @@ def test_data_alone_in_a_folder_works(tmp_path):
     write_texts(tmp_path / "corpus.jsonl", [f"{c} aa. bb cc." for c in LETTERS])
     code = """
 import data
-tokenizer = data.train_tokenizer(data.get_dataset("corpus.jsonl")["text"], 70)
+tokenizer = data.train_tokenizer(data.get_texts("corpus.jsonl"), 70)
 corpus = data.get_corpus("corpus.jsonl", "train", tokenizer)
 dataset = data.PretrainDataset(corpus, tokenizer, 16)
 print(sorted(next(iter(data.get_split_dataloader(dataset, 2, workers=0)))))

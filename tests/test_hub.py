@@ -43,7 +43,7 @@ def test_a_mistyped_directory_is_no_hub_id(source, no_hub):
         bert.fetch(source)
     with pytest.raises(ValueError, match="no tokenizer at"):
         data.load_tokenizer(source)
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ValueError, match="cannot read"):
         data.get_dataset(source)
     assert not bert.is_hub_id(source)
 
