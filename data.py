@@ -156,7 +156,7 @@ def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     pieces = ["##" + letter for letter in letters]
     fixed_tokens = [*SPECIAL_TOKENS, *letters, *pieces]
     if vocab_size < len(fixed_tokens):
-        raise ValueError(f"vocab_size {vocab_size}: characters alone make {len(fixed_tokens)}")
+        raise ValueError(f"vocab_size {vocab_size}: the characters are {len(fixed_tokens)} tokens")
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=fixed_tokens, limit_alphabet=0, show_progress=False
     )
@@ -373,7 +373,10 @@ def write_corpus(documents: Iterable[str | None], tokenizer: Tokenizer, folder: 
         sentences_file.write(np.int64(size).tobytes())
         documents_file.write(np.int64(size).tobytes())
     if usable < 2:
-        raise ValueError(f"{usable} documents have two sentences, 2 are needed; {dict(notes)}")
+        raise ValueError(
+            f"{usable} documents have two sentences, 2 are needed; {dict(notes)}"
+            " (rows_per_document joins rows)"
+        )
     percent = round(100 * unknown / size, 2)
     (folder / "notes.json").write_text(json.dumps({**notes, "% [UNK]": percent}))
 
@@ -475,19 +478,20 @@ def draw_pair(
     elsewhere = int(rng.integers(len(corpus) - document_length))
     if elsewhere >= seam.document_start:
         elsewhere += document_length
-    seams = (seam, find_seam(corpus, elsewhere))
+    other = find_seam(corpus, elsewhere)
 
-    room_before = min(seam.offset - seam.document_start for seam in seams)
-    room_after = min(seam.document_end - seam.offset for seam in seams)
+    room_before = min(seam.offset - seam.document_start, other.offset - other.document_start)
+    room_after = min(seam.document_end - seam.offset, other.document_end - other.offset)
     length = min(target, max(2, room_before + room_after - 1))
     length_a = min(1 + int(rng.random() * (length - 1)), room_before)
     length_b = min(length - length_a, room_after)
     length_a = length - length_b  # what segment B has no room for
 
-    coin_a, coin_b = rng.integers(2, size=2)
-    a_end = seams[coin_a].offset
-    b_start = seams[coin_b].offset
-    return Pair(a_end - length_a, a_end, b_start, b_start + length_b, bool(coin_a != coin_b))
+    coin_a = int(rng.integers(2))
+    coin_b = int(rng.integers(2))
+    a_end = other.offset if coin_a else seam.offset
+    b_start = other.offset if coin_b else seam.offset
+    return Pair(a_end - length_a, a_end, b_start, b_start + length_b, coin_a != coin_b)
 
 
 # ---- Masked columns ----------------------------------------------------------
@@ -534,7 +538,8 @@ def mask_tokens(
     labels[masked_columns] = original_ids
 
     draw = rng.random(len(masked_columns))
-    random_index = rng.integers(len(ordinary_ids), size=len(masked_columns))
+    random_share = rng.random(len(masked_columns))
+    random_index = (random_share * len(ordinary_ids)).astype(np.int64)
     random_ids = ordinary_ids[random_index]
     random_or_kept = np.where(draw < 0.9, random_ids, original_ids)
     corrupted = input_ids.copy()
@@ -573,6 +578,7 @@ class PretrainDataset(Dataset):
             raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
         vocabulary = tokenizer.get_vocab()
         self.corpus = corpus
+        self.max_seq_length = max_seq_length
         self.room = max_seq_length - 3  # without [CLS] and two [SEP]
         self.seed = seed
         self.whole_word_masking = whole_word_masking
@@ -602,11 +608,12 @@ class PretrainDataset(Dataset):
         nothing is to be predicted) are (seq,), without padding; `nsp_labels` is (), 0 = segment B
         is next, 1 = it is random.
         """
-        epoch, index_in_epoch = divmod(index, len(self))
+        size = len(self)
+        epoch, index_in_epoch = divmod(index, size)
         rng = np.random.default_rng((self.seed, PURPOSE_EXAMPLE, epoch, index_in_epoch))
         # The examples of an epoch divide the corpus among them.
-        part_start = index_in_epoch * len(self.corpus) // len(self)
-        part_end = (index_in_epoch + 1) * len(self.corpus) // len(self)
+        part_start = index_in_epoch * len(self.corpus) // size
+        part_end = (index_in_epoch + 1) * len(self.corpus) // size
         pair = draw_pair(self.corpus, rng, part_start, part_end, self.room)
 
         segment_a = self.corpus.tokens[pair.a_start : pair.a_end]

@@ -265,16 +265,16 @@ BUGS = {
     ),
     "31 a random pair is cut to fit both documents, a true one its own": (
         data, "draw_pair",
-        "    coin_a, coin_b = rng.integers(2, size=2)\n",
-        "    coin_a, coin_b = rng.integers(2, size=2)\n"
+        "    coin_b = int(rng.integers(2))\n",
+        "    coin_b = int(rng.integers(2))\n"
         "    if coin_a == coin_b:\n"
-        "        here = seams[coin_b]\n"
+        "        here = other if coin_b else seam\n"
         "        length_b = min(target - length_a, here.document_end - here.offset)\n",
         test_pairs.test_both_lengths_tell_nothing_about_the_label,
         {"drawn": lambda: test_pairs.draw_kind("hardly longer than a pair")},
     ),
     "31 segment A is always from where the offset was drawn, and only B may be elsewhere": (
-        data, "draw_pair", "seams[coin_a].offset", "seams[0].offset",
+        data, "draw_pair", "other.offset if coin_a else seam.offset", "seam.offset",
         test_pairs.test_segment_b_tells_nothing_about_the_label,
         {"drawn": lambda: test_pairs.draw_kind("two documents")},
     ),
@@ -283,8 +283,8 @@ BUGS = {
         test_pairs.test_a_pair_never_starts_one_document_and_ends_another, {},
     ),
     "32 the corpus is divided by a floored quotient": (
-        *EXAMPLE, "(index_in_epoch + 1) * len(self.corpus) // len(self)",
-        "(index_in_epoch + 1) * (len(self.corpus) // len(self))",
+        *EXAMPLE, "(index_in_epoch + 1) * len(self.corpus) // size",
+        "(index_in_epoch + 1) * (len(self.corpus) // size)",
         test_pairs.test_the_examples_of_an_epoch_share_the_corpus_and_leave_nothing_out, {},
     ),
     "33 a drawn offset is where segment A starts": (

@@ -114,19 +114,16 @@ def test_every_column_is_equally_likely_to_be_masked(large_batch):
 class Scripted:
     """A generator whose draws are given."""
 
-    def __init__(self, shares: list[float], indices: list[int]):
-        self.shares, self.indices = shares, indices
+    def __init__(self, *shares: list[float]) -> None:
+        self.shares = list(shares)
 
     def random(self, size: int) -> np.ndarray:
-        return np.array(self.shares)
-
-    def integers(self, high: int, size: int) -> np.ndarray:
-        return np.array(self.indices)
+        return np.array(self.shares.pop(0))
 
 
 def test_draws_below_0_8_put_mask_draws_below_0_9_a_random_token_and_above_the_token_stays():
     input_ids = np.array([2, 10, 11, 12, 13, 3])
-    rng = Scripted([0.31, 0.85, 0.97], [5, 8, 2])
+    rng = Scripted([0.31, 0.85, 0.97], [0.5, 0.85, 0.2])
     corrupted, labels = data.mask_tokens(input_ids, np.array([1, 2, 4]), rng, 4, np.arange(20, 30))
     assert corrupted.tolist() == [2, 4, 28, 12, 13, 3]
     assert labels.tolist() == [-100, 10, 11, -100, 13, -100]

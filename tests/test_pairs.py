@@ -134,13 +134,14 @@ class Coins:
 
     def __init__(self, seed: int, coins: tuple[int, int]) -> None:
         self.rng = np.random.default_rng(seed)
-        self.coins = coins
+        self.coins = list(coins)
 
     def random(self) -> float:
         return self.rng.random()
 
-    def integers(self, low: int, high: int | None = None, size: int | None = None):
-        return np.array(self.coins) if size else self.rng.integers(low, high)
+    def integers(self, low: int, high: int | None = None):
+        is_coin = low == 2 and high is None
+        return self.coins.pop(0) if is_coin else self.rng.integers(low, high)
 
 
 @given(documents(), rooms, seeds)
@@ -305,12 +306,12 @@ class Scripted:
 
     def __init__(self, target: int, offset: int, elsewhere: int, share: float, coins) -> None:
         self.shares = [0.0, share]
-        self.numbers = [target, offset, elsewhere, np.array(coins)]
+        self.numbers = [target, offset, elsewhere, *coins]
 
     def random(self) -> float:
         return self.shares.pop(0)
 
-    def integers(self, *bounds, size: int | None = None):
+    def integers(self, *bounds):
         return self.numbers.pop(0)
 
 
