@@ -1,88 +1,92 @@
-"""BERT's data: tokenize once, build examples on the fly, each a function of (corpus, seed, index).
+# SPDX-License-Identifier: MIT
+# From "BERT in four files", a BERT in plain PyTorch whose tests are its specification.
+"""BERT's data: tokenize once, build examples on the fly, each a function of (seed, epoch, index).
 
-Transforming a whole corpus into masked examples before training gives every epoch the same masks,
-and to do it anew for every epoch would take days. So the work is divided:
+Masking a whole corpus before training gives every epoch the same masks, and doing it again for each
+epoch takes days. So the work is divided:
 
-    stage 1, once        text -> sentences -> tokens -> one array on disk, memory-mapped
-    stage 2, in workers  a pair of segments -> an example, with masks -> a batch
+    once          text -> sentences -> tokens -> three arrays on disk, memory-mapped
+    in workers    two segments -> an example with masks -> a batch
 
-The sections below are in this order. After them come SST-2, and at the end the reading of files.
-Stage 2 makes one example at a time. Its random numbers depend only on the seed, the epoch and the
-index of the example within the epoch. So the masks differ in every epoch, and neither workers nor
-ranks nor a resume change a token.
+The sections below are in this order. After them come the reading of files, the stream, and the
+reading of tokenizers. From texts to a batch:
+
+    tokenizer = train_tokenizer(texts, vocab_size=2000)  # or load_tokenizer("vocab.txt")
+    corpus = tokenize_corpus(texts, tokenizer, "corpus")  # the next time: TokenizedCorpus("corpus")
+    dataset = PretrainDataset(corpus, tokenizer, max_seq_length=64)
+    for batch in get_split_dataloader(dataset, batch_size=32):  # without end
+        ...
 
 Differs: [Code] writes ten differently masked copies of the corpus to disk before training.
 
 Words used throughout:
-    document   a text such as a book or a review: one row of a data set, or several joined
-    position   offset of a token in the whole corpus: the number of tokens before it
-    column     offset of a token in an example, where column 0 is [CLS] (in stage 1, and where files
-               are read, it is a named column of a table)
-    candidates the columns that may be masked: those of both segments, without [CLS] and [SEP]
-    masked columns: those whose tokens are to be predicted
-    start, end of a span: its first token, and the token after its last one. A span is written
-               start .. end, without its end; "from 2 to 5" includes both
-    example    `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
-    seam       a position where segment A may end and segment B may start
+    document       a text such as a book or a review
+    offset         place of a token in the corpus: the number of tokens before it
+    column         place of a token in an example, where column 0 is [CLS]
+    start, end     of a span: its first token, and the token after its last one
+    seam           start of a sentence where segment A may end and segment B may start
+    example        `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
 Dimensions in comments: batch, seq (columns of an example), masked (masked columns of one example).
 """
 
-import glob
+import contextlib
+import errno
+import fcntl
+import hashlib
 import json
-import math
-import os
 import re
-import sys
+import shutil
+import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from itertools import count, pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from datasets import Features, List, Value
-from datasets.data_files import FILES_TO_IGNORE
-from datasets.exceptions import DatasetGenerationError
+from datasets.distributed import split_dataset_by_node
 from huggingface_hub import snapshot_download
-from numpy.random.bit_generator import ISeedSequence
+from pyarrow.parquet import ParquetFile
 from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
-from torch.utils.data import DataLoader, Dataset, Sampler
-
-# Tokenizing runs in several processes. If `tokenizers` also started threads, a process
-# that is forked afterwards could deadlock.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # The label of a token that is not to be predicted. cross_entropy skips it.
 IGNORED_LABEL = -100
-# A small invented corpus that comes with the code.
-SAMPLE = Path(__file__).with_name("sample")
 
 # ---- Text -> sentences -------------------------------------------------------
 
+# Raise it when `split_sentences` changes: otherwise corpora that were tokenized before are found
+# in the cache and used as they are.
+SPLIT_VERSION = 3
+
 # A sentence ends after . ! ? or an ellipsis before white space, but not after an initial
 # or a title. (?<!...) looks back, only over strings of one length, so "mrs" stands apart.
-# A sentence also ends after 。！？ and at a blank line. Closing quotation marks and brackets
-# belong to the sentence that they close.
+# The marks of the second line need no white space: Chinese and Japanese 。！？, Hindi । ॥,
+# Urdu ۔ ؟, Ethiopic ።, Khmer ។. A blank line ends a sentence, too. Closing quotation marks
+# and brackets belong to the sentence that they close.
 SENTENCE_END = re.compile(
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
-    r"""|[。！？]+["'”’)\]」』）】]*|\n\s*\n"""
+    r"""|[。！？।॥۔؟።។]+["'”’)\]」』）】]*|\n\s*\n"""
 )
-# Up to 999 characters and the white space, or the end of the text, after them; or exactly 1,000.
-PIECE = re.compile(r".{1,999}(?:\s|\Z)|.{1000}", re.DOTALL)
+LONGEST_SENTENCE = 400  # characters
+# Up to 399 characters and the white space, or the end of the text, after them; or exactly 400.
+PIECE = re.compile(r".{1,399}(?:\s|\Z)|.{400}", re.DOTALL)
 
 
-def split_sentences(text: str) -> list[str]:
+def split_sentences(text: str, counts: Counter[str] | None = None) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
-    A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). A span of
-    more than 1,000 characters is cut at white space, or after 1,000 characters if none is within.
+    A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). One of more
+    than 400 characters is cut at white space, or after 400 characters if there is none; otherwise
+    no pair would reach its middle. counts: counts these under "sentences cut".
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -90,9 +94,20 @@ def split_sentences(text: str) -> list[str]:
     sentences: list[str] = []
     for start, end in pairwise([0, *ends, len(text)]):
         span = text[start:end]
-        pieces = PIECE.findall(span) if len(span) > 1000 else [span]
-        sentences.extend(piece.strip() for piece in pieces)
+        if len(span) <= LONGEST_SENTENCE:
+            sentences.append(span.strip())
+            continue
+        sentences.extend(piece.strip() for piece in PIECE.findall(span))
+        if counts is not None:
+            counts["sentences cut"] += 1
     return [sentence for sentence in sentences if sentence]
+
+
+def as_text(text: Any, name: str) -> str:
+    """Returns the text, and "" for None. Raises ValueError, with the name, for anything else."""
+    if not isinstance(text, str | None):
+        raise ValueError(f"{name} is {type(text).__name__}, not text")
+    return text or ""
 
 
 # ---- Sentences -> tokens -----------------------------------------------------
@@ -114,29 +129,35 @@ def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> T
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
 
 
-def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
-    """Returns uncased WordPiece learned from texts; the same texts give the same ids, in any order.
+LARGEST_ALPHABET = 1000
 
-    texts: are read twice, so that they need not fit into memory; None is an empty text.
-    The trainer breaks ties between characters in hash order, which differs between runs. So every
-    character, alone and as a ## piece, is handed to it as a fixed token, in sorted order.
+
+def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
+    """Returns an uncased WordPiece tokenizer that is learned from texts.
+
+    1. Count the characters, and keep the 1,000 most frequent ones. The rest become [UNK]; without a
+       limit, the stray characters of a large corpus would fill the vocabulary.
+    2. Let the trainer join pieces until there are `vocab_size` tokens.
+
+    The same texts give the same ids, in any order. The trainer alone would break ties between
+    characters in another order each time; so all of them, as a word and as a ## piece, are handed
+    to it as fixed tokens. `texts` is iterated twice, so it may be larger than memory.
     """
     if isinstance(texts, Iterator):  # which can be read only once
         texts = list(texts)
     learner = wordpiece(None)
-    characters: set[str] = set()
-    for text in texts:
-        characters.update(learner.normalizer.normalize_str(text or ""))
-    letters = sorted(characters - {" "})
+    characters: Counter[str] = Counter()
+    for index, text in enumerate(texts):
+        characters.update(learner.normalizer.normalize_str(as_text(text, f"text {index}")))
+    del characters[" "]
+    by_frequency = sorted(characters, key=lambda letter: (-characters[letter], letter))
+    letters = sorted(by_frequency[:LARGEST_ALPHABET])
     pieces = ["##" + letter for letter in letters]
     fixed_tokens = [*SPECIAL_TOKENS, *letters, *pieces]
     if vocab_size < len(fixed_tokens):
-        raise ValueError(
-            f"--vocab-size {vocab_size}: the special tokens and the characters of the text, each"
-            f" alone and as a ## piece, are {len(fixed_tokens)} tokens"
-        )
+        raise ValueError(f"vocab_size {vocab_size}: the characters are {len(fixed_tokens)} tokens")
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=fixed_tokens, show_progress=False
+        vocab_size=vocab_size, special_tokens=fixed_tokens, limit_alphabet=0, show_progress=False
     )
     learner.train_from_iterator((text for text in texts if text), trainer)
     # To `learner` the fixed tokens, and so all characters, are special: keep its vocabulary alone.
@@ -149,6 +170,8 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     A "[MASK]" that stands in a text is read as ordinary text. At most 1,000 texts are encoded at a
     time, because the encodings of `tokenizers` take far more memory than their ids.
     """
+    if tokenizer.padding or tokenizer.truncation:
+        raise ValueError("the tokenizer pads or truncates: see its no_padding(), no_truncation()")
     ids: list[list[int]] = []
     tokenizer.encode_special_tokens = True  # means: they are treated as other text is
     try:
@@ -161,249 +184,253 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-# ---- Stage 1: documents -> a table of tokens ---------------------------------
+# ---- The corpus: three arrays ------------------------------------------------
 
 
-STAGE_1_VERSION = 2  # part of the cache's key: to be raised when the result of stage 1 changes
+class CorpusArrays(NamedTuple):
+    """See `TokenizedCorpus`."""
 
-
-def tokenize_documents(
-    rows: dict, indices: list[int], tokenizer: Tokenizer, column: str, rows_per_document: int = 1
-) -> dict:
-    """Tokenizes a few documents: the function that `tokenize_dataset` maps over all of them.
-
-    rows: texts, or lists of texts that are joined, under the key `column`.
-    indices: the index of each document in the corpus, for error messages.
-    Raises ValueError, naming the row, if a text (or an item of a list) is none. None is an empty
-    text.
-
-    Example: a document whose two sentences have the ids [7, 8, 9] and [4, 5] gives the tokens
-    [7, 8, 9, 4, 5], the starts [0, 3], and 2 sentences.
-    """
-    columns: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
-    for index, cell in zip(indices, rows[column], strict=True):
-        parts = cell if isinstance(cell, list) else [cell]
-        for i, part in enumerate(parts):
-            if not isinstance(part, str | None):
-                # If rows are joined, item i is a row. Otherwise all items are those of one row.
-                row = index * rows_per_document + (i if rows_per_document > 1 else 0)
-                raise ValueError(f"row {row}: {column} is {type(part).__name__}, not text")
-        text = "\n\n".join(part for part in parts if part)  # a blank line ends a sentence
-
-        ids = encode_plain(tokenizer, split_sentences(text))
-        sentences = [sentence for sentence in ids if sentence]
-        # With one sentence, no sentence follows another.
-        kept = sentences if len(sentences) > 1 else []
-        lengths = np.array([len(sentence) for sentence in kept], dtype=np.int64)
-        tokens = [token for sentence in kept for token in sentence]
-        columns["tokens"].append(np.array(tokens, dtype=np.uint32))
-        columns["starts"].append(np.cumsum(lengths) - lengths)
-        columns["sentences"].append(len(sentences))
-    return columns
-
-
-def tokenize_dataset(
-    dataset: datasets.Dataset,
-    tokenizer: Tokenizer,
-    text_column: str = "text",
-    rows_per_document: int = 1,
-    processes: int | None = None,
-) -> datasets.Dataset:
-    """Returns stage 1: a table with a row for each document.
-
-    - `tokens`: all its tokens, 2 bytes each, or 4 if the vocabulary has an id above 65,535;
-    - `starts`: where its sentences start among them;
-    - `sentences`: how many it has. Documents with fewer than two get no tokens, because no sentence
-      follows another.
-
-    The table is a file in the cache of `datasets`, under a key made of the data set, the tokenizer
-    and the column: the second start of a script finds it there.
-    rows_per_document: > 1 joins so many rows into a document, for corpora with a sentence per row.
-    processes: how many tokenize at a time.
-    """
-    if text_column not in dataset.column_names:
-        raise ValueError(f"no column {text_column!r}: --text-column is of {dataset.column_names}")
-    dataset = dataset.select_columns(text_column)
-    if rows_per_document > 1:
-        dataset = dataset.batch(rows_per_document)
-    largest_id = max(tokenizer.get_vocab().values())  # a vocabulary may have holes
-    tokens = List(Value("uint16" if largest_id < 2**16 else "uint32"))
-    key = [dataset._fingerprint, tokenizer.to_str(), text_column, STAGE_1_VERSION]
-    # The documents of a call become one chunk of the stored table: a thousandth of all documents,
-    # but at least 16 and at most 1,000.
-    documents_per_call = min(max(len(dataset) // 1000, 16), 1000)
-    return dataset.map(
-        tokenize_documents,
-        fn_kwargs={
-            "tokenizer": tokenizer,
-            "column": text_column,
-            "rows_per_document": rows_per_document,
-        },
-        batched=True,
-        batch_size=documents_per_call,
-        with_indices=True,
-        features=Features(tokens=tokens, starts=List(Value("uint32")), sentences=Value("int64")),
-        remove_columns=[text_column],
-        num_proc=processes,
-        desc="tokenizing",
-        new_fingerprint=datasets.fingerprint.Hasher.hash(key),
-    )
-
-
-# ---- The corpus as three arrays ----------------------------------------------
+    tokens: np.ndarray
+    sentence_starts: np.ndarray
+    document_starts: np.ndarray
 
 
 class TokenizedCorpus:
-    """All documents with two sentences or more: their tokens, mapped from disk, and two arrays of
-    starts.
+    """Documents of two sentences or more, as three arrays.
 
-        tokens            6 3 7 9 1 4 4 1 8 3 5 1 2 2 1     all documents, end to end: `tokens()`
-        sentence_starts   0         5     8       12    15  the last entry is the end of the corpus
+        tokens            6 3 7 9 1 4 4 1 8 3 5 1 2 2 1     all documents, end to end
+        sentence_starts   0         5     8       12    15  offsets; the last one is the end
         document_starts   0               8             15  two documents here
 
     (The token 1 is the full stop here.)
 
-    sentence_starts, document_starts: int64, positions, in memory, 8 bytes an entry.
-    skipped: how many documents were left out, and why.
-    rows: the table of `tokenize_dataset`. Raises ValueError if fewer than two of its documents can
-    be used, because a random segment B is from another document.
+    source: a folder that `tokenize_corpus` has written, or three arrays. The arrays of a folder are
+    mapped, not read: all processes share their pages.
+    part: "train" leaves out the last 1% of the documents, and at least two; "validation" is these.
     """
 
-    def __init__(self, rows: datasets.Dataset) -> None:
-        # A table that was shuffled or filtered has another order in its file.
-        if rows._indices is not None:
-            rows = rows.flatten_indices()
-        self.rows = rows
+    def __init__(self, source: str | Path | CorpusArrays, part: str | None = None) -> None:
+        self.source, self.part = source, part
+        self.notes: dict[str, float] = {}  # what there is to say about the documents that were read
+        if isinstance(source, CorpusArrays):
+            arrays = source
+        else:
+            arrays = CorpusArrays(*(map_array(Path(source), name) for name in CorpusArrays._fields))
+            self.notes = json.loads((Path(source) / "notes.json").read_text())
+        if part:
+            arrays = cut_part(arrays, part)
+        self.tokens, self.sentence_starts, self.document_starts = arrays
 
-        # How many sentences each document has: none, one, or more.
-        sentence_counts = np.asarray(rows["sentences"][:], dtype=np.int64)  # (rows,)
-        none_one_or_more = np.minimum(sentence_counts, 2)
-        with_none, with_one, with_more = np.bincount(none_one_or_more, minlength=3).tolist()
-        self.skipped = {"no sentence": with_none, "one sentence": with_one}
-        if with_more < 2:
-            raise ValueError(
-                f"{with_more} documents have a next sentence, 2 are needed; {self.skipped}"
-            )
-
-        # `datasets` stores a column in chunks. The tokens of a chunk are one array, a view
-        # of the file, and a document never lies across two chunks.
-        token_chunks = rows.data.column("tokens").chunks
-        start_chunks = rows.data.column("starts").chunks
-        self.chunks = [chunk.flatten().to_numpy() for chunk in token_chunks]
-        self.chunk_starts = np.cumsum([0, *map(len, self.chunks)])
-
-        lengths_by_chunk = [chunk.value_lengths() for chunk in token_chunks]
-        lengths = np.concatenate(lengths_by_chunk).astype(np.int64)  # (rows,)
-        self.size = int(lengths.sum())
-        positions = np.cumsum(lengths) - lengths  # (rows,), where each document starts
-        is_kept = lengths > 0  # documents that were left out have no tokens
-        self.document_starts = np.append(positions[is_kept], self.size)
-
-        # The table's column "starts" counts from the start of the document, and has no entries for
-        # documents that were left out. Add to each entry the position of its document.
-        within_document = np.concatenate([chunk.flatten() for chunk in start_chunks])
-        of_its_document = np.repeat(positions[is_kept], sentence_counts[is_kept])
-        self.sentence_starts = np.append(of_its_document + within_document, self.size)
+        sentences = np.diff(self.sentence_starts.searchsorted(self.document_starts))  # (documents,)
+        if len(sentences) < 2 or sentences.min() < 2:
+            raise ValueError("a corpus needs two documents, and each document two sentences")
 
     def __reduce__(self) -> tuple:
-        """Pickles the table, not the arrays: a worker that is not forked maps the files itself."""
-        return TokenizedCorpus, (self.rows,)
+        """Pickles the folder's name: a worker that is not forked maps the files itself."""
+        return TokenizedCorpus, (self.source, self.part)
 
     def __len__(self) -> int:
         """Returns the number of tokens."""
-        return self.size
+        return len(self.tokens)
+
+    @property
+    def key(self) -> str:
+        """Returns what tells this corpus from others. A folder in the cache is named after all that
+        its content depends on; see `get_corpus`.
+        """
+        if isinstance(self.source, CorpusArrays):
+            return make_key(*(array.tobytes() for array in self.source), self.part)
+        return f"{Path(self.source).name}-{self.part or 'all'}"
 
     def describe(self) -> str:
         """Returns a line for people: how much there is, and what was left out."""
         documents = len(self.document_starts) - 1
-        there = f"{documents} documents, {len(self):,} tokens"
-        return f"{there}; documents left out: {self.skipped}"
-
-    def document_around(self, position: int) -> tuple[int, int]:
-        """Returns start and end of the document that holds `position`."""
-        return span_around(self.document_starts, position)
-
-    def sentence_around(self, position: int) -> tuple[int, int]:
-        """Returns start and end of the sentence that holds `position`."""
-        return span_around(self.sentence_starts, position)
-
-    def tokens(self, start: int, end: int) -> np.ndarray:
-        """Returns the tokens at positions start .. end, a span that must lie in one document."""
-        chunk = self.chunk_starts.searchsorted(start, side="right") - 1
-        chunk_start = self.chunk_starts[chunk]
-        return self.chunks[chunk][start - chunk_start : end - chunk_start]
-
-    def checksum(self) -> int:
-        """Returns a number that depends on every token, and on every start in both other arrays."""
-        value = zlib.crc32(self.sentence_starts.data)
-        value = zlib.crc32(self.document_starts.data, value)
-        for chunk in self.chunks:
-            value = zlib.crc32(np.ascontiguousarray(chunk).data, value)
-        return value
+        sentences = len(self.sentence_starts) - 1
+        notes = "".join(f", {number:,} {name}" for name, number in self.notes.items())
+        return f"{documents:,} documents, {sentences:,} sentences, {len(self):,} tokens{notes}"
 
     def unigram_entropy(self) -> float:
         """Returns the MLM loss, in nats, of a model that knows only how often each token occurs."""
-        size = 1 + max(int(chunk.max(initial=0)) for chunk in self.chunks)
-        counts = np.zeros(size, dtype=np.int64)
-        for chunk in self.chunks:
-            counts += np.bincount(chunk, minlength=size)
+        counts = np.zeros(1 + int(self.tokens.max()), dtype=np.int64)
+        part = 10_000_000  # tokens; `bincount` makes an int64 of each
+        for start in range(0, len(self), part):
+            counts += np.bincount(self.tokens[start : start + part], minlength=len(counts))
         shares = counts[counts > 0] / len(self)
         return float(-(shares * np.log(shares)).sum())
 
 
-def span_around(starts: np.ndarray, position: int) -> tuple[int, int]:
-    """Returns the last of the sorted `starts` up to `position`, and the one after it."""
-    after = starts.searchsorted(position, side="right")
+def map_array(folder: Path, name: str) -> np.ndarray:
+    """Returns an array of a corpus on disk; its file is named after it and its type."""
+    (file,) = folder.glob(f"{name}.*")
+    # asarray: slices of a memmap object would be ten times as slow
+    return np.asarray(np.memmap(file, dtype=file.suffix[1:], mode="r"))
+
+
+def cut_part(arrays: CorpusArrays, part: str) -> CorpusArrays:
+    """Returns the documents to train on, or those held out; see `TokenizedCorpus`."""
+    documents = len(arrays.document_starts) - 1
+    first_held_out = documents - max(2, documents // 100)
+    document_starts = arrays.document_starts[: first_held_out + 1]
+    if part == "validation":
+        document_starts = arrays.document_starts[first_held_out:]
+    start, end = document_starts[[0, -1]]
+    first_sentence, end_sentence = arrays.sentence_starts.searchsorted([start, end])
+    sentence_starts = arrays.sentence_starts[first_sentence : end_sentence + 1]
+    return CorpusArrays(arrays.tokens[start:end], sentence_starts - start, document_starts - start)
+
+
+def make_key(*parts: Any) -> str:
+    """Returns a hash of strings, bytes and numbers."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+def span_around(starts: np.ndarray, offset: int) -> tuple[int, int]:
+    """Returns the last of the sorted `starts` up to `offset`, and the one after it."""
+    after = starts.searchsorted(offset, side="right")
     return starts.item(after - 1), starts.item(after)
 
 
-# ---- Random numbers ----------------------------------------------------------
-
-PURPOSE_EXAMPLE, PURPOSE_ORDER, PURPOSE_SST2 = 0, 1, 2
+# ---- Documents -> the corpus -------------------------------------------------
 
 
-class PhiloxKey(ISeedSequence):
-    """Stands for `Philox(key=seed)`, and is four times as fast. That also asks the operating system
-    for entropy, and does not use it. `Philox(seed=...)` asks its argument for the key, by
-    `generate_state`.
+def encode_documents(
+    documents: Iterable[str | None], tokenizer: Tokenizer, notes: Counter[str]
+) -> Iterator[list[list[int]]]:
+    """Yields the sentences of each document, as ids. A document of fewer than two sentences is left
+    out, since no sentence follows another in it; `notes` counts these.
     """
+    numbered = enumerate(documents)
+    # Documents are encoded 32 at a time, so that the tokenizer's threads have enough to do.
+    for block in iter(lambda: list(islice(numbered, 32)), []):
+        texts = [as_text(document, f"document {index}") for index, document in block]
+        sentences = [split_sentences(text, notes) for text in texts]
+        ids = iter(encode_plain(tokenizer, list(chain.from_iterable(sentences))))
+        for document in sentences:
+            of_document = islice(ids, len(document))
+            encoded = [sentence for sentence in of_document if sentence]
+            if len(encoded) > 1:
+                yield encoded
+            else:
+                notes[f"documents of {len(encoded)} sentences left out"] += 1
 
-    def __init__(self, seed: int) -> None:
-        self.words = np.array([seed, 0], dtype=np.uint64)
 
-    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray:
-        return self.words
+def pack(documents: list[list[list[int]]], dtype: str, start: int = 0) -> CorpusArrays:
+    """Returns encoded documents end to end. start: the offset of the first one.
 
-
-def generator(seed: int, purpose: int, epoch: int, index: int = 0) -> np.random.Generator:
-    """Returns a random generator whose numbers depend on these four arguments alone.
-
-    So every example has its own random numbers, whoever draws them and whatever was drawn before.
-    Philox makes this cheap: it computes numbers directly from (seed, counter). The counter has four
-    words, here [block, index, epoch, purpose]. Drawing more numbers advances only the block, so two
-    generators of one seed never share a block.
+    Example: the documents [[7, 8, 9], [4, 5]] and [[6], [4]] give the tokens 7 8 9 4 5 6 4, the
+    sentence_starts 0 3 5 6 7, and the document_starts 0 5 7.
     """
-    key: Any = PhiloxKey(seed)
-    philox = np.random.Philox(seed=key, counter=[0, index, epoch, purpose])
-    return np.random.Generator(philox)
+    sentences = list(chain.from_iterable(documents))
+    tokens = np.fromiter(chain.from_iterable(sentences), dtype=dtype)
+    lengths = np.array([0, *map(len, sentences)], dtype=np.int64)
+    sentence_starts = start + np.cumsum(lengths)
+    first_sentences = np.cumsum([0, *map(len, documents)])
+    return CorpusArrays(tokens, sentence_starts, sentence_starts[first_sentences])
+
+
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """Returns the type that every id fits into; a vocabulary may have holes."""
+    return "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
+
+
+def tokenize_corpus(
+    documents: Iterable[str | None], tokenizer: Tokenizer, folder: str | Path
+) -> TokenizedCorpus:
+    """Tokenizes documents into a new folder, and returns them as a corpus.
+
+    The folder appears when it is complete: whatever happens on the way, no half of it is ever used.
+    Raises ValueError if it is there already, since it may hold other documents.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; TokenizedCorpus({str(folder)!r}) opens it")
+    with new_folder(folder) as temporary:
+        write_corpus(documents, tokenizer, temporary)
+    return TokenizedCorpus(folder)
+
+
+def write_corpus(documents: Iterable[str | None], tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the three arrays of `TokenizedCorpus`, document by document, and notes.json."""
+    dtype = token_dtype(tokenizer)
+    unknown_id = tokenizer.token_to_id(UNK)
+    notes: Counter[str] = Counter()
+    size = usable = unknown = 0
+    with (
+        (folder / f"tokens.{dtype}").open("wb") as tokens_file,
+        (folder / "sentence_starts.int64").open("wb") as sentences_file,
+        (folder / "document_starts.int64").open("wb") as documents_file,
+    ):
+        for document in encode_documents(documents, tokenizer, notes):
+            arrays = pack([document], dtype, start=size)
+            tokens_file.write(arrays.tokens.tobytes())
+            # The last entry of both is the start of the next document.
+            sentences_file.write(arrays.sentence_starts[:-1].tobytes())
+            documents_file.write(arrays.document_starts[:-1].tobytes())
+            size += len(arrays.tokens)
+            usable += 1
+            unknown += int(np.count_nonzero(arrays.tokens == unknown_id))
+        sentences_file.write(np.int64(size).tobytes())
+        documents_file.write(np.int64(size).tobytes())
+    if usable < 2:
+        raise ValueError(
+            f"{usable} documents have two sentences, 2 are needed; {dict(notes)}"
+            " (rows_per_document joins rows)"
+        )
+    percent = round(100 * unknown / size, 2)
+    (folder / "notes.json").write_text(json.dumps({**notes, "% [UNK]": percent}))
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder, beside `folder`, that becomes `folder` at the end.
+
+    If another process has made `folder` meanwhile, ours is dropped. On an error it is removed. A
+    killed process leaves it behind; the next one finds that nobody holds its lock, and removes it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock_of_all:
+        fcntl.flock(lock_of_all, fcntl.LOCK_EX)
+        for left_behind in folder.parent.glob("unfinished-*"):
+            # An error means that another process holds the lock, or has just renamed the folder.
+            with contextlib.suppress(OSError), (left_behind / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left_behind)
+        temporary = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
+        own_lock = (temporary / "lock").open("w")
+        fcntl.flock(own_lock, fcntl.LOCK_EX)
+    with own_lock:
+        try:
+            yield temporary
+            temporary.rename(folder)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise ValueError(f"cannot write to {folder.parent}: {error.strerror}") from error
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- A pair of segments ------------------------------------------------------
 
-MAX_DRAWS = 20  # of a seam of the kind that is wanted
+# Every example and every order has random numbers of its own: those of
+# np.random.default_rng((seed, purpose, epoch, index)). So it does not matter who draws them, and
+# what was drawn before. (train_sst2.py has the purpose 2.)
+PURPOSE_EXAMPLE, PURPOSE_ORDER = 0, 1
 
 
 class Seam(NamedTuple):
-    """A position where a document may be cut: segment A ends before it, segment B starts at it."""
+    """The start of a sentence that is not its document's first: segment A may end before it, and
+    segment B may start at it.
+    """
 
     document_start: int
-    position: int  # at least one token of the document lies on each side
+    offset: int
     document_end: int
-    starts_sentence: bool
 
 
 class Pair(NamedTuple):
-    """Segment A and segment B as positions in the corpus; ends are exclusive."""
+    """Segment A and segment B as offsets in the corpus; ends are exclusive."""
 
     a_start: int
     a_end: int
@@ -412,233 +439,80 @@ class Pair(NamedTuple):
     is_random: bool
 
 
+def find_seam(corpus: TokenizedCorpus, offset: int) -> Seam:
+    """Returns the seam after `offset` in its document or, in the last sentence, the one before."""
+    document_start, document_end = span_around(corpus.document_starts, offset)
+    sentence_start, sentence_end = span_around(corpus.sentence_starts, offset)
+    is_last_sentence = sentence_end == document_end
+    seam = sentence_start if is_last_sentence else sentence_end
+    return Seam(document_start, seam, document_end)
+
+
 def draw_pair(
-    corpus: TokenizedCorpus,
-    rng: np.random.Generator,
-    index: int,
-    examples_per_epoch: int,
-    room: int,
+    corpus: TokenizedCorpus, rng: np.random.Generator, start: int, end: int, room: int
 ) -> Pair:
-    """Draws segment A and segment B of one example. [BERT] §3.1 task 2 and A.2.
+    """Draws segment A and segment B of one example. [BERT] §3.1 task 2, A.2.
 
-    index: of the example in its epoch. room: how many tokens both segments may have together.
+    start, end: the part of the corpus that the example is for. room: tokens of both segments.
 
-    1. Draw the target length of the pair. With probability 0.9 it is `room` tokens; otherwise it is
-       drawn from 2 to `room`, because fine-tuning meets short texts too. (`place_pair` makes the
-       pair shorter where documents have no room for it.)
-    2. Draw a position in the index-th of `examples_per_epoch` equal parts of the corpus, and find a
-       seam less than target / 2 tokens from it. So a true pair at this seam usually contains the
-       position.
-    3. Find a seam of the same kind (it starts a sentence or does not) in another document.
-    4. Draw segment A's share of the pair, and toss two coins. Coin A chooses the seam at which
-       segment A ends, coin B the one at which segment B starts: 0 is the seam of step 2, 1 that of
-       step 3. Two equal coins make a true pair. `place_pair` carries this out.
+    1. Draw the length: `room` tokens, or with probability 0.1 fewer, because fine-tuning meets
+       short texts too.
+    2. Take the seam after a random offset of the part, and one in another document.
+    3. Draw how long each segment is, as far as both documents have room on either side of the seam.
+    4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
+       starts at one of them. The same seam twice is a true pair, two seams are a random one.
 
-    Properties:
-    - The label is independent of segment A alone, of segment B alone, and of both lengths, in any
-      corpus. Seams and lengths are fixed before the coins are tossed. So segment A can show at most
-      coin A, and coin B is fair all the same; and the other way round. Only both segments together
-      tell the label.
-    - The label is independent of whether segment A ends a sentence and segment B starts one,
-      because both seams are of one kind (see `find_other_seam` for the exception).
-    - The parts of step 2 leave no token out, and every token can get into an example. (Not every
-      example has a token of its own part: with coin 1 a segment is from the other document.)
-    - A random segment B is from another document.
+    Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
+    lengths, tell the label: only both segments together do. For the same reason a pair does not
+    have all tokens before one seam and all after the other: it would always be a random one.
+    (Where both are one token, it has.)
 
-    One leak remains, where documents are hardly longer than a pair: if segment A starts a document
-    and segment B ends a document, the pair is more often a random one (see `place_pair`). Guessing
-    the label from this alone is right in 54% of pairs of 128 tokens from film reviews of 250
-    tokens, in 51% of pairs of 64 tokens, and in 50% of pairs from novels.
-
-    Differs: [Code] draws a random segment B by another rule than a true one, and after ten attempts
-    to find another document it keeps the same one.
+    Differs: [Code] draws a random segment B by another rule than a true one.
     """
     is_short = rng.random() < 0.1
     target = int(rng.integers(2, room + 1)) if is_short else room
-    reach = target / 2
 
-    part_start = index * len(corpus) // examples_per_epoch
-    part_end = (index + 1) * len(corpus) // examples_per_epoch
-    position = int(rng.integers(part_start, part_end))
-    seam = find_seam(corpus, position, reach)
-    other = find_other_seam(corpus, rng, seam, reach)
+    seam = find_seam(corpus, int(rng.integers(start, end)))
+    document_length = seam.document_end - seam.document_start
+    elsewhere = int(rng.integers(len(corpus) - document_length))
+    if elsewhere >= seam.document_start:
+        elsewhere += document_length
+    other = find_seam(corpus, elsewhere)
 
-    share_of_a = rng.random()
+    room_before = min(seam.offset - seam.document_start, other.offset - other.document_start)
+    room_after = min(seam.document_end - seam.offset, other.document_end - other.offset)
+    length = min(target, max(2, room_before + room_after - 1))
+    length_a = min(1 + int(rng.random() * (length - 1)), room_before)
+    length_b = min(length - length_a, room_after)
+    length_a = length - length_b  # what segment B has no room for
+
     coin_a = int(rng.integers(2))
     coin_b = int(rng.integers(2))
-    return place_pair(seam, other, target, share_of_a, coin_a, coin_b)
-
-
-def find_seam(corpus: TokenizedCorpus, position: int, reach: float) -> Seam:
-    """Returns a seam near `position`, in the same document.
-
-    1. The start of the next sentence. The last sentence of a document has no next one: there it is
-       the start of the sentence itself.
-    2. `position` itself if that start is `reach` tokens away, or farther. So every token can be
-       reached, however long its sentence is. (If it starts the document, the token after it.)
-
-    Example: a document at 20 .. 35 whose sentences start at 20, 25, 28 and 32; `reach` is 3.
-    Position 26 gives the seam 28. Position 33, in the last sentence, gives the seam 32. Position 21
-    gives itself, because the next sentence starts 4 tokens later.
-    """
-    document_start, document_end = corpus.document_around(position)
-    sentence_start, sentence_end = corpus.sentence_around(position)
-    is_last_sentence = sentence_end == document_end
-    candidate = sentence_start if is_last_sentence else sentence_end
-    if abs(candidate - position) < reach:
-        return Seam(document_start, candidate, document_end, starts_sentence=True)
-
-    position = max(position, document_start + 1)  # segment A needs a token
-    # It starts a sentence by chance, or because the line above has moved it to the second sentence,
-    # where the first one has one token.
-    starts_sentence = position in (sentence_start, sentence_end)
-    return Seam(document_start, position, document_end, starts_sentence)
-
-
-def find_other_seam(
-    corpus: TokenizedCorpus, rng: np.random.Generator, seam: Seam, reach: float
-) -> Seam:
-    """Returns a seam of the same kind as `seam`, in another document, drawn at random.
-
-    Both start a sentence, or neither does: otherwise a segment A that breaks off within a sentence
-    beside a segment B that starts one would show that the pair is random.
-
-    1. Draw positions in other documents until the seam near one is of the same kind, at most
-       MAX_DRAWS times.
-    2. Where seams of that kind are rare, leave the reach aside. If `seam` starts a sentence, take
-       the start of the next sentence, however far it is. If not, take the drawn position itself,
-       and draw again, at most MAX_DRAWS times, if it happens to start a sentence.
-
-    The kinds can differ only if step 2 fails, too, as it may if nearly every token of all other
-    documents is a sentence of its own.
-    """
-    # With an infinite reach, `find_seam` gives a sentence start; with 0, the position itself.
-    forcing_reach = math.inf if seam.starts_sentence else 0
-    for current_reach in [reach] * MAX_DRAWS + [forcing_reach] * MAX_DRAWS:
-        position = draw_outside(rng, seam.document_start, seam.document_end, len(corpus))
-        other = find_seam(corpus, position, current_reach)
-        if other.starts_sentence == seam.starts_sentence:
-            break
-    return other
-
-
-def draw_outside(rng: np.random.Generator, start: int, end: int, size: int) -> int:
-    """Returns a random position in 0 .. size that is not in start .. end."""
-    position = int(rng.integers(size - (end - start)))
-    if position < start:
-        return position
-    return position + (end - start)
-
-
-def place_pair(
-    seam: Seam, other: Seam, target: int, share_of_a: float, coin_a: int, coin_b: int
-) -> Pair:
-    """Returns the pair, of at most `target` tokens, that two seams and two coins make.
-
-    1. The room before: how many tokens both seams have before them in their documents, so the
-       smaller one of the two numbers. The room after: likewise.
-    2. The lengths. The pair has `target` tokens, or fewer if both rooms together have less. Segment
-       A gets one token plus the fraction `share_of_a` of the remaining ones, but at most the room
-       before. Segment B gets the rest, at most the room after. What B has no room for goes back to
-       A, which has room for it, because the length is at most both rooms together.
-    3. Segment A ends at the seam that `coin_a` says, segment B starts at the seam that `coin_b`
-       says: 0 is `seam`, 1 is `other`. The pair is a true one if both coins say the same.
-
-    share_of_a: at least 0 and below 1.
-
-    Example: seams at 28 and 97, each far from both ends of its document; target 12, share_of_a 0.4,
-    coins 0 and 1. The lengths are 5 and 7: segment A is 23 .. 28, segment B is 97 .. 104, and the
-    pair is random. With coins 0 and 0, segment B is 28 .. 35.
-
-    Measured: the first and last tokens of a document get into half as many examples as those in its
-    middle.
-
-    Why a leak remains: let `seam` have 10 tokens before it and 40 after it, `other` 30 and 20, and
-    let the target be 60. Segment A gets 10 tokens: where it ends at `seam`, it starts the document.
-    Segment B gets 20: where it starts at `other`, it ends the document. Only the coins 0 and 1, a
-    random pair, do both. A true pair could only if one seam had the fewer tokens on both sides,
-    which is rare among documents of similar length.
-    """
-    room_before = min(seam.position - seam.document_start, other.position - other.document_start)
-    room_after = min(seam.document_end - seam.position, other.document_end - other.position)
-    length = min(target, room_before + room_after)
-    length_a = min(1 + int(share_of_a * (length - 1)), room_before)
-    length_b = min(length - length_a, room_after)
-    length_a = length - length_b
-
-    positions = (seam.position, other.position)
-    a_end = positions[coin_a]
-    b_start = positions[coin_b]
+    a_end = other.offset if coin_a else seam.offset
+    b_start = other.offset if coin_b else seam.offset
     return Pair(a_end - length_a, a_end, b_start, b_start + length_b, coin_a != coin_b)
 
 
 # ---- Masked columns ----------------------------------------------------------
 
-MASKED_SHARE = 0.15
-
-
-def masked_count(candidates: np.ndarray) -> int:
-    """Returns how many of the candidates are masked: 15%, and at least one. [BERT] §3.1 task 1.
-
-    An example without a masked position would teach the masked language model nothing, and a batch
-    of such examples would have a mean loss of 0 / 0.
-
-    Differs: [Code] takes 15% of all tokens, [CLS] and [SEP] included, though it masks none of
-    these: one position more in an example of 64 tokens. It masks max_predictions_per_seq at most.
-    """
-    return max(1, round(MASKED_SHARE * len(candidates)))
-
-
-def choose_tokens(candidates: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the masked columns: exactly `masked_count` of the candidates, int64 (masked,)."""
-    return rng.permutation(candidates)[: masked_count(candidates)]
-
 
 def choose_words(
-    candidates: np.ndarray, continues_word: np.ndarray, rng: np.random.Generator
+    continues_word: np.ndarray, masked_count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Returns the masked columns of whole words: all pieces of a word or none, int64 (masked,).
+    """Returns which tokens are masked if whole words are, bool (n,): at least `masked_count`.
 
-    candidates: int64 (n,), columns; continues_word: bool (n,), True where a candidate belongs to
-    the word of the candidate before it, so the first one is False.
+    continues_word: bool (n,), True for a token of the same word as the one before it.
 
-    The number of masked columns should be `masked_count`, but whole words rarely add up to it.
-    Differs: [Code] takes words in a random order and skips a word that would exceed the number.
-    Then long words are skipped more often: it masks 18.9% of one-token words and 11.7% of words of
-    four pieces or more. Here every word has the same chance:
-
-    1. Lay the words in a random order around a circle of n tokens.
-    2. Cut out an arc of `masked_count` tokens that starts at a random token.
-    3. Take the words inside the arc. A word that lies only partly inside is taken with a
-       probability equal to the share of its tokens inside.
-    4. If no word was taken, take the one that has most tokens inside.
-
-    Properties: apart from step 4, every word is taken with probability masked_count / n, whatever
-    its length, so the expected number of masked columns is masked_count.
-
-    Example: 14 candidates, so the arc has 2 tokens. The words have 3, 1, 4, 2 and 4 tokens in the
-    order on the circle, and the arc starts at the third token. It holds the last token of the first
-    word, which is taken with probability 1/3, and the second word, which is taken.
+    Takes words in a random order until they have `masked_count` tokens; the last one may exceed it.
+    Differs: [Code] skips a word that would exceed the number, and so masks long words less often.
     """
-    n = len(candidates)
-    word_starts = np.flatnonzero(~continues_word)  # (words,)
-    lengths = np.diff(word_starts, append=n)
-
+    word_of_token = np.cumsum(~continues_word) - 1  # (n,)
+    lengths = np.bincount(word_of_token)  # (words,)
     order = rng.permutation(len(lengths))
-    lengths_on_circle = lengths[order]
-    starts_on_circle = np.cumsum(lengths_on_circle) - lengths_on_circle
-    arc_start = int(rng.integers(n))
-    distance_from_arc_start = (np.arange(n) - arc_start) % n  # (n,), of each token of the circle
-    is_inside = distance_from_arc_start < masked_count(candidates)
-    tokens_inside = np.add.reduceat(is_inside.astype(np.int64), starts_on_circle)  # (words,)
-
-    # True with probability tokens_inside / length
-    is_taken = rng.random(len(lengths)) * lengths_on_circle < tokens_inside
-    if not is_taken.any():
-        is_taken[np.argmax(tokens_inside)] = True
-    word_is_taken = np.empty_like(is_taken)
-    word_is_taken[order] = is_taken  # from the order on the circle to that of the candidates
-    return candidates[np.repeat(word_is_taken, lengths)]
+    tokens_before = np.cumsum(lengths[order]) - lengths[order]
+    is_taken = np.zeros(len(lengths), dtype=bool)
+    is_taken[order] = tokens_before < masked_count
+    return is_taken[word_of_token]
 
 
 def mask_tokens(
@@ -655,9 +529,6 @@ def mask_tokens(
     - becomes one of `ordinary_ids` with probability 0.1: the model cannot trust any token it reads.
     - stays with probability 0.1, which biases the representation towards the actual token.
     Labels are the original ids at masked columns, and -100 elsewhere.
-
-    Example: three masked columns. Draws of 0.31, 0.85 and 0.97 put [MASK], a random token and
-    the original one there.
 
     Differs: [Code]'s random tokens include the special ones.
     """
@@ -685,6 +556,12 @@ class PretrainDataset(Dataset):
     epochs: `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). It
     depends on the arguments below and on its index alone: not on the batch, the worker, or what was
     drawn before. So every epoch has other pairs and masks, and one integer is enough to resume.
+
+    A plain `DataLoader(dataset, shuffle=True)` never leaves epoch 0, and so repeats its masks;
+    `get_split_dataloader` goes on to the next epoch.
+
+    masked_share: of the tokens of both segments. Differs: [Code] takes 15% of all tokens, [CLS] and
+    [SEP] included, though it masks none of these, and max_predictions_per_seq at most.
     """
 
     def __init__(
@@ -694,14 +571,17 @@ class PretrainDataset(Dataset):
         max_seq_length: int,
         seed: int = 0,
         whole_word_masking: bool = False,
+        masked_share: float = 0.15,
     ) -> None:
         if max_seq_length < 5:
             raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
         vocabulary = tokenizer.get_vocab()
         self.corpus = corpus
         self.max_seq_length = max_seq_length
+        self.room = max_seq_length - 3  # without [CLS] and two [SEP]
         self.seed = seed
         self.whole_word_masking = whole_word_masking
+        self.masked_share = masked_share
         self.padding_idx = vocabulary[PAD]
         self.cls_id = vocabulary[CLS]
         self.sep_id = vocabulary[SEP]
@@ -709,12 +589,16 @@ class PretrainDataset(Dataset):
         special_ids = {vocabulary[name] for name in SPECIAL_TOKENS}
         self.ordinary_ids = np.array(sorted(set(vocabulary.values()) - special_ids))
         piece_ids = [id for token, id in vocabulary.items() if token.startswith("##")]
-        # (vocab,), True for tokens that continue a word
+        # (largest id + 1,), True for tokens that continue a word
         self.is_piece = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
         self.is_piece[piece_ids] = True
 
     def __len__(self) -> int:
-        return max(1, len(self.corpus) // (self.max_seq_length - 3))
+        return max(1, len(self.corpus) // self.room)
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the examples of the first epoch, in order."""
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Returns one example, int64.
@@ -723,13 +607,16 @@ class PretrainDataset(Dataset):
         nothing is to be predicted) are (seq,), without padding; `nsp_labels` is (), 0 = segment B
         is next, 1 = it is random.
         """
-        epoch, index_in_epoch = divmod(index, len(self))
-        rng = generator(self.seed, PURPOSE_EXAMPLE, epoch, index_in_epoch)
-        room = self.max_seq_length - 3  # without [CLS] and two [SEP]
-        pair = draw_pair(self.corpus, rng, index_in_epoch, len(self), room)
+        size = len(self)
+        epoch, index_in_epoch = divmod(index, size)
+        rng = np.random.default_rng((self.seed, PURPOSE_EXAMPLE, epoch, index_in_epoch))
+        # The examples of an epoch divide the corpus among them.
+        part_start = index_in_epoch * len(self.corpus) // size
+        part_end = (index_in_epoch + 1) * len(self.corpus) // size
+        pair = draw_pair(self.corpus, rng, part_start, part_end, self.room)
 
-        segment_a = self.corpus.tokens(pair.a_start, pair.a_end)
-        segment_b = self.corpus.tokens(pair.b_start, pair.b_end)
+        segment_a = self.corpus.tokens[pair.a_start : pair.a_end]
+        segment_b = self.corpus.tokens[pair.b_start : pair.b_end]
         first_sep = 1 + len(segment_a)  # columns of the two [SEP]
         last_sep = first_sep + 1 + len(segment_b)
         input_ids = np.empty(last_sep + 1, dtype=np.int64)
@@ -741,16 +628,7 @@ class PretrainDataset(Dataset):
         token_type_ids = np.zeros(len(input_ids), dtype=np.int64)
         token_type_ids[first_sep + 1 :] = 1
 
-        columns = np.arange(last_sep)  # without the last [SEP]
-        candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])
-        if self.whole_word_masking:
-            continues_word = self.is_piece[input_ids[candidates]]
-            # Indices into the candidates, which have no [CLS] and no [SEP]
-            first_of_segments = [0, len(segment_a)]
-            continues_word[first_of_segments] = False  # even if it is a ## piece
-            masked_columns = choose_words(candidates, continues_word, rng)
-        else:
-            masked_columns = choose_tokens(candidates, rng)
+        masked_columns = self.choose_columns(input_ids, first_sep, rng)
         corrupted, labels = mask_tokens(
             input_ids, masked_columns, rng, self.mask_id, self.ordinary_ids
         )
@@ -761,22 +639,43 @@ class PretrainDataset(Dataset):
             "nsp_labels": np.array(pair.is_random, dtype=np.int64),
         }
 
+    def choose_columns(
+        self, input_ids: np.ndarray, first_sep: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Returns the masked columns, int64 (masked,): none of them is [CLS] or [SEP].
+
+        At least one is: an example without any would teach the masked language model nothing, and a
+        batch of such examples would have a mean loss of 0 / 0.
+        """
+        columns = np.arange(len(input_ids))
+        candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 : -1]])
+        masked_count = max(1, round(self.masked_share * len(candidates)))
+        if not self.whole_word_masking:
+            return rng.permutation(candidates)[:masked_count]
+        continues_word = self.is_piece[input_ids[candidates]]
+        first_of_b = first_sep - 1  # among the candidates
+        continues_word[[0, first_of_b]] = False  # even if it is a ## piece
+        return candidates[choose_words(continues_word, masked_count, rng)]
+
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
         """Returns the examples with these indices as one padded batch; see `collate`."""
         return collate([self[index] for index in indices], self.padding_idx)
 
 
-def collate(examples: list[dict[str, np.ndarray]], padding_idx: int) -> dict[str, torch.Tensor]:
-    """Returns a batch: each array padded to the longest example, int64 (batch, seq).
+def collate(
+    examples: list[dict[str, np.ndarray]], padding_idx: int, length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Returns a batch, int64 (batch, seq): each array padded to `length`, or to the longest one.
 
     `input_ids` are padded with `padding_idx`, `token_type_ids` with 0, `mlm_labels` with -100;
     `nsp_labels` are (batch,).
     """
     padding = {"input_ids": padding_idx, "token_type_ids": 0, "mlm_labels": IGNORED_LABEL}
-    longest = max(len(example["input_ids"]) for example in examples)
+    if length is None:
+        length = max(len(example["input_ids"]) for example in examples)
     batch = {"nsp_labels": np.array([example["nsp_labels"] for example in examples])}
     for name, value in padding.items():
-        batch[name] = np.full((len(examples), longest), value)
+        batch[name] = np.full((len(examples), length), value)
         for row, example in zip(batch[name], examples, strict=True):
             row[: len(example[name])] = example[name]
     return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -788,9 +687,10 @@ def collate(examples: list[dict[str, np.ndarray]], padding_idx: int) -> dict[str
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """Returns the order of an epoch's examples: the numbers from 0 to size - 1, shuffled."""
-    return generator(seed, PURPOSE_ORDER, epoch).permutation(size)
+    return np.random.default_rng((seed, PURPOSE_ORDER, epoch, 0)).permutation(size)
 
 
+@dataclass(eq=False)
 class EpochSampler(Sampler):
     """Yields batches of indices without end: all examples of an epoch once, in a random order, then
     those of the next.
@@ -803,21 +703,15 @@ class EpochSampler(Sampler):
     the batches are [3, 0], [4, 1], [2, 6], [9, 5], [8, 7]: indices 5 to 9 are the second epoch.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.first_batch = start * world_size + rank
-        self.stride = world_size
+    size: int
+    batch_size: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in count(self.first_batch, self.stride):
+        for batch in count(self.start * self.world_size + self.rank, self.world_size):
             indices = []
             # A turn is the number of an example in the endless sequence of all epochs.
             first_turn = batch * self.batch_size
@@ -826,6 +720,25 @@ class EpochSampler(Sampler):
                 order = permutation(self.seed, epoch, self.size)
                 indices.append(epoch * self.size + int(order[turn_in_epoch]))
             yield indices
+
+
+# Seconds to wait for a batch. A worker that cannot send its batch, because /dev/shm is full or the
+# path of TMPDIR too long, then becomes an error; it would be silence.
+WORKER_TIMEOUT = 600
+
+
+def loader_options(workers: int) -> dict[str, Any]:
+    """Returns how a DataLoader uses its workers.
+
+    Two workers should feed a fast GPU, and more only hold more memory. Each has 4 batches ready,
+    and a token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
+    """
+    return {
+        "num_workers": workers,
+        "prefetch_factor": 4 if workers else None,
+        "timeout": WORKER_TIMEOUT if workers else 0,
+        "pin_memory": torch.cuda.is_available(),
+    }
 
 
 def get_split_dataloader(
@@ -840,107 +753,12 @@ def get_split_dataloader(
     are dealt to them in turn.
 
     start: how many batches of this rank to skip.
-
-    Two workers should feed a fast GPU, and more only hold more memory. Each has 4 batches ready,
-    and a token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
     """
     sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
+    collate_examples = partial(collate, padding_idx=dataset.padding_idx)
     return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=partial(collate, padding_idx=dataset.padding_idx),
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        dataset, batch_sampler=sampler, collate_fn=collate_examples, **loader_options(workers)
     )
-
-
-# ---- SST-2 -------------------------------------------------------------------
-
-
-def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[str], list[int]]:
-    """Returns the texts of a split of SST-2, and their labels: 0 = negative, 1 = positive.
-
-    Raises ValueError, with the row, if a sentence is no text or a label is not 0 or 1.
-    """
-    source = str(SAMPLE / "reviews") if path == "sample" else path
-    rows = get_dataset(source, name, split)
-    column = "sentence" if "sentence" in rows.column_names else "text"
-    if not {column, "label"} <= set(rows.column_names):
-        raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
-    texts, labels = list(rows[column]), list(rows["label"])
-    for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"{path}, {split}: row {row} has the {column} {text!r}, which is no text"
-            )
-        # True, 1.0 and "1" are no labels.
-        if type(label) is not int or label not in (0, 1):
-            raise ValueError(
-                f"{path}, {split}: row {row} has the label {label!r}, not 0 or 1 (SetFit/sst2 has a"
-                " test split with labels)"
-            )
-    return texts, labels
-
-
-def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> list[list[int]]:
-    """Returns the ids of `[CLS] sentence [SEP]` for each text, cut to `longest` tokens."""
-    vocabulary = tokenizer.get_vocab()
-    cls_id, sep_id = vocabulary[CLS], vocabulary[SEP]
-    sentences = encode_plain(tokenizer, texts)
-    return [[cls_id, *ids[: longest - 2], sep_id] for ids in sentences]
-
-
-class SST2Batches:
-    """Batches of all sentences, each once, with sentences of similar lengths together.
-
-    1. Shuffle the sentences, by (`seed`, `epoch`). The training loop sets both attributes.
-    2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
-       is padding (67% in a plain random order, each batch padded to its longest), and every epoch
-       still groups other sentences.
-    3. Cut the pools into batches, and shuffle the batches.
-
-    Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is
-    `input_ids`, int64 (batch, longest of these), and `labels`, int64 (batch,).
-    """
-
-    def __init__(
-        self,
-        rows: list[list[int]],
-        labels: list[int],
-        batch_size: int,
-        padding_idx: int = 0,
-        seed: int | None = None,
-    ) -> None:
-        self.rows, self.labels, self.batch_size = rows, labels, batch_size
-        self.padding_idx, self.seed, self.epoch = padding_idx, seed, 0
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.rows) / self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        size = len(self.rows)
-        lengths = np.array([len(row) for row in self.rows])
-        if self.seed is None:
-            order = np.argsort(lengths, kind="stable")
-            batch_order = np.arange(len(self))
-        else:
-            rng = generator(self.seed, PURPOSE_SST2, self.epoch)
-            shuffled = rng.permutation(size)
-            pool_size = 64 * self.batch_size
-            pools = np.split(shuffled, range(pool_size, size, pool_size))
-            sorted_pools = [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools]
-            order = np.concatenate(sorted_pools)
-            batch_order = rng.permutation(len(self))
-
-        for start in batch_order * self.batch_size:
-            indices = order[start : start + self.batch_size]
-            rows = [torch.tensor(self.rows[index]) for index in indices]
-            input_ids = torch.nn.utils.rnn.pad_sequence(
-                rows, batch_first=True, padding_value=self.padding_idx
-            )
-            labels = torch.tensor([self.labels[index] for index in indices])
-            yield {"input_ids": input_ids, "labels": labels}
 
 
 # ---- Reading corpora ---------------------------------------------------------
@@ -952,205 +770,292 @@ def get_corpus(
     tokenizer: Tokenizer,
     name: str | None = None,
     train_split: str = "train",
-    **stage_1: Any,
+    text_column: str = "text",
+    rows_per_document: int = 1,
 ) -> TokenizedCorpus:
     """Returns the "train" or the "validation" part of a data set, tokenized.
 
     The part to train on is `train_split`, as `datasets` spells it: "train", "train+unsupervised",
     "train[:10%]". The validation part is the split of that name; where there is none, or where it
-    is trained on, it is the last 1% of the documents of `train_split` that have two sentences or
-    more, and at least two of them. name: the configuration of a hub data set that has several.
-    stage_1: further arguments of `tokenize_dataset`.
+    is trained on, it is the last 1% of the documents of `train_split`, and at least two.
+
+    The documents are tokenized once, into a folder in the cache of `datasets` that is named after
+    all that its content depends on.
+    name: the configuration of a hub data set that has several.
+    rows_per_document: > 1 joins so many rows into a document, for corpora with a sentence per row.
     """
-    splits = get_dataset(path, name, split=None)
-    # It is trained on if `train_split` names it: train+validation.
-    has_validation = "validation" in splits and "validation" not in train_split
-    if split == "validation" and has_validation:
-        return TokenizedCorpus(tokenize_dataset(splits["validation"], tokenizer, **stage_1))
-    train_rows = get_train_rows(splits, path, train_split, name)
-    rows = tokenize_dataset(train_rows, tokenizer, **stage_1)
-    if has_validation:
-        return TokenizedCorpus(rows)
-    usable = np.flatnonzero(np.asarray(rows["sentences"][:]) > 1)
-    if len(usable) < 4:
-        raise ValueError(
-            f"{path} has {len(usable)} documents of two sentences or more, 4 are needed (a corpus"
-            " with a sentence per row needs --rows-per-document)"
-        )
-    held_out = max(2, len(usable) // 100)
-    cut = usable[-held_out]  # the row at which the validation part starts
-    part = range(cut) if split == "train" else range(cut, len(rows))
-    return TokenizedCorpus(rows.select(part))
+    splits = get_dataset(path, name, split=None, columns=(text_column,))
+    holds_out = "validation" not in splits or "validation" in train_split
+    rows = select_split(splits, train_split if holds_out or split == "train" else "validation")
+    how = (tokenizer.to_str(), text_column, rows_per_document, SPLIT_VERSION)
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "bert-in-four-files"
+    folder = cache / make_key(rows._fingerprint, *how)
+    if not folder.exists():
+        tokenize_corpus(join_rows(rows, text_column, rows_per_document), tokenizer, folder)
+    return TokenizedCorpus(folder, part=split if holds_out else None)
 
 
-def get_train_rows(
-    splits: dict[str, datasets.Dataset], path: str, train_split: str, name: str | None = None
-) -> datasets.Dataset:
-    """Returns the rows to train on. splits: all of `path`. train_split: see `get_corpus`."""
-    if train_split in splits:
-        return splits[train_split]
-    if train_split.isidentifier():  # one name, not train+unsupervised or train[:10%]
-        raise ValueError(
-            f"{path} has no split {train_split}, only {', '.join(splits)}; see --split"
-        )
-    return get_dataset(path, name, train_split)
+def join_rows(rows: Iterable[dict], column: str, rows_per_document: int) -> Iterator[str]:
+    """Yields documents: the texts of so many rows each, with a blank line between them."""
+    texts = (as_text(row[column], f"row {index}: {column}") for index, row in enumerate(rows))
+    for parts in iter(lambda: list(islice(texts, rows_per_document)), []):
+        yield "\n\n".join(part for part in parts if part)
 
 
 def get_texts(
     path: str, train_split: str = "train", name: str | None = None, column: str = "text"
-) -> Iterable[str]:
+) -> Iterable[str | None]:
     """Returns the texts to learn a vocabulary from: all of the split to train on, including those
-    that `get_corpus` may hold out. Raises ValueError if the column is missing or not text.
+    that `get_corpus` may hold out.
     """
-    splits = get_dataset(path, name, split=None)
-    rows = get_train_rows(splits, path, train_split, name)
-    if column not in rows.column_names:
-        raise ValueError(f"no --text-column {column} in {rows.column_names}")
-    kind = rows.features[column]
-    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
-        raise ValueError(f"--text-column {column} is not text but {kind}")
-    return rows[column]
+    return get_dataset(path, name, train_split, columns=(column,))[column]
+
+
+def sample_folder() -> Path:
+    """Returns the folder of a small invented corpus that comes with the code."""
+    return Path(__file__).with_name("sample")
 
 
 def get_dataset(
-    path: str, name: str | None = None, split: str | None = "train", streaming: bool = False
+    path: str,
+    name: str | None = None,
+    split: str | None = "train",
+    streaming: bool = False,
+    columns: tuple[str, ...] | None = None,
 ) -> Any:
     """Returns a split of a data set, or with split=None a dict of all. One row is one document, or
     a sentence of SST-2.
 
-    path: "sample", a hub id, or a directory or file of parquet, json(l) or text; a .txt is one
-    document. In a directory, file names that contain train, validation or test make those splits,
-    as `datasets` has it; without such names, all is train. A file is train. Raises ValueError if
-    there is nothing to read, or if the files are not those that a user expects to be read (see
-    `check_files_are_read`).
+    path: "sample", a hub id, or a file or directory (see `list_files`). columns: those to read.
+    Raises ValueError, in one line with the path, for all that cannot be read.
     """
-    where = SAMPLE / "corpus" if path == "sample" else Path(path)
-    if where.exists():
-        source, options = describe_files(where)
-    elif is_hub_id(path):
-        print(f"fetching {path} from the hub", file=sys.stderr)
-        source, options = path, {}
-    else:
-        raise ValueError(f"{path} does not exist")
-    try:
-        builder = datasets.load_dataset_builder(source, name, **options)
+    where = sample_folder() / "corpus" if path == "sample" else Path(path)
+    with reading(path):
         if where.exists():
-            check_files_are_read(where, builder)
-        if streaming:
-            return builder.as_streaming_dataset(split)
-        builder.download_and_prepare()
-        return builder.as_dataset(split)
-    except (OSError, ValueError, RuntimeError, StopIteration, DatasetGenerationError) as error:
-        cause = error.__cause__ or str(error) or "it is empty"
-        raise ValueError(f"cannot read {path}: {cause}") from error
+            kind = datasets.IterableDataset if streaming else datasets.Dataset
+            splits = {}
+            for part, files in list_files(where).items():
+                how = {"files": files, "columns": columns}
+                splits[part] = kind.from_generator(read_files, gen_kwargs=how)
+        else:
+            splits = dict(datasets.load_dataset(path, name, streaming=streaming))
+            if columns:
+                splits = {part: rows.select_columns(list(columns)) for part, rows in splits.items()}
+        return splits if split is None else select_split(splits, split)
 
 
-KINDS = {".txt", ".json", ".jsonl", ".parquet"}
-
-
-def describe_files(where: Path) -> tuple[str, dict[str, Any]]:
-    """Returns the arguments of `datasets.load_dataset_builder` for a file or a directory: the path
-    to load, and options.
-
-    `datasets` takes the kind of most files for the kind of a directory; a tie is rejected here.
-
-    `datasets` recognizes a changed file by path and time alone. The cache directory that is named
-    here depends on the sizes, too, and so catches a file that was overwritten within a second.
-    """
-    # An absolute path, since `datasets` takes a folder's name, such as text or json, for one of its
-    # own kinds.
-    folder = where.parent.resolve() if where.is_file() else where.absolute()
-    if set("[]*?") & set(str(folder)):
-        raise ValueError(f"{folder}: the library takes [ ] * ? in a folder's name for a pattern")
-    # The library reads no .TXT: `check_files_are_read` names those.
-    visible = [file for file in visible_files(where) if file.suffix in KINDS]
-    kinds = Counter(".json" if file.suffix == ".jsonl" else file.suffix for file in visible)
-    ranked = kinds.most_common()
-    if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
-        raise ValueError(
-            f"{where} has as many {ranked[0][0]} as {ranked[1][0]} files: name a file, or a folder"
-            " of files of one kind"
-        )
-
-    options: dict[str, Any] = {}
-    if ranked and ranked[0][0] == ".txt":
-        options["sample_by"] = "document"
-    sizes = [(str(file.resolve()), file.stat().st_size) for file in visible]
-    cache = f"files-{datasets.fingerprint.Hasher.hash(sizes)}"
-    options["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / cache)
-    if where.is_file():
-        options["data_files"] = {"train": glob.escape(where.name)}
-    return str(folder), options
-
-
-def visible_files(where: Path) -> list[Path]:
-    """Returns the files of a directory, or the file itself, that are of a kind in `KINDS`; without
-    those whose name, or whose folder's name, starts with a dot or two underscores.
-    """
-    files = [where] if where.is_file() else sorted(where.glob("**/*"))
-    return [
-        file
-        for file in files
-        if file.suffix.lower() in KINDS
-        and file.is_file()
-        and not any(part.startswith((".", "__")) for part in file.relative_to(where).parts)
-    ]
-
-
-def check_files_are_read(where: Path, builder: datasets.DatasetBuilder) -> None:
-    """Checks that `datasets` reads the files that a user expects. It chooses them by its own rules.
-
-    - It may take a directory for one of texts where `describe_files` has not. Then every line would
-      be a document: raises ValueError.
-    - Once the path of one file names a split, it leaves out all whose paths do not: a single
-      night-train.txt hides a folder of books. Prints how many files of the kind that it reads are
-      left out. Raises ValueError if they are half of the texts or more; tables that are left out
-      may be descriptions of others.
-
-    Nothing is checked for a single file, nor where a dataset card (README.md) names the files.
-    """
-    is_text = builder.name == "text"
-    if is_text and getattr(builder.config, "sample_by", None) != "document":
-        raise ValueError("its texts would be read by the line: name a folder of .txt files alone")
-    card = where / "README.md"
-    if where.is_file() or (card.exists() and re.search(rb"data_(files|dir)", card.read_bytes())):
-        return
-    used = {Path(file).resolve() for files in builder.config.data_files.values() for file in files}
-    kinds = {".txt"} if is_text else {file.suffix for file in used}
-    files = [
-        file
-        for file in visible_files(where)
-        if file.suffix.lower() in kinds and file.name not in FILES_TO_IGNORE
-    ]
-    read = [file for file in files if file.resolve() in used]
-    left_out = [file for file in files if file.resolve() not in used]
-    if not left_out:
-        return
-    name_that_is_read = read[0].relative_to(where) if read else min(used).name
-    reason = (
-        f"{len(left_out)} of {len(files)} {'texts' if is_text else 'files'}, such as"
-        f" {left_out[0].name}, are not read, because a name like {name_that_is_read} makes a split,"
-        " or because their names end in upper case"
+def select_split(splits: dict[str, Any], split: str) -> Any:
+    """Returns one of the splits, or what "train+unsupervised" and "train[:10%]" mean."""
+    if split in splits:
+        return splits[split]
+    sizes = {part: len(rows) for part, rows in splits.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    return datasets.concatenate_datasets(
+        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     )
-    if is_text and len(left_out) >= len(files) / 2:
-        raise ValueError(f"{reason}: rename {name_that_is_read}, or move the others away")
-    announce(f"{where}: {reason}")
 
 
-@lru_cache
-def announce(message: str) -> None:
-    """Prints a message, once in a process."""
-    print(message, file=sys.stderr)
+KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def is_hub_id(source: str) -> bool:
-    """Returns whether a name can be a hub id, `name` or `owner/name`, and is not a local path.
+def list_files(where: Path) -> dict[str, list[tuple[str, int, int]]]:
+    """Returns the files of each split of a local data set, with their sizes and times: they are
+    part of the names under which `datasets` stores what it has read.
 
-    The same function as in bert.py, so that either file can be copied alone.
+    A .txt file is one document; .json, .jsonl and .parquet files have a row for each. Of a
+    directory, all files in it and below are read, except hidden ones and pages (.md, LICENSE). If
+    the first word of a file's name is train, validation or test, it belongs to that split; all
+    others are train. Files of any other kind are rejected: they might hold text that would be
+    missed.
     """
-    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
-        return False
-    return "/" not in source or not Path(Path(source).parts[0]).exists()
+    files = sorted(where.rglob("*.*")) if where.is_dir() else [where]
+    files = [file for file in files if file.is_file() and file.suffix != ".md"]
+    files = [file for file in files if not is_hidden(file.relative_to(where))]
+    kinds = {KINDS.get(file.suffix.lower()): file.name for file in files}
+    if not files or None in kinds or len(kinds) > 1:
+        found = ", ".join(sorted(kinds.values())) or "no file"
+        raise ValueError(f"{found}: not files of one kind, .txt, .json(l) or .parquet")
+    splits: dict[str, list[tuple[str, int, int]]] = {}
+    for file in files:
+        first_word = re.match(r"(train|validation|test)(?![a-z])", file.name)
+        split = first_word[1] if first_word and where.is_dir() else "train"
+        about = file.stat()
+        stamped = (str(file.absolute()), about.st_size, about.st_mtime_ns)
+        splits.setdefault(split, []).append(stamped)
+    return splits
+
+
+def is_hidden(file: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in file.parts)
+
+
+def read_files(
+    files: list[tuple[str, int, int]], columns: tuple[str, ...] | None
+) -> Iterator[dict]:
+    """Yields the rows of files, one after another. Other columns may differ between files."""
+    for file, _, _ in files:
+        with reading(file):
+            for row in read_rows(Path(file), columns):
+                missing = set(columns or ()) - set(row)
+                if missing:
+                    raise ValueError(f"no column {', '.join(missing)} among {', '.join(row)}")
+                yield {column: row[column] for column in columns or row}
+
+
+def read_rows(file: Path, columns: tuple[str, ...] | None) -> Iterator[dict]:
+    """Yields the rows of a file, possibly with more columns than these."""
+    if file.suffix.lower() == ".txt":
+        yield {"text": file.read_text(encoding="utf-8")}
+    elif file.suffix.lower() == ".parquet":
+        for batch in ParquetFile(file).iter_batches(100, columns=columns):
+            yield from batch.to_pylist()
+    else:
+        with file.open(encoding="utf-8") as lines:
+            is_list = lines.read(1) == "["
+            lines.seek(0)
+            yield from json.load(lines) if is_list else map(json.loads, lines)
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+    """Turns what the libraries raise when they cannot read into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # of datasets, pyarrow, codecs, gzip, fsspec: they share no base
+        is_ours = str(error).startswith("cannot ")
+        cause = error if is_ours else error.__cause__ or error
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        if getattr(cause, "errno", None) == errno.ENOSPC:
+            reason = f"cannot write to {datasets.config.HF_DATASETS_CACHE}: {reason}"
+        if not reason.startswith("cannot "):
+            reason = f"cannot read {path}: {reason}"
+        raise ValueError(reason) from error
+
+
+# ---- The stream --------------------------------------------------------------
+
+STREAM_BLOCK = 1_000_000  # tokens, about 8,000 examples of 128
+HELD_OUT_DOCUMENTS = 64
+
+
+@dataclass(eq=False)
+class Stream(IterableDataset):
+    """Batches, without end, of a corpus that is not stored because it exceeds the disk.
+
+    Each worker reads shards of its own and treats one block of documents at a time as a corpus:
+    tokens, pairs, masks, every example once, in a random order. So only the documents of a block
+    are shuffled among each other. There are no bookmarks: a resumed run reads again what it has
+    trained on, and skips it, with the same numbers of ranks and workers.
+
+    holds_out: whether one document in a hundred is for evaluation.
+    make_dataset: makes the examples of a block. `get_stream_dataloader` sets this and the rest.
+    """
+
+    path: str
+    rows: datasets.IterableDataset
+    text_column: str
+    rows_per_document: int
+    holds_out: bool
+    tokenizer: Tokenizer
+    make_dataset: Any = None
+    batch_size: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        # The index of a block, among those of all workers, is the epoch of its random numbers.
+        indices = count(self.rank * workers + worker, self.world_size * workers)
+        examples: list[dict[str, np.ndarray]] = []
+        for block, corpus in zip(indices, self.blocks(), strict=False):
+            dataset = self.make_dataset(corpus)
+            for index in permutation(dataset.seed, block, len(dataset)).tolist():
+                examples.append(dataset[block * len(dataset) + index])
+                if len(examples) == self.batch_size:
+                    yield collate(examples, dataset.padding_idx)
+                    examples = []
+
+    def blocks(self) -> Iterator[TokenizedCorpus]:
+        """Yields blocks, epoch after epoch. A block ends after `STREAM_BLOCK` tokens or with its
+        epoch, but not before it has two documents.
+        """
+        dtype = token_dtype(self.tokenizer)
+        block: list[list[list[int]]] = []
+        while True:
+            usable = 0
+            size = 0
+            for document in encode_documents(self.documents(), self.tokenizer, Counter()):
+                block.append(document)
+                usable += 1
+                size += sum(map(len, document))
+                if size >= STREAM_BLOCK and len(block) > 1:
+                    yield TokenizedCorpus(pack(block, dtype))
+                    block = []
+                    size = 0
+            if usable < 2:
+                raise ValueError(f"a reader of {self.path} has no two documents of two sentences")
+            if len(block) > 1:
+                yield TokenizedCorpus(pack(block, dtype))
+                block = []
+
+    def documents(self, held_out: bool = False) -> Iterator[str]:
+        """Yields the documents to train on, or those that are held out, once."""
+        with reading(self.path):
+            for text in join_rows(self.rows, self.text_column, self.rows_per_document):
+                is_held_out = self.holds_out and zlib.crc32(text.encode()) % 100 == 0
+                if is_held_out == held_out:
+                    yield text
+
+
+def open_stream(
+    path: str,
+    tokenizer: Tokenizer,
+    name: str | None = None,
+    train_split: str = "train",
+    text_column: str = "text",
+    rows_per_document: int = 1,
+) -> tuple[Stream, TokenizedCorpus]:
+    """Returns the stream to train on, and 64 documents to evaluate on.
+
+    The latter are of the split "validation". Without such a split, or if it is trained on, they are
+    held out of `train_split`, which must be one whole split.
+    """
+    splits = get_dataset(path, name, None, streaming=True, columns=(text_column,))
+    if train_split not in splits:
+        raise ValueError(f"a stream is one whole split of {', '.join(splits)}, not {train_split}")
+    holds_out = "validation" not in splits or train_split == "validation"
+    rows = splits[train_split]
+    stream = Stream(path, rows, text_column, rows_per_document, holds_out, tokenizer)
+    evaluated = stream if holds_out else replace(stream, rows=splits["validation"])
+    texts = islice(evaluated.documents(held_out=holds_out), HELD_OUT_DOCUMENTS)
+    documents = list(encode_documents(texts, tokenizer, Counter()))
+    return stream, TokenizedCorpus(pack(documents, token_dtype(tokenizer)))
+
+
+def get_stream_dataloader(
+    stream: Stream,
+    make_dataset: Callable[[TokenizedCorpus], PretrainDataset],
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 2,
+) -> DataLoader:
+    """Returns the endless loader of one rank's batches. make_dataset: see `Stream`."""
+    shards = stream.rows.num_shards
+    readers = world_size * max(1, workers)  # without workers, the rank itself reads
+    if readers > shards:
+        raise ValueError(f"{readers} workers of all ranks read {shards} files: use fewer workers")
+    rows = split_dataset_by_node(stream.rows, rank, world_size)
+    dataset = replace(
+        stream,
+        rows=rows,
+        make_dataset=make_dataset,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    return DataLoader(dataset, batch_size=None, **loader_options(workers))
 
 
 # ---- Reading tokenizers ------------------------------------------------------

@@ -538,38 +538,19 @@ def choose_tokenizer(options: PretrainOptions) -> Tokenizer:
     return data.train_tokenizer(texts, options.vocab_size)
 
 
-def load_corpora(
-    options: PretrainOptions,
-    tokenizer: Tokenizer,
-    splits: Sequence[str] = ("train", "validation"),
-) -> dict[str, Any]:
-    """Returns the corpus of each split. With --streaming, `splits` is ignored: both are returned,
-    and "train" is a stream of rows.
-    """
-    if options.streaming:
-        from extras import streaming
-
-        rows, texts = streaming.open_stream(
-            options.dataset,
-            options.dataset_name,
-            options.text_column,
-            options.rows_per_document,
-            options.split,
-        )
-        return {"train": rows, "validation": streaming.tokenize_block(texts, 0, tokenizer)}
-    return {
-        split: data.get_corpus(
-            options.dataset,
-            split,
-            tokenizer,
-            name=options.dataset_name,
-            train_split=options.split,
-            text_column=options.text_column,
-            processes=options.workers or None,
-            rows_per_document=options.rows_per_document,
-        )
-        for split in splits
+def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the text to train on, which may be a stream, and the text to evaluate on."""
+    where: dict[str, Any] = {
+        "name": options.dataset_name,
+        "train_split": options.split,
+        "text_column": options.text_column,
+        "rows_per_document": options.rows_per_document,
     }
+    if options.streaming:
+        stream, validation = data.open_stream(options.dataset, tokenizer, **where)
+        return {"train": stream, "validation": validation}
+    splits = ("train", "validation")
+    return {split: data.get_corpus(options.dataset, split, tokenizer, **where) for split in splits}
 
 
 def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainModel:
@@ -639,33 +620,15 @@ def make_batches(
     gc.freeze()
     rank, ranks = rank_and_ranks()
     skipped = start * options.accumulate // ranks
+    share = {"rank": rank, "world_size": ranks, "workers": options.workers}
     if options.streaming:
-        from extras import streaming
-
-        progress = streaming.new_progress(options.workers)
-        loader = streaming.get_stream_dataloader(
-            corpus,
-            options.text_column,
-            progress,
-            rank,
-            ranks,
-            tokenizer=tokenizer,
-            batch_size=options.batch_size,
-            make_dataset=partial(make_dataset, options),
-        )
-        loader.worker_init_fn = leave_group
-        return itertools.islice(streaming.take(loader, progress), skipped, None)
-
-    loader = data.get_split_dataloader(
-        make_dataset(options, corpus, tokenizer),
-        options.batch_size,
-        start=skipped,
-        rank=rank,
-        world_size=ranks,
-        workers=options.workers,
-    )
+        make_examples = partial(make_dataset, options, tokenizer=tokenizer)
+        loader = data.get_stream_dataloader(corpus, make_examples, options.batch_size, **share)
+    else:
+        dataset = make_dataset(options, corpus, tokenizer)
+        loader = data.get_split_dataloader(dataset, options.batch_size, skipped, **share)
     loader.worker_init_fn = leave_group
-    return iter(loader)
+    return itertools.islice(loader, skipped if options.streaming else 0, None)
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
@@ -924,12 +887,12 @@ def what_identifies(options: PretrainOptions, corpora: dict[str, Any]) -> dict[s
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
-    identity["validation"] = corpora["validation"].checksum()
+    identity["validation"] = corpora["validation"].key
     if options.streaming:
         _, ranks = rank_and_ranks()
         identity["readers"] = f"{options.workers} workers of {ranks} ranks"
     else:
-        identity["train"] = corpora["train"].checksum()
+        identity["train"] = corpora["train"].key
     return identity
 
 

@@ -59,6 +59,7 @@ from train_pretrain import (
 )
 
 LABELS = ("negative", "positive")
+PURPOSE_SENTENCES = 2  # of random numbers; those of data.py are 0 and 1
 
 # ---- Options -----------------------------------------------------------------
 
@@ -140,7 +141,7 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
 
     Raises ValueError, with the row, if a sentence is not text or a label is not 0 or 1.
     """
-    source = str(data.SAMPLE / "reviews") if path == "sample" else path
+    source = str(data.sample_folder() / "reviews") if path == "sample" else path
     rows = data.get_dataset(source, name, split)
     column = "sentence" if "sentence" in rows.column_names else "text"
     if not {column, "label"} <= set(rows.column_names):
@@ -198,7 +199,7 @@ class SST2Batches:
             order = np.argsort(lengths, kind="stable")
             batch_order = np.arange(len(self))
         else:
-            rng = data.generator(self.seed, data.PURPOSE_SST2, self.epoch)
+            rng = np.random.default_rng((self.seed, PURPOSE_SENTENCES, self.epoch, 0))
             shuffled = rng.permutation(size)
             pool_size = 64 * self.batch_size
             pools = np.split(shuffled, range(pool_size, size, pool_size))

@@ -39,20 +39,12 @@ BATCH = 256
 FOLDER = HERE / "mistakes"
 
 
-def tokenize_corpus(
-    documents: list[str], tokenizer: Tokenizer, folder: str
-) -> data.TokenizedCorpus:
-    rows = datasets.Dataset.from_dict({"text": documents})
-    data.tokenize_dataset(rows, tokenizer).save_to_disk(folder)
-    return data.TokenizedCorpus(datasets.load_from_disk(folder))
-
-
 # ---- A learning rate that is too large ---------------------------------------
 
 
 def rate(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[dict]:
     """Yields the loss while one pair is overfitted, without dropout, at three learning rates."""
-    corpus = tokenize_corpus(documents[:16], tokenizer, folder)
+    corpus = data.tokenize_corpus(documents[:16], tokenizer, f"{folder}/corpus")
     examples = data.PretrainDataset(corpus, tokenizer, LENGTH)
     batch = data.collate([examples[0]], examples.padding_idx)
     batch = to_device(batch, torch.device("cpu"))
@@ -128,7 +120,7 @@ def up_front(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterato
             made.save_to_disk(place)
             next(made.with_format("torch").iter(BATCH))
         else:
-            corpus = tokenize_corpus(part, tokenizer, place)
+            corpus = data.tokenize_corpus(part, tokenizer, f"{place}/corpus")
             examples = data.PretrainDataset(corpus, tokenizer, LENGTH)
             data.collate([examples[i] for i in range(BATCH)], examples.padding_idx)
         seconds = round(time.perf_counter() - started, 2)
@@ -155,7 +147,7 @@ def memory(
     object of Python is to count a reference to it. So with a tenth of the examples in lists, each
     worker comes to own a copy of every page.
     """
-    corpus = tokenize_corpus(documents, tokenizer, folder)
+    corpus = data.tokenize_corpus(documents, tokenizer, f"{folder}/corpus")
     examples: Any = data.PretrainDataset(corpus, tokenizer, LENGTH)
     if in_lists:  # 8 bytes for each token, and 28 for the integer itself
         tenth = [examples[i] for i in range(len(examples) // 10)]

@@ -28,7 +28,6 @@ from tokenizers import Tokenizer
 import data
 from bert import BertConfig, BertPretrainModel
 from experiments.curves import HERE, new_figure, read_lines
-from experiments.mistakes import tokenize_corpus
 from train_pretrain import (
     PretrainLosses,
     add_gradients,
@@ -198,7 +197,7 @@ def measure(
     texts = list(read_lines(SAMPLE)["text"])
     tokenizer = data.train_tokenizer(texts, 2000)
     with tempfile.TemporaryDirectory() as folder:
-        corpus = tokenize_corpus(texts, tokenizer, folder)
+        corpus = data.tokenize_corpus(texts, tokenizer, f"{folder}/corpus")
         examples = data.PretrainDataset(corpus, tokenizer, LENGTH)
         for size, rows, compiled in trainings:
             batch = data.collate([examples[i] for i in range(rows)], examples.padding_idx)

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from hypothesis import strategies as st
@@ -168,23 +167,11 @@ def gradients(
 
 
 def corpus_of(documents: list[list[list[int]]]) -> data.TokenizedCorpus:
-    """Returns documents of sentences of token ids as the corpus that stage 1 makes of them."""
-    columns: dict[str, list] = {"tokens": [], "starts": [], "sentences": []}
-    for sentences in documents:
-        kept = sentences if len(sentences) > 1 else []
-        columns["tokens"].append([token for sentence in kept for token in sentence])
-        columns["starts"].append(
-            [int(n) for n in np.cumsum([0, *map(len, kept)])[:-1]][: len(kept)]
-        )
-        columns["sentences"].append(len(sentences))
-    features = datasets.Features(
-        {
-            "tokens": datasets.List(datasets.Value("uint16")),
-            "starts": datasets.List(datasets.Value("uint32")),
-            "sentences": datasets.Value("int64"),
-        }
-    )
-    return data.TokenizedCorpus(datasets.Dataset.from_dict(columns, features=features))
+    """Returns documents of sentences of token ids as a corpus, without those that have fewer than
+    two sentences.
+    """
+    usable = [sentences for sentences in documents if len(sentences) > 1]
+    return data.TokenizedCorpus(data.pack(usable, "uint16"))
 
 
 @st.composite
@@ -271,12 +258,16 @@ def corpora_of_all_kinds(room: int) -> dict[str, list[list[int]]]:
             document(int(rng.integers(4 * room, 9 * room)), 2 * room, 4 * room) for _ in range(40)
         ],
         "two documents": [document(20 * room, 3, 30), document(3 * room, 2, 90)],
+        "one-token last sentences": [
+            [*document(int(rng.integers(5, 3 * room)), 3, 30), 1] for _ in range(150)
+        ],
+        "as long as an example": [document(room + 3, 3, 30) for _ in range(200)],
     }
 
 
 def numbered(documents: list[list[list[int]]]) -> list[list[list[int]]]:
-    """Returns documents of the same shapes whose token at position k of the corpus has the id
-    1000 + k, so that every id tells its position. Those that are left out have the id 999.
+    """Returns documents of the same shapes whose token at offset k of the corpus has the id
+    1000 + k, so that every id tells its offset. Those that are left out have the id 999.
     """
     ids = iter(range(1000, 65000))
     return [
@@ -285,8 +276,8 @@ def numbered(documents: list[list[list[int]]]) -> list[list[list[int]]]:
     ]
 
 
-def position_tokenizer(size: int = 20_000):
-    """Returns a tokenizer with an id for every position of a `numbered` corpus."""
+def offset_tokenizer(size: int = 20_000):
+    """Returns a tokenizer with an id for every offset of a `numbered` corpus."""
     names = [*data.SPECIAL_TOKENS, *(f"t{i}" for i in range(5, size))]
     return data.wordpiece({token: i for i, token in enumerate(names)})
 

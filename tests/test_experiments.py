@@ -12,7 +12,6 @@ import data
 from bert import Bert
 from experiments import attention, speed
 from experiments.curves import HERE, best_accuracies, means_of_seeds
-from experiments.mistakes import tokenize_corpus
 from train_pretrain import make_optimizer
 
 
@@ -84,7 +83,9 @@ def test_the_attention_picture_has_a_panel_for_each_head_with_the_tokens_of_the_
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> data.PretrainDataset:
     folder = str(tmp_path_factory.mktemp("corpus"))
-    corpus = tokenize_corpus(["a b c\n\nb c d a", "c c a\n\nd b a b"], small_tokenizer(), folder)
+    corpus = data.tokenize_corpus(
+        ["a b c\n\nb c d a", "c c a\n\nd b a b"], small_tokenizer(), folder / "corpus"
+    )
     return data.PretrainDataset(corpus, small_tokenizer(), 16)
 
 

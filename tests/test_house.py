@@ -17,7 +17,7 @@ from strategies import LETTERS, write_texts
 FOUR_FILES = ("bert", "data", "train_pretrain", "train_sst2")
 
 
-FOLDERS = ("extras", "experiments", "sample")
+FOLDERS = ("experiments", "sample")
 
 
 MAY_IMPORT = {
@@ -25,15 +25,8 @@ MAY_IMPORT = {
     "data": set(),
     "train_pretrain": {"bert", "data"},
     "train_sst2": {"bert", "data", "train_pretrain"},
-    "extras": {*FOUR_FILES, "extras"},
     "experiments": {*FOUR_FILES, "experiments"},
     "sample": {"sample"},
-}
-
-
-UPWARD = {  # imports within a function, for those who ask: (module, function) -> imported module
-    ("train_pretrain", "load_corpora"): "extras.streaming",
-    ("train_pretrain", "make_batches"): "extras.streaming",
 }
 
 
@@ -62,34 +55,15 @@ def imports(tree: ast.AST) -> Iterator[str]:
         yield from {name for name in names if name in MODULES}
 
 
-def top_level_imports(tree: ast.Module) -> set[str]:
-    statements = [
-        node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)
-    ]
-    return {name for statement in statements for name in imports(statement)}
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module):
+    """Also those within functions."""
     allowed = MAY_IMPORT[module.split(".")[0]]
-    assert {name.split(".")[0] for name in top_level_imports(MODULES[module])} <= allowed
-
-
-def test_the_only_upward_imports_are_in_the_branch_that_asks_for_them():
-    found = {}
-    for module, tree in MODULES.items():
-        for function in ast.walk(tree):
-            if isinstance(function, ast.FunctionDef):
-                for name in imports(function):
-                    assert (module, function.name) not in found
-                    found[module, function.name] = name
-    assert found == UPWARD
+    assert {name.split(".")[0] for name in imports(MODULES[module])} <= allowed
 
 
 def test_no_module_imports_itself_in_a_circle():
     graph = {module: set(imports(tree)) for module, tree in MODULES.items()}
-    for (module, _), upward in UPWARD.items():
-        graph[module].discard(upward)  # they run later
     TopologicalSorter(graph).prepare()  # raises CycleError
     assert sum(len(imported) for imported in graph.values()) > 15
 
@@ -146,7 +120,7 @@ def test_data_alone_in_a_folder_works(tmp_path):
     write_texts(tmp_path / "corpus.jsonl", [f"{c} aa. bb cc." for c in LETTERS])
     code = """
 import data
-tokenizer = data.train_tokenizer(data.get_dataset("corpus.jsonl")["text"], 70)
+tokenizer = data.train_tokenizer(data.get_texts("corpus.jsonl"), 70)
 corpus = data.get_corpus("corpus.jsonl", "train", tokenizer)
 dataset = data.PretrainDataset(corpus, tokenizer, 16)
 print(sorted(next(iter(data.get_split_dataloader(dataset, 2, workers=0)))))

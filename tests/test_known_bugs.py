@@ -36,7 +36,6 @@ import bert
 import data
 import train_pretrain
 import train_sst2
-from extras import streaming
 
 # Modules that may have imported a planted function by its name.
 USERS = (
@@ -66,12 +65,14 @@ def plant(monkeypatch, owner, name: str, old: str, new: str) -> None:
     """Replaces `old` by `new` in the source of a function or method."""
     function = inspect.getattr_static(owner, name)
     function = getattr(function, "__func__", function)  # of a classmethod
+    function = getattr(function, "fget", function)  # of a property; its source has the decorator
     real = inspect.unwrap(function)  # without torch.no_grad
     source = textwrap.dedent(inspect.getsource(real))
     assert source.count(old) == 1, f"{old!r} is not in {name} exactly once"
     planted: dict = {}
     exec(source.replace(old, new), real.__globals__, planted)
-    monkeypatch.setattr(owner, name, planted[name])
+    new_function = planted[name]
+    monkeypatch.setattr(owner, name, new_function)
     for user in USERS:  # modules that have imported it by name
         if getattr(user, name, None) is function:
             monkeypatch.setattr(user, name, planted[name])
@@ -104,6 +105,7 @@ LAYER = (bert.EncoderLayer, "forward")
 PRETRAIN = (bert.BertPretrainModel, "forward")
 ATTENTION = (bert.MultiHeadAttention, "forward")
 EXAMPLE = (data.PretrainDataset, "__getitem__")
+COLUMNS = (data.PretrainDataset, "choose_columns")
 FEED_FORWARD = "self.feed_forward_norm(x + self.dropout(computed))"
 ENCODE = "encode_plain(tokenizer, split_sentences(text))"
 
@@ -138,15 +140,16 @@ BUGS = {
         test_training.test_an_all_isnext_batch_has_an_nsp_gradient, {},
     ),
     "6 the same masks every epoch": (
-        data, "generator", "[0, index, epoch, purpose]", "[0, index, 0, purpose]",
+        *EXAMPLE, "PURPOSE_EXAMPLE, epoch, index_in_epoch", "PURPOSE_EXAMPLE, 0, index_in_epoch",
         test_order.test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise, {},
     ),
     "7 a blank line ends a document": (
-        data, "tokenize_documents", ENCODE, ENCODE.replace("(text)", "(text.split('\\n\\n')[0])"),
+        data, "encode_documents", "split_sentences(text, notes)",
+        "split_sentences(text.split('\\n\\n')[0], notes)",
         test_corpus.test_blank_lines_do_not_end_a_document, {},
     ),
     "8 a random segment of the same document": (
-        data, "draw_outside", "return position + (end - start)", "return position",
+        data, "draw_pair", "elsewhere += document_length", "pass",
         test_pairs.test_a_true_segment_b_follows_and_a_random_one_is_from_another_document, {},
     ),
     "9 special tokens as random replacements": (
@@ -155,7 +158,7 @@ BUGS = {
         test_masks.test_special_tokens_are_never_masked_and_never_drawn, {},
     ),
     "10 special tokens can be masked": (
-        *EXAMPLE, "np.concatenate([columns[1:first_sep], columns[first_sep + 1 :]])", "columns",
+        *COLUMNS, "np.concatenate([columns[1:first_sep], columns[first_sep + 1 : -1]])", "columns",
         test_masks.test_special_tokens_are_never_masked_and_never_drawn, {},
     ),
     "11 independent draws: 81, 10, 9": (
@@ -164,12 +167,12 @@ BUGS = {
         {"large_batch": test_masks.make_large_batch},
     ),
     "12 each token masked with probability 0.15": (
-        data, "choose_tokens", "rng.permutation(candidates)[: masked_count(candidates)]",
+        *COLUMNS, "rng.permutation(candidates)[:masked_count]",
         "candidates[rng.random(len(candidates)) < 0.15]",
         test_masks.test_exactly_15_percent_of_the_candidates_are_masked_and_at_least_one, {},
     ),
     "13 a whole word across [SEP]": (
-        *EXAMPLE, "first_of_segments = [0, len(segment_a)]", "first_of_segments = [0]",
+        *COLUMNS, "continues_word[[0, first_of_b]]", "continues_word[[0]]",
         test_masks.test_a_word_never_reaches_across_sep, {},
     ),
     "14 the last [SEP] is cut off": (
@@ -222,8 +225,8 @@ BUGS = {
         {"of_script": train_sst2.SST2Options},
     ),
     "22 a bad row is swallowed": (
-        data, "tokenize_documents", 'raise ValueError(f"row', 'text = str(f"row',
-        test_corpus.test_a_poisoned_row_surfaces_with_its_index, {},
+        data, "as_text", 'raise ValueError(f"', 'text = str(f"',
+        test_corpus.test_a_poisoned_document_surfaces_with_its_index, {},
     ),
     "23 perplexity of both losses": (
         train_pretrain, "evaluate", 'tensor(metrics["mlm_loss"])',
@@ -236,7 +239,7 @@ BUGS = {
         test_training.test_accumulated_gradients_are_those_of_the_whole_batch, {},
     ),
     "25 a restart repeats the data": (
-        data.EpochSampler, "__init__", "start * world_size + rank", "rank",
+        data.EpochSampler, "__iter__", "self.start * self.world_size + self.rank", "self.rank",
         test_order.test_each_epoch_visits_every_example_once_for_any_ranks_and_start, {},
     ),
     "26 the lowest accuracy is the best": (
@@ -244,45 +247,47 @@ BUGS = {
         test_finetuning.test_the_epoch_with_the_highest_accuracy_is_kept, {},
     ),
     "27 the same order every epoch": (
-        train_sst2.SST2Batches, "__iter__", "self.epoch)", "0)",
+        train_sst2.SST2Batches, "__iter__", "self.epoch, 0)", "0, 0)",
         test_reviews.test_bucket_orders_differ_by_epoch_and_seed_and_batches_are_of_similar_length,
         {},
     ),
     "28 workers without a shard yield nothing": (
-        streaming, "get_stream_dataloader", "worker_count > rows.num_shards", "False",
+        data, "get_stream_dataloader", "readers > shards", "False",
         test_streaming.test_more_readers_than_shards_are_rejected, {},
     ),
-    "29 what was buffered is lost in a restart": (
-        streaming.StreamedBatches, "__iter__", '{**bookmark, "batch": batches_made}',
-        '{**behind, "block": bookmark["block"] + 1, "batch": 0}',
-        test_streaming.test_a_stream_resumes_where_it_was_left, {"workers": 0, "block": 10**9},
+    "29 a resumed stream starts at its beginning": (
+        train_pretrain, "make_batches", "skip=start if options.streaming else 0", "skip=0",
+        test_streaming.test_a_resumed_run_reads_a_stream_again_and_skips_what_it_has_trained_on, {},
     ),
     "31 a random pair is cut to fit both documents, a true one its own": (
-        data, "place_pair",
-        "room_after = min(", "of_b = (seam, other)[coin_b]\n"
-        "    room_after = of_b.document_end - of_b.position if coin_a == coin_b else min(",
+        data, "draw_pair",
+        "    coin_b = int(rng.integers(2))\n",
+        "    coin_b = int(rng.integers(2))\n"
+        "    if coin_a == coin_b:\n"
+        "        here = other if coin_b else seam\n"
+        "        length_b = min(target - length_a, here.document_end - here.offset)\n",
         test_pairs.test_both_lengths_tell_nothing_about_the_label,
         {"drawn": lambda: test_pairs.draw_kind("hardly longer than a pair")},
     ),
-    "31 segment A is always from where the position was drawn, and only B may be elsewhere": (
-        data, "draw_pair", "coin_a = int(rng.integers(2))", "coin_a = 0",
+    "31 segment A is always from where the offset was drawn, and only B may be elsewhere": (
+        data, "draw_pair", "other.offset if coin_a else seam.offset", "seam.offset",
         test_pairs.test_segment_b_tells_nothing_about_the_label,
         {"drawn": lambda: test_pairs.draw_kind("two documents")},
     ),
-    "31 a random segment B starts a sentence, wherever A breaks off": (
-        data, "find_other_seam", "other.starts_sentence == seam.starts_sentence", "True",
-        test_pairs.test_where_sentences_break_tells_nothing_about_the_label,
-        {"drawn": lambda: test_pairs.draw_kind("novels")},
+    "31 segment A starts a document, segment B ends another, and so the pair is random": (
+        data, "draw_pair", "max(2, room_before + room_after - 1)", "room_before + room_after",
+        test_pairs.test_a_pair_never_starts_one_document_and_ends_another, {},
     ),
     "32 the corpus is divided by a floored quotient": (
-        data, "draw_pair", "(index + 1) * len(corpus) // examples_per_epoch",
-        "(index + 1) * (len(corpus) // examples_per_epoch)",
+        *EXAMPLE, "(index_in_epoch + 1) * len(self.corpus) // size",
+        "(index_in_epoch + 1) * (len(self.corpus) // size)",
         test_pairs.test_the_examples_of_an_epoch_share_the_corpus_and_leave_nothing_out, {},
     ),
-    "33 a drawn position is where segment A starts": (
-        data, "draw_pair", "seam = find_seam(corpus, position, reach)",
-        "last = corpus.document_around(position)[1] - 1\n"
-        "    seam = find_seam(corpus, min(position + target // 2, last), reach)",
+    "33 a drawn offset is where segment A starts": (
+        data, "draw_pair", "seam = find_seam(corpus, int(rng.integers(start, end)))",
+        "offset = int(rng.integers(start, end))\n"
+        "    last = span_around(corpus.document_starts, offset)[1] - 1\n"
+        "    seam = find_seam(corpus, min(offset + target // 2, last))",
         test_pairs.test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_4_times_the_mean, {},
     ),
     "34 the group of ranks has the accelerator's backend alone": (
@@ -315,8 +320,8 @@ BUGS = {
         {"has_folder": True},
     ),
     "40 another corpus of the same lengths is taken for the same": (
-        data.TokenizedCorpus, "checksum", "value = zlib.crc32(np.", "zlib.crc32(np.",
-        test_corpus.test_the_checksum_of_a_corpus_changes_with_every_token_and_start, {},
+        data.TokenizedCorpus, "key", "array.tobytes() for array", "len(array) for array",
+        test_corpus.test_the_key_of_a_corpus_in_memory_changes_with_every_token_and_start, {},
     ),
     "41 fine-tuning is validated on what it was trained on": (
         train_sst2, "train", 'load(options.dataset, "validation"',
@@ -366,13 +371,12 @@ BUGS = {
         {},
     ),
     "50 a stream's block is not shuffled": (
-        streaming.StreamedBatches, "batches",
-        "data.permutation(dataset.seed, block_index, len(dataset)).tolist()",
-        "list(range(len(dataset)))", test_streaming.test_a_block_is_shuffled, {},
+        data.Stream, "__iter__", "permutation(dataset.seed, block, len(dataset)).tolist()",
+        "range(len(dataset))",
+        test_streaming.test_every_example_of_a_block_comes_once_in_a_random_order, {},
     ),
     "51 all workers of a stream draw the same numbers": (
-        streaming.StreamedBatches, "__iter__",
-        'bookmark["block"] * self.worker_count + self.first_worker + worker', 'bookmark["block"]',
+        data.Stream, "__iter__", "self.rank * workers + worker", "0",
         test_streaming.test_workers_that_read_equal_documents_make_other_examples_of_them, {},
     ),
     "54 the clock of a resumed run starts again": (

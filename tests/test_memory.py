@@ -22,7 +22,6 @@ from strategies import LETTERS, corpus_of, small_tokenizer, write_texts
 from torch.utils.data import DataLoader
 
 import data
-from extras import streaming
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,11 +139,10 @@ def shards(tmp_path_factory) -> Path:
 
 
 def streamed(folder: Path) -> DataLoader:
-    streaming.BLOCK = 100_000  # characters, so that many blocks are read
-    rows, _ = streaming.open_stream(str(folder), None, "text")
-    how = {"tokenizer": small_tokenizer(), "batch_size": 8,
-           "make_dataset": partial(data.PretrainDataset, max_seq_length=64)}  # fmt: skip
-    return streaming.get_stream_dataloader(rows, "text", streaming.new_progress(2), 0, 1, **how)
+    data.STREAM_BLOCK = 25_000  # tokens, so that many blocks are read
+    stream, _ = data.open_stream(str(folder), small_tokenizer())
+    make = partial(data.PretrainDataset, tokenizer=small_tokenizer(), max_seq_length=64)
+    return data.get_stream_dataloader(stream, make, 8, workers=2)
 
 
 def test_the_loader_does_not_grow(slope_in_a_new_process):

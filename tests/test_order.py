@@ -4,8 +4,8 @@ has every example once, in an order of its own. No number of workers or ranks ch
 
 import hashlib
 import itertools
+import time
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -69,20 +69,37 @@ def test_masks_differ_between_epochs_and_seeds_and_repeat_otherwise():
 # ---- Random numbers -----------------------------------------------------------------------------
 
 
-@given(st.integers(0, 2**63 - 1), st.integers(0, 2), st.integers(0, 2**40), st.integers(0, 2**40))
-def test_a_generator_is_philox_with_the_seed_as_its_key(seed, purpose, epoch, index):
-    found = data.generator(seed, purpose, epoch, index)
-    philox = np.random.Philox(key=seed, counter=[0, index, epoch, purpose])
-    assert np.array_equal(found.random(9), np.random.Generator(philox).random(9))
+def test_examples_that_differ_in_seed_epoch_or_index_draw_other_numbers():
+    """The same offset is drawn for a corpus of one part, and the same length, otherwise."""
+    corpus = corpus_of([[[7] * 9] * 30] * 4)
+
+    def example(seed: int, epoch: int, index: int) -> bytes:
+        dataset = PretrainDataset(corpus, small_tokenizer(), 32, seed)
+        example = dataset[epoch * len(dataset) + index]
+        return example["input_ids"].tobytes() + example["mlm_labels"].tobytes()
+
+    where = [*itertools.product((0, 1, 2**31, 2**63), (0, 1, 2), (0, 1, 2))]
+    assert len({example(*place) for place in where}) == len(where)
 
 
-def test_random_numbers_of_neighbouring_examples_do_not_overlap():
-    """A counter-based generator counts in its lowest word. An index there would make example i + 1
-    repeat what example i drew a little later."""
-    for one, other in itertools.combinations([(0, 0), (0, 1), (1, 0), (1, 1)], 2):
-        drawn = [set(data.generator(3, 0, *where).random(2000)) for where in (one, other)]
-        assert not drawn[0] & drawn[1]
-    assert not set(data.generator(3, 0, 0).random(2000)) & set(data.generator(3, 1, 0).random(2000))
+def test_iterating_a_dataset_is_one_epoch():
+    dataset = PretrainDataset(corpus_of([[[7] * 9] * 30] * 4), small_tokenizer(), 32)
+    examples = list(dataset)
+    assert len(examples) == len(dataset) == 37
+    assert equal(data.collate(examples, 0), dataset.batch(range(37)))
+
+
+@given(documents(), st.integers(40, 50), seeds)
+def test_a_batch_can_be_padded_to_a_fixed_length(docs, length, seed):
+    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), 40, seed)
+    examples = [dataset[0], dataset[1]]
+    usual, fixed = data.collate(examples, 0), data.collate(examples, 0, length=length)
+    padding = {"input_ids": 0, "token_type_ids": 0, "mlm_labels": data.IGNORED_LABEL}
+    for name, value in padding.items():
+        assert fixed[name].shape == (2, length)
+        width = usual[name].size(1)
+        assert torch.equal(fixed[name][:, :width], usual[name])
+        assert (fixed[name][:, width:] == value).all()
 
 
 def digest(batches) -> str:
@@ -101,7 +118,7 @@ def test_a_seed_means_the_same_examples_in_every_version():
     orders = itertools.islice(data.EpochSampler(9, 4, 7), 9)
     found.append(digest({"indices": torch.tensor(indices)} for indices in orders))
     found.append(digest(review_batches([1 + i % 9 for i in range(400)], 3, 7)))
-    assert found == ["9e95dbecac036025", "5f335817ff68d88c", "cff1525f1a196109", "a1e52559a37d0b5a"]
+    assert found == ["ac031588a8bfb856", "00d9bd24fbdf1584", "0950370136e5744f", "6590f10ad50e5c67"]
 
 
 # ---- Epochs -------------------------------------------------------------------------------------
@@ -224,6 +241,17 @@ def test_a_run_in_several_sittings_takes_the_batches_of_one(run, sentences, batc
     assert len(found) == len(expected) == step * accumulate
     for one, other in zip(found, expected, strict=True):
         assert equal(one, other)
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_send_its_batch_is_an_error(monkeypatch):
+    """Without a limit, the loader would wait without end."""
+    monkeypatch.setattr(data, "WORKER_TIMEOUT", 1)
+    dataset = PretrainDataset(corpus_of([[[7] * 9] * 30] * 4), small_tokenizer(), 32)
+    loader = data.get_split_dataloader(dataset, 4, workers=1)
+    loader.worker_init_fn = lambda worker: time.sleep(30)
+    with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+        next(iter(loader))
 
 
 def test_no_more_batches_wait_in_memory_than_documented():

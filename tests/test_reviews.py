@@ -68,6 +68,15 @@ def test_labels_are_the_integers_0_and_1(label, tmp_path):
         get_reviews(path, "train")
 
 
+def test_a_table_of_another_kind_is_rejected_by_name(tmp_path):
+    """In GLUE's own .tsv files, a quotation mark opened a field that swallowed whole rows."""
+    path = tmp_path / "train.tsv"
+    path.write_text('sentence\tlabel\n" a\t1\nb\t0\n" c\t1\n')
+    for where in (path, tmp_path):
+        with pytest.raises(ValueError, match=r"train\.tsv"):
+            get_reviews(str(where), "train")
+
+
 @pytest.mark.parametrize("sentence", [5, ["a", "b"], None])
 def test_sentences_are_text(sentence, tmp_path):
     path = write_rows(tmp_path / "train.jsonl", [{"sentence": sentence, "label": 1}])

@@ -3,6 +3,7 @@ would end it.
 """
 
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ texts = st.lists(
             "\n\n",
             "\t",
             "J.",
-            "K" * 1200,
+            "K" * 500,
             "1.5",
             "...",
             "word",
@@ -39,7 +40,7 @@ texts = st.lists(
 @given(texts | st.text(max_size=300))
 def test_splitting_loses_nothing_but_white_space(text):
     assert re.sub(r"\s", "", "".join(data.split_sentences(text))) == re.sub(r"\s", "", text)
-    assert all(0 < len(s) <= 1000 and s == s.strip() for s in data.split_sentences(text))
+    assert all(0 < len(s) <= 400 and s == s.strip() for s in data.split_sentences(text))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,10 @@ def test_splitting_loses_nothing_but_white_space(text):
         ("It cost 1.5 dollars... Really", ["It cost 1.5 dollars...", "Really"]),
         ("你好。再见！", ["你好。", "再见！"]),
         ("他说：“好。”她走了！？是。", ["他说：“好。”", "她走了！？", "是。"]),
+        ("यह एक है। वह दो है॥तीन", ["यह एक है।", "वह दो है॥", "तीन"]),
+        ("یہ ایک ہے۔ کیا؟ ہاں۔", ["یہ ایک ہے۔", "کیا؟", "ہاں۔"]),
+        ("አንድ። ሁለት።", ["አንድ።", "ሁለት።"]),
+        ("មួយ។ ពីរ", ["មួយ។", "ពីរ"]),
         ("  \n\n  ", []),
     ],
 )
@@ -61,7 +66,14 @@ def test_sentences_end_where_a_reader_would_end_them(text, sentences):
 
 
 def test_a_text_without_an_end_is_cut_at_white_space():
-    assert data.split_sentences("K" * 1001) == ["K" * 1000, "K"]
+    assert data.split_sentences("K" * 401) == ["K" * 400, "K"]
     pieces = data.split_sentences("word " * 1000)
     assert len(pieces) > 4
     assert all(piece.split() == ["word"] * len(piece.split()) for piece in pieces)
+
+
+def test_sentences_that_are_cut_are_counted():
+    counts = Counter()
+    for text in ("K" * 400, "Short. " + "K" * 401 + ". End", "word " * 1000, "a. b."):
+        data.split_sentences(text, counts)
+    assert counts == {"sentences cut": 2}

@@ -230,8 +230,27 @@ def test_texts_to_learn_a_vocabulary_from_are_not_held_in_memory():
 
 
 def test_a_vocabulary_smaller_than_the_alphabet_is_rejected():
-    with pytest.raises(ValueError, match=r"--vocab-size 6: .* are 11 tokens$"):
+    with pytest.raises(ValueError, match=r"vocab_size 6.* 11"):
         data.train_tokenizer(["abc"], 6)
+
+
+def test_only_the_thousand_most_frequent_characters_are_tokens():
+    """English with 9,000 Chinese characters in names needed a vocabulary of 18,049 tokens. Ties are
+    broken in sorted order, so that the ids are the same each time."""
+    stray = [chr(0x4E00 + i) for i in range(9000)]
+    texts = ["the cat sat on the mat"] * 3 + [f"a name {character}" for character in stray]
+    tokenizer = data.train_tokenizer(texts, 3000)
+    letters = {token for token in tokenizer.get_vocab() if len(token) == 1}
+    english = set("thecatsonmat") | set("name")
+    assert letters == english | set(stray[: 1000 - len(english)])
+    assert data.train_tokenizer(texts[::-1], 3000).to_str() == tokenizer.to_str()
+    rare = data.encode_plain(tokenizer, [stray[-1]])
+    assert rare == [[UNK]]
+
+
+def test_a_text_to_learn_from_that_is_no_text_is_named():
+    with pytest.raises(ValueError, match="text 1 is list"):
+        data.train_tokenizer(["a", [1, 2]], 60)
 
 
 # ---- Encoding -----------------------------------------------------------------------------------
@@ -244,7 +263,7 @@ def test_a_corpus_never_yields_a_special_token_but_unk(pieces):
     assert set(ids) <= {1, *range(5, len(VOCABULARY))}
 
 
-def test_the_tokenizer_given_to_stage_1_still_knows_its_special_tokens():
+def test_a_tokenizer_that_has_encoded_a_corpus_still_knows_its_special_tokens():
     tokenizer = small_tokenizer()
     data.encode_plain(tokenizer, ["a [MASK]"])
     assert tokenizer.encode("[MASK]").ids == [CLS, MASK, SEP]
@@ -255,3 +274,12 @@ def test_thousands_of_texts_are_encoded_in_order():
     texts = [" ".join(LETTERS[: 1 + i % 7]) for i in range(2500)]
     expected = [list(range(5, 6 + i % 7)) for i in range(2500)]
     assert data.encode_plain(small_tokenizer(), texts) == expected
+
+
+@pytest.mark.parametrize("change", ["enable_padding", "enable_truncation"])
+def test_a_tokenizer_that_pads_or_truncates_is_rejected(change):
+    """A published one often does. Its [PAD] went into the corpus, and labels were [PAD], too."""
+    tokenizer = small_tokenizer()
+    getattr(tokenizer, change)(**({} if change == "enable_padding" else {"max_length": 4}))
+    with pytest.raises(ValueError, match="pads or truncates"):
+        data.encode_plain(tokenizer, ["a b c d e f", "a"])

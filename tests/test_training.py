@@ -29,7 +29,6 @@ from strategies import (
 import data
 import train_pretrain
 from bert import BertConfig, BertPretrainModel
-from extras import streaming
 from train_pretrain import (
     PretrainLosses,
     PretrainOptions,
@@ -368,21 +367,18 @@ def test_each_corpus_is_read_as_the_options_say(options, monkeypatch):
     asked = []
     monkeypatch.setattr(data, "get_corpus", lambda *what, **how: asked.append((*what, how)))
     told = replace(
-        options, dataset="a", dataset_name="b", split="c+d", text_column="e", workers=3,
-        rows_per_document=4,
-    )  # fmt: skip
+        options, dataset="a", dataset_name="b", split="c+d", text_column="e", rows_per_document=4
+    )
     tokenizer = small_tokenizer()
     assert train_pretrain.load_corpora(told, tokenizer).keys() == {"train", "validation"}
-    train_pretrain.load_corpora(replace(told, workers=0), tokenizer, ["validation"])
-    how = {"name": "b", "train_split": "c+d", "text_column": "e", "processes": 3,
-           "rows_per_document": 4}  # fmt: skip
+    train_pretrain.load_corpora(told, tokenizer, ["validation"])
+    how = {"name": "b", "train_split": "c+d", "text_column": "e", "rows_per_document": 4}
     expected = [("a", split, tokenizer, how) for split in ("train", "validation")]
-    assert asked == [*expected, ("a", "validation", tokenizer, {**how, "processes": None})]
+    assert asked == [*expected, ("a", "validation", tokenizer, how)]
 
-    monkeypatch.setattr(streaming, "open_stream", lambda *what: (what, ["texts"]))
-    monkeypatch.setattr(streaming, "tokenize_block", lambda *what: what)
+    monkeypatch.setattr(data, "open_stream", lambda *what, **how: ((*what, how), "texts"))
     found = train_pretrain.load_corpora(replace(told, streaming=True), tokenizer)
-    assert found == {"train": ("a", "b", "e", 4, "c+d"), "validation": (["texts"], 0, tokenizer)}
+    assert found == {"train": ("a", tokenizer, how), "validation": "texts"}
 
 
 def test_the_loss_is_compared_with_the_frequencies_of_the_text_that_is_trained_on(options):
