@@ -180,7 +180,7 @@ def test_blank_lines_do_not_end_a_document(tmp_path):
     standard deviations of 1,000 pairs. If each paragraph were a document, no sentence would follow
     another."""
     paragraphs = "\n\n".join(f"{c}{c} is one paragraph" for c in LETTERS)
-    corpus = data.tokenize_corpus([paragraphs] * 4, small_tokenizer(), tmp_path / "corpus")
+    corpus = data.tokenize_corpus([paragraphs] * 4, small_tokenizer(), tmp_path / "arrays")
     assert len(corpus.document_starts) - 1 == 4
     batch = PretrainDataset(corpus, small_tokenizer(), 32).batch(range(1000))
     assert is_within(batch["nsp_labels"].double().mean().item(), 0.5, 1000)
@@ -218,8 +218,9 @@ def test_a_poisoned_document_surfaces_with_its_index(tmp_path):
     texts = ["a. b.", None, "c. d."] * 20
     for poison, kind in ((7, "int"), (["a b."], "list"), ({"a": 1}, "dict"), (True, "bool")):
         with pytest.raises(ValueError, match=f"document 60 is {kind}"):
-            data.tokenize_corpus([*texts, poison], small_tokenizer(), tmp_path / "corpus")
-        assert list(tmp_path.glob("[!l]*")) == []  # only the lock
+            data.tokenize_corpus([*texts, poison], small_tokenizer(), tmp_path / "arrays")
+        assert not (tmp_path / "arrays").exists()
+        assert list(tmp_path.glob("unfinished-*")) == []
 
 
 def test_a_poisoned_row_surfaces_with_its_index_where_rows_are_joined():

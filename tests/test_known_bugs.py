@@ -270,7 +270,7 @@ BUGS = {
         {"drawn": lambda: test_pairs.draw_kind("hardly longer than a pair")},
     ),
     "31 segment A is always from where the offset was drawn, and only B may be elsewhere": (
-        data, "draw_pair", "other.offset if coin_a else seam.offset", "seam.offset",
+        data, "draw_pair", "coin_a = int(rng.integers(2))", "coin_a = 0",
         test_pairs.test_segment_b_tells_nothing_about_the_label,
         {"drawn": lambda: test_pairs.draw_kind("two documents")},
     ),
@@ -288,7 +288,7 @@ BUGS = {
         "offset = int(rng.integers(start, end))\n"
         "    last = span_around(corpus.document_starts, offset)[1] - 1\n"
         "    seam = find_seam(corpus, min(offset + target // 2, last))",
-        test_pairs.test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_4_times_the_mean, {},
+        test_pairs.test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_35_times_the_mean, {},
     ),
     "34 the group of ranks has the accelerator's backend alone": (
         train_pretrain, "join_ranks", '"cpu:gloo,cuda:nccl"', '"nccl"',

@@ -166,10 +166,12 @@ def test_every_example_of_a_block_comes_once_in_a_random_order(folder, monkeypat
 def test_workers_that_read_equal_documents_make_other_examples_of_them(tmp_path):
     text = "\n\n".join(f"{a} {b} {a}{b}" for a in LETTERS for b in LETTERS)
     for shard in range(2):
-        write_rows(tmp_path / f"train-{shard}.jsonl", [{"text": text}] * 4)
-    write_rows(tmp_path / "validation.jsonl", [{"text": text}] * 2)
-    of_workers = list(islice(loader(tmp_path, workers=2), 2))
-    of_ranks = [next(iter(loader(tmp_path, rank=r, world_size=2, workers=0))) for r in (0, 1)]
+        write_rows(tmp_path / f"equal/train-{shard}.jsonl", [{"text": text}] * 4)
+    write_rows(tmp_path / "equal/validation.jsonl", [{"text": text}] * 2)
+    of_workers = list(islice(loader(tmp_path / "equal", workers=2), 2))
+    of_ranks = [
+        next(iter(loader(tmp_path / "equal", rank=r, world_size=2, workers=0))) for r in (0, 1)
+    ]
     for one, other in (of_workers, of_ranks):
         one, other = ({tuple(row) for row in b["input_ids"].tolist()} for b in (one, other))
         assert not one & other
