@@ -588,7 +588,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     """Writes a model and its tokenizer in the published format, for `from_pretrained` and for
     transformers. What may be wrong is an error before the first byte is written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = model.state_dict()
     with torch.device("meta"):  # shapes without memory
@@ -618,7 +618,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     tensors = {published_name(name): tensor.cpu().contiguous() for name, tensor in state.items()}
 
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     for name, content in contents.items():
         (directory / name).write_text(content, encoding="utf-8")
     (directory / "vocab.txt").unlink(missing_ok=True)  # of a tokenizer that was there before

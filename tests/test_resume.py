@@ -244,7 +244,7 @@ def test_a_full_disk_while_a_model_is_written_is_one_line(tmp_path):
     process = start(to_a_small_disk, tmp_path / "model", 5_000, output=tmp_path / "log")
     assert wait(process) == [2]
     (line,) = (tmp_path / "log").read_text().splitlines()
-    assert line.startswith(f"error: {tmp_path}/model cannot be written: ")
+    assert line.startswith("error: [Errno ")
 
 
 def test_an_export_that_the_run_has_passed_is_named(corpus, tmp_path, capsys):
