@@ -66,7 +66,7 @@ WRONG_FILES = {
         --tokenizer none.txt, --tokenizer nomask.txt, --weights corpus.jsonl,
         --dataset no/such/file, --dataset nothing, --dataset empty.jsonl,
         --dataset broken.jsonl, --dataset latin.txt,
-        --dataset nulls.jsonl, --dataset one.jsonl, --dataset corpus.jsonl --weights bare
+        --dataset corpus.jsonl --weights bare
     """,
     "train_sst2.py": """
         --tokenizer none.txt, --weights no/such, --dataset no/such/file, --dataset corpus.jsonl,
@@ -80,11 +80,13 @@ WRONG_TOGETHER = [
     ("train_pretrain.py", "--steps 8 --warmup-steps 9", "--warmup-steps 9"),
     ("train_pretrain.py", "--max-seq-length 4", "4"),
     ("train_pretrain.py", "--positions -3", "-3"),
-    ("train_pretrain.py", "--dataset body.jsonl", "--text-column"),
-    ("train_pretrain.py", "--dataset numbers.jsonl", "--text-column"),
-    ("train_pretrain.py", "--dataset latin.jsonl", "utf-8"),
-    ("train_pretrain.py", "--dataset lines.jsonl --vocab-size 60", "--rows-per-document"),
-    ("train_pretrain.py", "--dataset corpus.jsonl --vocab-size 9", "--vocab-size 9"),
+    ("train_pretrain.py", "--dataset body.jsonl", "body.jsonl"),
+    ("train_pretrain.py", "--dataset numbers.jsonl", "int"),
+    ("train_pretrain.py", "--dataset latin.jsonl", "latin.jsonl"),
+    ("train_pretrain.py", "--dataset nulls.jsonl", "0 documents"),
+    ("train_pretrain.py", "--dataset one.jsonl", "1 documents"),
+    ("train_pretrain.py", "--dataset lines.jsonl --vocab-size 60", "rows_per_document"),
+    ("train_pretrain.py", "--dataset corpus.jsonl --vocab-size 9", "vocab_size 9"),
     ("train_pretrain.py", "--dataset corpus.jsonl --weights few", "20"),
     ("train_pretrain.py", "--weights model --max-seq-length 17", "--max-seq-length 17"),
     ("train_pretrain.py", "--positions 9 --max-seq-length 16", "--max-seq-length 16"),
@@ -92,7 +94,7 @@ WRONG_TOGETHER = [
     ("train_sst2.py", "--max-seq-length 2", "--max-seq-length"),
     ("train_sst2.py", "--weights model --max-seq-length 17", "--max-seq-length 17"),
     ("train_sst2.py", "--weights few --dataset reviews", "20"),
-    ("train_sst2.py", "--test-dataset latin_test", "utf-8"),
+    ("train_sst2.py", "--test-dataset latin_test", "latin_test"),
     ("train_sst2.py", "--predict hello", "--weights"),
     ("train_sst2.py", "--learning-rate --seed 1", "--learning-rate"),
 ]
