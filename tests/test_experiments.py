@@ -82,10 +82,9 @@ def test_the_attention_picture_has_a_panel_for_each_head_with_the_tokens_of_the_
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> data.PretrainDataset:
-    folder = str(tmp_path_factory.mktemp("corpus"))
-    corpus = data.tokenize_corpus(
-        ["a b c\n\nb c d a", "c c a\n\nd b a b"], small_tokenizer(), folder / "corpus"
-    )
+    folder = tmp_path_factory.mktemp("examples") / "corpus"
+    texts = ["a b c\n\nb c d a", "c c a\n\nd b a b"]
+    corpus = data.tokenize_corpus(texts, small_tokenizer(), folder)
     return data.PretrainDataset(corpus, small_tokenizer(), 16)
 
 
