@@ -148,6 +148,8 @@ class PretrainOptions:
         check_options(self, 1, "rows_per_document", "vocab_size", "batch_size", "accumulate")
         check_options(self, 1, "log_every", "eval_every", "save_every")
         check_options(self, 5, "max_seq_length")  # [CLS] a [SEP] b [SEP]
+        if self.streaming and self.tokenizer is None and self.weights is None:
+            raise ValueError("--streaming needs a --tokenizer: none can be learned from a stream")
         if not 0 <= self.warmup <= self.steps:
             raise ValueError(f"--warmup-steps {self.warmup} is not in 0 .. --steps {self.steps}")
 
@@ -424,7 +426,7 @@ def train(
         report_is_due = is_last or done % options.eval_every == 0
         save_is_due = is_last or done % options.save_every == 0 or must_stop
         if log_is_due or report_is_due or save_is_due:
-            on_rank_0(partial(check_is_finite, largest_norm, done))
+            on_rank_0(partial(check_is_finite, f"step {done}: a gradient", largest_norm))
 
         # Log. To read a loss, the CPU waits for the GPU.
         if log_is_due:
@@ -447,19 +449,12 @@ def train(
     return progress.step == options.steps
 
 
-def check_is_finite(largest_norm: Tensor, step: int) -> None:
-    if not largest_norm.isfinite():
+def check_is_finite(what: str, numbers: Tensor) -> None:
+    if not numbers.isfinite().all():
         raise ValueError(
-            f"a gradient was not finite, at step {step} or shortly before: try a lower"
-            " --learning-rate (the last checkpoint is good, but --resume comes to the same step)"
+            f"{what} is not finite: try a lower --learning-rate (the last checkpoint is good, but"
+            " --resume would come to the same step)"
         )
-
-
-def check_weights(model: nn.Module) -> None:
-    """Raises ValueError if a weight is not finite: an update can overflow."""
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{name} is not finite any more: try a lower --learning-rate")
 
 
 # ---- Evaluation --------------------------------------------------------------
@@ -524,18 +519,38 @@ def probe(
 # ---- What a run needs --------------------------------------------------------
 
 
-def choose_tokenizer(options: PretrainOptions) -> Tokenizer:
-    """Returns the tokenizer of --weights, that of --tokenizer, or one learned from the corpus."""
+def choose_tokenizer(options: Any, read_texts: Callable[[], Iterable[str | None]]) -> Tokenizer:
+    """Returns the tokenizer beside --weights, the one of --tokenizer, or one learned from texts."""
     if options.weights is not None:
         return data.load_tokenizer(fetch(options.weights))
     if options.tokenizer is not None:
         return data.load_tokenizer(options.tokenizer)
-    if options.streaming:
-        raise ValueError("--streaming needs a --tokenizer: none can be learned from a stream")
-    texts = data.get_texts(
-        options.dataset, options.split, options.dataset_name, options.text_column
-    )
-    return data.train_tokenizer(texts, options.vocab_size)
+    return data.train_tokenizer(read_texts(), options.vocab_size)
+
+
+def make_model(cls: Any, options: Any, tokenizer: Tokenizer, positions: int) -> Any:
+    """Returns the model of --weights, or a new one with initial weights from torch's seed.
+
+    The dropout in the config of the weights does not count: a model that was pretrained without
+    dropout would otherwise be fine-tuned without, and nobody would notice.
+    positions: rows of the position table of a new model. Position embeddings are learned, so no
+    sequence can have more tokens than the table has rows.
+    """
+    dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
+    vocabulary = tokenizer.get_vocab()
+    padding_idx = vocabulary[data.PAD]
+    if options.weights is not None:
+        changes = {"num_labels": 2, **dropouts}
+        model = cls.from_pretrained(options.weights, padding_idx, **changes)
+    else:
+        sizes = {"vocab_size": max(vocabulary.values()) + 1, "max_seq_length": positions}
+        config = BertConfig.named(options.size, **sizes, **dropouts)
+        model = cls(config, padding_idx)
+    check_tokenizer(model, tokenizer)
+    rows = model.config.max_seq_length
+    if (options.max_seq_length or 0) > rows:
+        raise ValueError(f"--max-seq-length {options.max_seq_length} exceeds the {rows} positions")
+    return model
 
 
 def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -551,36 +566,6 @@ def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, An
         return {"train": stream, "validation": validation}
     splits = ("train", "validation")
     return {split: data.get_corpus(options.dataset, split, tokenizer, **where) for split in splits}
-
-
-def make_model(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainModel:
-    """Returns the model of --weights, or a new one with initial weights from torch's seed.
-
-    Position embeddings are learned, so an example cannot have more tokens than the position table
-    has rows. A table may have more rows than --max-seq-length: the rows beyond are not trained in
-    this run, but a later one can use longer examples. [BERT] A.2 trains 900,000 steps with 128
-    tokens, then 100,000 with 512.
-    """
-    dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
-    vocabulary = tokenizer.get_vocab()
-    padding_idx = vocabulary[data.PAD]
-    if options.weights is not None:
-        model = BertPretrainModel.from_pretrained(options.weights, padding_idx, **dropouts)
-    else:
-        config = BertConfig.named(
-            options.size,
-            vocab_size=max(vocabulary.values()) + 1,
-            max_seq_length=options.positions or options.max_seq_length,
-            **dropouts,
-        )
-        model = BertPretrainModel(config, padding_idx)
-    rows = model.config.max_seq_length  # of the position table
-    if options.positions not in (None, rows):
-        raise ValueError(f"--positions {options.positions}, but the weights have {rows}")
-    if options.max_seq_length > rows:
-        raise ValueError(f"--max-seq-length {options.max_seq_length} exceeds {rows} --positions")
-    check_tokenizer(model, tokenizer)
-    return model
 
 
 def make_dataset(
@@ -636,8 +621,13 @@ def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dic
     The model comes before the corpus, because wrong options should not fail after hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
-    tokenizer = choose_tokenizer(options)
-    model = make_model(options, tokenizer)
+    where = (options.dataset, options.split, options.dataset_name, options.text_column)
+    tokenizer = choose_tokenizer(options, partial(data.get_texts, *where))
+    positions = options.positions or options.max_seq_length
+    model = make_model(BertPretrainModel, options, tokenizer, positions)
+    if options.positions not in (None, model.config.max_seq_length):
+        rows = model.config.max_seq_length
+        raise ValueError(f"--positions {options.positions}, but the weights have {rows}")
     corpora = load_corpora(options, tokenizer)
     rank, _ = rank_and_ranks()
     for split, corpus in corpora.items():
@@ -678,7 +668,8 @@ def pretrain(options: PretrainOptions) -> None:
     identity = what_identifies(options, corpora)
     state: dict[str, Any] = {"progress": {}, "metrics_bytes": 0}
     if options.resume:
-        state = load_checkpoint(out, identity)
+        state = on_rank_0(partial(load_checkpoint, out, identity))
+        state = state or load_checkpoint(out, identity)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     progress = Progress(**state["progress"])
@@ -903,7 +894,8 @@ def save_checkpoint(
 
     It has the length of metrics.jsonl, too: a resumed run cuts off what was written later.
     """
-    check_weights(model)
+    for name, parameter in model.named_parameters():  # an update may overflow
+        check_is_finite(name, parameter)
     state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with (out / "metrics.jsonl").open("a") as file:
         os.fsync(file.fileno())

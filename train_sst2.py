@@ -34,20 +34,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import data
-from bert import BertConfig, SST2BertModel, check_tokenizer, fetch
+from bert import SST2BertModel
 from train_pretrain import (
     Precision,
     autocast,
     check_folder,
     check_is_finite,
     check_options,
-    check_weights,
     choose_device,
     choose_precision,
+    choose_tokenizer,
     draw_curves,
     keep_freed_memory,
     learning_rate,
     lock_folder,
+    make_model,
     make_optimizer,
     progress_bar,
     run_script,
@@ -306,14 +307,15 @@ def fine_tune(
 
             # Log.
             if step % log_every == 0:
-                check_is_finite(largest_norm, step)
+                check_is_finite(f"step {step}: a gradient", largest_norm)
                 write_line(out, split="train", step=step, **identity, loss=loss.item())
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             bar.update()
 
         # Evaluate, and keep the model if it is the best so far.
-        check_is_finite(largest_norm, step)
-        check_weights(model)
+        check_is_finite(f"step {step}: a gradient", largest_norm)
+        for name, parameter in model.named_parameters():  # an update may overflow
+            check_is_finite(name, parameter)
         metrics = evaluate(model, validation, device, precision)
         accuracies.append(metrics["accuracy"])
         if best_epoch(accuracies) == epoch:
@@ -332,49 +334,17 @@ def fine_tune(
 # ---- A run: every learning rate, every seed ----------------------------------
 
 
-def choose_tokenizer(options: SST2Options) -> Tokenizer:
-    """Returns the tokenizer of --weights or --tokenizer, or one learned from the sentences."""
-    if options.weights is not None:
-        return data.load_tokenizer(fetch(options.weights))
-    if options.tokenizer is not None:
-        return data.load_tokenizer(options.tokenizer)
-    texts, _ = get_reviews(options.dataset, "train", options.dataset_name)
-    return data.train_tokenizer(texts, options.vocab_size)
+def prepare(options: SST2Options) -> tuple[Tokenizer, SST2BertModel, int]:
+    """Returns the tokenizer, a model, and how many tokens of a sentence are read."""
 
+    def read_texts() -> list[str]:
+        texts, _ = get_reviews(options.dataset, "train", options.dataset_name)
+        return texts
 
-def make_model(options: SST2Options, tokenizer: Tokenizer) -> SST2BertModel:
-    """Returns a pretrained model, or a new one with initial weights from torch's seed.
-
-    The dropout in the config of the weights does not count. A model that was pretrained without
-    dropout would otherwise be fine-tuned without, and nobody would notice.
-    """
-    dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
-    vocabulary = tokenizer.get_vocab()
-    padding_idx = vocabulary[data.PAD]
-    if options.weights is not None:
-        model = SST2BertModel.from_pretrained(
-            options.weights, padding_idx, num_labels=2, **dropouts
-        )
-    else:
-        config = BertConfig.named(
-            options.size,
-            vocab_size=max(vocabulary.values()) + 1,
-            max_seq_length=options.max_seq_length or 128,
-            **dropouts,
-        )
-        model = SST2BertModel(config, padding_idx)
-    check_tokenizer(model, tokenizer)
-    return model
-
-
-def choose_length(options: SST2Options, model: SST2BertModel) -> int:
-    """Returns how many tokens of a sentence the model reads."""
-    rows = model.config.max_seq_length  # of the position table
-    if options.max_seq_length is None:
-        return min(128, rows)
-    if options.max_seq_length > rows:
-        raise ValueError(f"--max-seq-length {options.max_seq_length}: the weights have {rows}")
-    return options.max_seq_length
+    tokenizer = choose_tokenizer(options, read_texts)
+    positions = options.max_seq_length or 128
+    model = make_model(SST2BertModel, options, tokenizer, positions)
+    return tokenizer, model, min(positions, model.config.max_seq_length)
 
 
 def train(options: SST2Options) -> None:
@@ -388,8 +358,7 @@ def train(options: SST2Options) -> None:
     check_folder(out)
 
     # All splits are read now: a mistake in the test split must not show up after hours.
-    tokenizer = choose_tokenizer(options)
-    longest = choose_length(options, make_model(options, tokenizer))
+    tokenizer, _, longest = prepare(options)
 
     def load(path: str, split: str, name: str | None = None) -> SST2Batches:
         texts, labels = get_reviews(path, split, name)
@@ -410,8 +379,9 @@ def train(options: SST2Options) -> None:
         accuracies = []
         for seed in range(options.seed, options.seed + options.seeds):
             torch.manual_seed(seed)  # decides the initial weights, at least of the classifier
+            new_model = make_model(SST2BertModel, options, tokenizer, longest)
             model, accuracy = fine_tune(
-                make_model(options, tokenizer).to(device),
+                new_model.to(device),
                 training,
                 validation,
                 options.epochs,
@@ -447,16 +417,15 @@ def predict(options: SST2Options) -> None:
     """Prints a line for each text: its label, the probability of that label, the text."""
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
-    tokenizer = choose_tokenizer(options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # missing heads are handled below
-        model = make_model(options, tokenizer).eval().to(device)
+        tokenizer, model, longest = prepare(options)
     if model.missing_parameters:  # an untrained classifier would guess, and print a probability
         raise ValueError(
             f"--predict needs the model/ of a run on SST-2; {options.weights} has no"
             f" {', '.join(model.missing_parameters)}"
         )
-    longest = choose_length(options, model)
+    model.eval().to(device)
     # In a model of somebody else, class 0 may be the positive one.
     labels = LABELS if model.label_names[0].startswith("LABEL_") else model.label_names
     for text in options.predict or ():

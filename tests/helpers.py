@@ -18,9 +18,10 @@ from unittest import mock
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from bert import BertPretrainModel
-from train_pretrain import PretrainOptions, pretrain
+from train_pretrain import PretrainOptions, make_model, pretrain
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,6 +133,12 @@ def make_options(corpus: Path, out: Path) -> PretrainOptions:
         max_seq_length=16, batch_size=2, steps=4, eval_every=4, log_every=1,
         save_every=2, workers=0, device="cpu", precision="float32",
     )  # fmt: skip
+
+
+def model_of(options: PretrainOptions, tokenizer: Tokenizer) -> BertPretrainModel:
+    """Returns the model that a run with these options starts from."""
+    positions = options.positions or options.max_seq_length
+    return make_model(BertPretrainModel, options, tokenizer, positions)
 
 
 def run(options: PretrainOptions) -> None:

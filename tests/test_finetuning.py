@@ -482,12 +482,16 @@ def test_fine_tuning_has_dropout_whatever_the_weights_had(tmp_path):
         "tiny", vocab_size=small_tokenizer().get_vocab_size(), dropout=0.0, attention_dropout=0.0
     )
     BertPretrainModel(config, 0).save_pretrained(tmp_path, small_tokenizer())
+
+    def model_of(options: SST2Options) -> SST2BertModel:
+        return train_sst2.make_model(SST2BertModel, options, small_tokenizer(), 16)
+
     fine_tuned = SST2Options(weights=str(tmp_path))
-    assert dropouts_of(train_sst2.make_model(fine_tuned, small_tokenizer())) == {0.1}
+    assert dropouts_of(model_of(fine_tuned)) == {0.1}
     told = replace(fine_tuned, dropout=0.0)
-    assert dropouts_of(train_sst2.make_model(told, small_tokenizer())) == {0.0}
+    assert dropouts_of(model_of(told)) == {0.0}
     scratch = SST2Options(dropout=0.2)
-    assert dropouts_of(train_sst2.make_model(scratch, small_tokenizer())) == {0.2}
+    assert dropouts_of(model_of(scratch)) == {0.2}
 
 
 def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import contents, read_lines, weights_of
+from helpers import contents, model_of, read_lines, weights_of
 from strategies import (
     CPU,
     FIXED,
@@ -381,8 +381,7 @@ def test_each_corpus_is_read_as_the_options_say(options, monkeypatch):
 
 def test_the_loss_is_compared_with_the_frequencies_of_the_text_that_is_trained_on(options):
     pretrain(options)
-    tokenizer = train_pretrain.choose_tokenizer(options)
-    corpora = train_pretrain.load_corpora(options, tokenizer)
+    _, _, corpora = train_pretrain.prepare(options)
     entropies = {split: corpus.unigram_entropy() for split, corpus in corpora.items()}
     assert entropies["train"] != entropies["validation"]
     lines = read_lines(Path(options.out), "validation")
@@ -449,20 +448,20 @@ def test_a_model_is_on_the_device_of_the_run(options, monkeypatch):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_dropout_is_set_for_new_and_for_loaded_models(dropout, options):
     options = replace(options, dropout=dropout)
-    new = train_pretrain.make_model(options, small_tokenizer())
+    new = model_of(options, small_tokenizer())
     assert dropouts_of(new) == {dropout}
     new.save_pretrained(options.out, small_tokenizer())
-    loaded = train_pretrain.make_model(
+    loaded = model_of(
         replace(options, tokenizer=None, weights=options.out, dropout=0.2), small_tokenizer()
     )
     assert dropouts_of(loaded) == {0.2}
 
 
 def test_the_position_table_has_as_many_rows_as_asked_for(options):
-    model = train_pretrain.make_model(replace(options, positions=40), small_tokenizer())
+    model = model_of(replace(options, positions=40), small_tokenizer())
     assert model.config.max_seq_length == 40
     assert model.bert.embeddings.position.weight.shape == (40, 128)
-    assert train_pretrain.make_model(options, small_tokenizer()).config.max_seq_length == 16
+    assert model_of(options, small_tokenizer()).config.max_seq_length == 16
 
 
 @pytest.mark.parametrize(
@@ -474,13 +473,11 @@ def test_the_position_table_has_as_many_rows_as_asked_for(options):
 )
 def test_positions_that_do_not_fit_are_rejected(changes, message, options):
     weights = Path(options.out).with_name("weights")
-    train_pretrain.make_model(options, small_tokenizer()).save_pretrained(
-        weights, small_tokenizer()
-    )
+    model_of(options, small_tokenizer()).save_pretrained(weights, small_tokenizer())
     if "weights" in changes:
         changes = {**changes, "weights": str(weights)}
     with pytest.raises(ValueError, match=message):
-        train_pretrain.make_model(replace(options, **changes), small_tokenizer())
+        train_pretrain.prepare(replace(options, **changes))
 
 
 def test_the_papers_two_phases_train_one_model_on_short_and_then_on_long_pairs(options, tmp_path):
@@ -495,7 +492,7 @@ def test_the_papers_two_phases_train_one_model_on_short_and_then_on_long_pairs(o
     )  # fmt: skip
     pretrain(second)
     torch.manual_seed(options.seed)
-    fresh = train_pretrain.make_model(first, small_tokenizer())
+    fresh = model_of(first, small_tokenizer())
     tables = [fresh.bert.embeddings.position.weight.detach()]
     tables += [
         weights_of(Path(out, "model"))["bert.embeddings.position.weight"]
@@ -585,7 +582,7 @@ def test_the_lines_of_a_run_have_the_rate_of_each_step_and_the_bar_its_steps(opt
 
 def test_a_new_model_has_a_row_for_every_token(options):
     tokenizer = small_tokenizer()
-    model = train_pretrain.make_model(options, tokenizer)
+    model = model_of(options, tokenizer)
     assert model.config.vocab_size == tokenizer.get_vocab_size() == len(tokenizer.get_vocab())
 
 

@@ -17,7 +17,6 @@ from strategies import small_tokenizer
 import bert
 import data
 import train_pretrain
-import train_sst2
 from bert import Bert, BertPretrainModel, PretrainedModel, SST2BertModel, published_name
 from train_pretrain import PretrainOptions
 from train_sst2 import SST2Options
@@ -518,12 +517,12 @@ def test_a_tokenizer_beside_the_weights_is_the_only_one(of_script, published):
     show it."""
     with pytest.raises(ValueError, match="--tokenizer"):
         of_script(weights=str(published), tokenizer=str(published))
-    script = train_pretrain if of_script is PretrainOptions else train_sst2
-    tokenizer = script.choose_tokenizer(of_script(weights=str(published)))
+    options = of_script(weights=str(published))
+    tokenizer = train_pretrain.choose_tokenizer(options, list)
     assert tokenizer.get_vocab() == small_tokenizer().get_vocab()
     (published / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"vocab\.txt or tokenizer\.json"):
-        script.choose_tokenizer(of_script(weights=str(published)))
+        train_pretrain.choose_tokenizer(options, list)
 
 
 def test_padding_is_the_tokenizers_whatever_the_config_says(published, monkeypatch):
@@ -534,10 +533,10 @@ def test_padding_is_the_tokenizers_whatever_the_config_says(published, monkeypat
     data.wordpiece(german).save(str(published / "tokenizer.json"))
     tokenizer = data.load_tokenizer(published)
     weights = str(published)
-    pretrained = train_pretrain.make_model(
-        PretrainOptions(weights=weights, max_seq_length=17), tokenizer
-    )
-    tuned = quietly(train_sst2.make_model, SST2Options(weights=weights), tokenizer)
+    make_model = train_pretrain.make_model
+    options = PretrainOptions(weights=weights, max_seq_length=17)
+    pretrained = make_model(BertPretrainModel, options, tokenizer, 17)
+    tuned = quietly(make_model, SST2BertModel, SST2Options(weights=weights), tokenizer, 17)
     assert pretrained.padding_idx == tuned.padding_idx == 1
 
     used = []
