@@ -1048,7 +1048,8 @@ def run_script(main: Callable, cls: type) -> None:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):
             raise
-        message = f"{error} A worker has died or cannot send: try fewer --workers, and --resume"
+        reason = str(error).rstrip(". ")
+        message = f"{reason}: it died, or cannot send; try fewer --workers, and --resume"
     print(f"\nerror: {message}", file=sys.stderr)
     sys.exit(2)
 

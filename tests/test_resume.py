@@ -28,6 +28,7 @@ from helpers import (
     contents,
     in_process,
     metrics_of,
+    python,
     run,
     run_as_main,
     start,
@@ -291,6 +292,28 @@ def test_a_checkpoint_loads_as_plain_tensors_and_numbers(finished):
     found = torch.load(Path(finished.out) / "checkpoint.pt", weights_only=True)
     assert set(found) == {"progress", "identity", "metrics_bytes", "model", "optimizer"}
     assert found["progress"]["step"] == 6
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_checkpoint_is_on_disk_before_it_has_its_name_and_then_so_is_the_name(
+    options, monkeypatch
+):
+    """A computer that loses its power keeps what was forced to disk, and perhaps nothing else."""
+    done, fsync, replace_file = [], os.fsync, Path.replace
+
+    def noted_fsync(descriptor):
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def noted_replace(path, other):
+        done.append(f"{path.name} -> {Path(other).name}")
+        return replace_file(path, other)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    run(options)
+    saved = ["metrics.jsonl", "checkpoint.unfinished", "checkpoint.unfinished -> checkpoint.pt"]
+    assert done[:12] == [*saved, Path(options.out).name] * 3  # at the steps 0, 2 and 4
 
 
 def test_a_malicious_checkpoint_is_never_run(finished, tmp_path):
@@ -724,3 +747,21 @@ def test_a_killed_data_worker_ends_the_run_and_the_message_says_fewer_workers(co
     assert "--workers" in line
     assert "Traceback" not in printed
     assert in_process(replace(options, resume=True)) == 0
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_send_its_batch_ends_the_run_with_one_message(corpus, tmp_path):
+    """Below a long TMPDIR, torch's worker prints an error and drops the batch; without a timeout
+    the run would wait for ever."""
+    folder = tmp_path / ("x" * 110)
+    folder.mkdir()
+    code = """
+import data, train_pretrain
+data.WORKER_TIMEOUT = 2
+train_pretrain.run_script(train_pretrain.pretrain, train_pretrain.PretrainOptions)
+"""
+    line = f"--dataset {corpus} --vocab-size 60 --max-seq-length 32 --workers 1 --steps 2"
+    line += f" --device cpu --out {tmp_path}/run"
+    ended = python("-c", code, *line.split(), env={**os.environ, "TMPDIR": str(folder)})
+    assert ended.returncode == 2, ended.stderr
+    assert "--workers" in ended.stderr.splitlines()[-1]
