@@ -1,14 +1,14 @@
 """The walkthrough shows what the code computes: every block runs, every output is compared."""
 
 import contextlib
-import importlib
 import io
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("sybil")
 from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
@@ -16,7 +16,6 @@ from sybil.parsers.markdown import CodeBlockParser
 ROOT = Path(__file__).parents[1]
 WALKTHROUGH = ROOT / "WALKTHROUGH.md"
 TEXT = WALKTHROUGH.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 run_python = PythonEvaluator()
 
 
@@ -83,20 +82,3 @@ def test_a_page_that_does_not_show_what_is_printed_fails(tmp_path, page):
     (tmp_path / "page.md").write_text(page)
     with pytest.raises(AssertionError):
         check(tmp_path / "page.md")
-
-
-def test_every_function_that_the_walkthrough_names_exists():
-    names = set(re.findall(r"`((?:bert|data|train_pretrain)\.(?!py)[\w.]+)`", TEXT))
-    assert len(names) >= 25
-    for name in names:
-        module, *attributes = name.split(".")
-        thing = importlib.import_module(module)
-        for attribute in attributes:
-            assert hasattr(thing, attribute), name
-            thing = getattr(thing, attribute)
-
-
-def test_every_block_is_short_and_fits_on_the_page():
-    for block in BLOCKS:
-        assert block.count("\n") <= 15, block
-        assert max(map(len, block.splitlines())) <= 88, block
