@@ -342,7 +342,7 @@ class Bert(PretrainedModel):
 class BertPretrainModel(PretrainedModel):
     """The encoder with the two heads of pretraining. [BERT] §3.1.
 
-    Masked language model (MLM): which token stood at a masked position? dense, GELU and LayerNorm
+    Masked language model (MLM): which token stood where one is masked? dense, GELU and LayerNorm
     transform the hidden state ([Code]); the decoder then scores every token of the vocabulary.
     Next sentence prediction (NSP): does segment B follow segment A in the corpus?
 

@@ -75,7 +75,7 @@ class PretrainOptions:
     resume: bool = False
     """Resume from the last checkpoint in --out."""
     steps: int = 4000
-    """Updates of the weights. With 0, the model is only evaluated."""
+    """Updates of the weights. With 0, the model is evaluated and written, and not trained."""
     seed: int = 0
     """Seed of everything that is random."""
 
@@ -108,7 +108,7 @@ class PretrainOptions:
     accumulate: int = 1
     """Micro-batches in a step, divided among the ranks."""
     workers: int = 2
-    """Processes of each rank that prepare batches. As many tokenize."""
+    """Processes of each rank that prepare batches."""
 
     # The model
     weights: str | None = None
@@ -245,8 +245,8 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     model are large at the start.
 
     A rate that is too large is a trap. At 1e-2 a model of the size mini cannot overfit even one
-    pair: after the first huge steps every position has the same hidden state, the model predicts
-    the same token everywhere, and the loss stays at ln n for n masked tokens that all differ
+    pair: after the first huge steps every token has the same hidden state, the model predicts the
+    same token everywhere, and the loss stays at ln n for n masked tokens that all differ
     (WALKTHROUGH.md, section 12).
 
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
