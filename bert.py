@@ -15,11 +15,11 @@ Sources:
     [Code]         google-research/bert, commit eedf5716
 A departure from them is marked "Differs:".
 
-Dimensions, as they stand in comments on shapes:
+Names in comments on shapes:
     batch    sequences in a batch
     seq      tokens in a sequence, padding included
     d_model  width of a hidden state
-    heads    attention heads; d_head is the width of one, d_k / heads or d_v / heads
+    heads    attention heads; d_head is the width of one (d_k / heads, and d_v / heads for values)
     d_k      width of queries and of keys, all heads together; d_v the same of values
     vocab    tokens in the vocabulary
     masked   masked tokens of the whole batch, those to be predicted
@@ -159,13 +159,14 @@ def attention(
     d_head = q.size(-1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(d_head)  # (..., seq, seq)
 
-    # The lowest finite number: with -inf, a row without any key would become 0 / 0 = NaN.
+    # Masked scores get the lowest finite number. With -inf, a row without any key would become
+    # 0 / 0 = NaN.
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(dim=-1)
 
-    # Dropout sets some probabilities to 0, and scales up the others, so that a query ignores a few
-    # tokens. [Code] The returned probabilities are those before dropout.
+    # Dropout sets some probabilities to 0 and scales up the others, so each query ignores a few
+    # random tokens. [Code] The returned probabilities are those before dropout.
     output = F.dropout(probs, dropout) @ v
     return output, probs
 
@@ -252,7 +253,7 @@ class PretrainedModel(nn.Module):
     encoder `bert`, and the heads as you like.
     """
 
-    # The class in transformers that opens what is saved; this one opens the encoder alone.
+    # The class in transformers that opens what is saved. BertModel opens the encoder alone.
     architecture = "BertModel"
 
     def __init__(self, config: BertConfig, padding_idx: int = 0) -> None:
@@ -263,12 +264,12 @@ class PretrainedModel(nn.Module):
         self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
-        """Initializes one module: weights from N(0, 0.02), biases 0. A LayerNorm stays as PyTorch
-        makes it, with weight 1 and bias 0.
+        """Initializes one module: weights with mean 0 and standard deviation 0.02, biases 0. A
+        LayerNorm stays as PyTorch makes it, with weight 1 and bias 0.
 
-        Why so small? The logit of a token is the dot product of a hidden state, of length
-        sqrt(d_model), and the token's embedding. So logits start near 0, and the first MLM loss is
-        about ln(vocab). With PyTorch's default for embeddings, N(0, 1), it would be far above.
+        Why so small? The logit of a token is the dot product of its embedding and a hidden state,
+        which LayerNorm gives the length sqrt(d_model). So logits start near 0, and the first MLM
+        loss is about ln(vocab). With PyTorch's own deviation of 1 it would be far above.
 
         Differs: [Code] cuts the distribution off at two standard deviations.
         """
@@ -301,7 +302,7 @@ class Bert(PretrainedModel):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)  # models with heads have only their heads left to initialize
+        self.apply(self.init_weights)  # so subclasses initialize only their heads
 
     def forward(
         self,
@@ -452,7 +453,7 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# What config.json says of every BERT. With other values, the outputs would be other ones.
+# What config.json says of every BERT. Other values would change the outputs.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKENS = "bert.embeddings.word_embeddings.weight"
 ENCODER = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
@@ -511,7 +512,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     if wrong:
         raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
     is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKENS])
-    if "cls.predictions.bias" in found and not is_tied:
+    if "cls.predictions.transform.dense.weight" in found and not is_tied:
         raise ValueError(f"{directory}: {DECODER} is not the matrix of the token embeddings")
 
     loaded = model.load_state_dict({our_names[n]: tensors[n] for n in found}, strict=False)
@@ -586,7 +587,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) -> None:
     """Writes a model and its tokenizer in the published format, for `from_pretrained` and for
-    transformers. What may be wrong is an error before the first byte is written.
+    transformers. Validates everything before it writes anything.
     """
     from safetensors.torch import save
 
@@ -677,4 +678,4 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, ValueError) as error:
-        sys.exit(f"{error}\nusage: python bert.py DIRECTORY TEXT")
+        sys.exit(f"{error}\nusage: python bert.py DIRECTORY_OR_HUB_ID TEXT")

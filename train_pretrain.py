@@ -11,7 +11,7 @@ Writes into the folder --out:
     config.json    the options
     metrics.jsonl  a line for every log and every evaluation; losses in nats. "step": N means after
                    N updates; a training line has the loss of update N
-    checkpoint.pt  the run as it was when it was saved last: --resume continues from there
+    checkpoint.pt  the latest checkpoint: --resume continues from there
     model/         at the end, weights and tokenizer in the published format
     curves.png     losses and accuracies over the steps
 
@@ -60,7 +60,7 @@ from bert import BertConfig, BertPretrainModel, check_tokenizer, fetch
 Batch = dict[str, Tensor]
 Precision = Literal["auto", "float32", "medium", "bfloat16"]
 
-EVALUATION_BATCHES = 16  # an evaluation is the first 16 batches of the validation part
+EVALUATION_BATCHES = 16  # of the validation part, in a fixed random order
 
 # ---- Options -----------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class PretrainOptions:
     """Read the corpus without storing it, instead of tokenizing it once to disk."""
     tokenizer: str | None = None
     """vocab.txt, tokenizer.json, directory or hub id. With --weights, the tokenizer beside them
-    counts. Without both, a vocabulary is learned, for lowercased text without accents."""
+    takes precedence. Without both, a vocabulary is learned, for lowercased text without accents."""
     vocab_size: int = 2000
     """Size of the vocabulary that is learned without --tokenizer and --weights."""
 
@@ -160,7 +160,7 @@ class PretrainOptions:
 
 
 def check_options(options: Any, smallest: int, *names: str) -> None:
-    """Raises ValueError if one of these numbers is smaller, or if options cannot be right."""
+    """Raises ValueError if one of these numbers is smaller, or if options contradict each other."""
     for name in names:
         number = getattr(options, name)
         if number < smallest:
@@ -169,7 +169,7 @@ def check_options(options: Any, smallest: int, *names: str) -> None:
     if not 0 <= options.dropout < 1:
         raise ValueError(f"--dropout must lie in [0, 1), got {options.dropout}")
     if None not in (options.weights, options.tokenizer):
-        raise ValueError("--tokenizer with --weights: the tokenizer beside the weights counts")
+        raise ValueError("--tokenizer with --weights: the one beside the weights takes precedence")
     for rate in np.atleast_1d(options.learning_rate):
         if not 0 < rate < math.inf:
             raise ValueError(f"--learning-rate must be positive and finite, got {rate}")
@@ -263,7 +263,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     """Returns AdamW with weight decay 0.01 ([BERT] A.2), except for biases and LayerNorm ([Code]).
 
     Decay pulls a parameter towards 0. LayerNorm's weights start at 1 and should not be pulled away
-    from it, and decaying biases regularizes little. eps is that of [Code], too.
+    from it, and decaying biases has little effect. eps is that of [Code], too.
 
     Differs: [Code] lacks Adam's correction of the moments, which start at 0.
     """
@@ -342,7 +342,7 @@ def add_gradients(
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
-    """Clips the accumulated gradients to norm 1 ([Code]), takes one optimizer step, drops them.
+    """Clips the accumulated gradients to norm 1 ([Code]), takes one step, zeroes the gradients.
 
     Returns the norm before clipping, ().
     """
@@ -380,7 +380,7 @@ def train(
     """Trains from `progress.step` on. Returns False if a signal has stopped it before the end.
 
     batches: this rank's micro-batches. signals: those received so far; see `note_signals`.
-    log, report (an evaluation), save: write down `progress` and what belongs to it, on rank 0.
+    log, report (an evaluation), save: record `progress` and what belongs to it, on rank 0.
     """
     rank, ranks = rank_and_ranks()
     per_rank = options.accumulate // ranks  # micro-batches
@@ -432,7 +432,7 @@ def train(
         if log_is_due:
             mlm_loss, nsp_loss = total(*losses.tolist())
             on_rank_0(partial(log, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss))
-            speed = progress.tokens / progress.seconds
+            speed = progress.tokens / max(progress.seconds, 0.01)
             bar.set_postfix_str(f"loss {mlm_loss + nsp_loss:.3f}, {speed:,.0f} tokens/s", False)
 
         # Evaluate.
@@ -451,10 +451,7 @@ def train(
 
 def check_is_finite(what: str, numbers: Tensor) -> None:
     if not numbers.isfinite().all():
-        raise ValueError(
-            f"{what} is not finite: try a lower --learning-rate (the last checkpoint is good, but"
-            " --resume would come to the same step)"
-        )
+        raise ValueError(f"{what} is not finite: start again with a lower --learning-rate")
 
 
 # ---- Evaluation --------------------------------------------------------------
@@ -487,6 +484,7 @@ def evaluate(
 
     predictions = torch.cat(found.pop("prediction"))
     metrics = {name: torch.cat(parts).mean().item() for name, parts in found.items()}
+    # torch's exp: math.exp raises an error above 709.
     metrics["perplexity"] = torch.tensor(metrics["mlm_loss"]).double().exp().item()
     largest_count = predictions.bincount().max().item()
     metrics["most_frequent_prediction"] = largest_count / len(predictions)
@@ -617,8 +615,8 @@ def make_batches(
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
-    """Returns tokenizer, model, and the corpus of each split: all that options may be wrong about.
-    The model comes before the corpus, because wrong options should not fail after hours.
+    """Returns tokenizer, model, and the corpus of each split: everything that bad options can make
+    fail. The model comes before the corpus, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
     where = (options.dataset, options.split, options.dataset_name, options.text_column)
@@ -709,7 +707,7 @@ def pretrain(options: PretrainOptions) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if not is_done:
-        sys.exit(1)
+        sys.exit(1)  # so that a script that called this one does not go on
 
 
 # ---- Device and precision ----------------------------------------------------
@@ -791,12 +789,15 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     if accumulate % ranks:
         raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
 
-    # It takes the group of the moment as a default argument. Imported later, as torch does, it
-    # would keep the group alive, whose threads may abort the end of the process.
+    # torch imports this module during the first step, and the module keeps the process group that
+    # it finds then: its threads live on and may abort the exit. Now there is no group to keep.
     import torch.distributed.nn
 
-    # gloo sums tensors on the CPU, nccl those on a GPU. Without names, a GPU leaves nccl alone.
+    # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
+    # torch sets up nccl only.
     backend = "gloo"
+    if ranks > 1 and device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device {device} is one GPU, and there are several ranks: use cuda")
     if torch.cuda.is_available() and device != "cpu":
         backend = "cpu:gloo,cuda:nccl"
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -814,13 +815,13 @@ def total(*numbers: float) -> list[float]:
     try:
         dist.all_reduce(sums)
     except RuntimeError:
-        raise SystemExit(2) from None  # another rank has ended, and has said why
+        raise SystemExit(2) from None  # another rank has ended; it or torchrun says why
     return sums.tolist()
 
 
 def on_rank_0(work: Callable[[], Any]) -> Any:
     """Returns what `work` returns on rank 0, and None on the others, which wait for it. If it
-    fails, all ranks end: rank 0 with its error, the others without a word.
+    fails, all ranks end: rank 0 with its error, the others silently.
     """
     result: Any = None
     mistake: Exception | None = None
@@ -862,7 +863,7 @@ def lock_folder(out: Path, resume: bool = False) -> IO:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers do not inherit this kind
     except OSError as error:
         raise ValueError(f"--out {out} is in use by another process") from error
-    check_folder(out, resume)  # once more: another process may have had it until now
+    check_folder(out, resume)  # again: another process may just have released it
     return lock
 
 
@@ -874,7 +875,7 @@ def write_line(out: Path, **values: Any) -> None:
 
 def what_identifies(options: PretrainOptions, corpora: dict[str, Any]) -> dict[str, Any]:
     """Returns what a resumed run must share with the one before: the text, and all options except
-    those that change no result. A stream also depends on who reads it.
+    those that change no line of its metrics. A stream also depends on who reads it.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
@@ -1049,7 +1050,7 @@ def run_script(main: Callable, cls: type) -> None:
         if not str(error).startswith("DataLoader"):
             raise
         reason = str(error).rstrip(". ")
-        message = f"{reason}: it died, or cannot send; try fewer --workers, and --resume"
+        message = f"{reason}: it died or cannot send its batch; try fewer --workers, and --resume"
     print(f"\nerror: {message}", file=sys.stderr)
     sys.exit(2)
 

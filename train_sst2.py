@@ -60,7 +60,8 @@ from train_pretrain import (
 )
 
 LABELS = ("negative", "positive")
-PURPOSE_SENTENCES = 2  # of random numbers; those of data.py are 0 and 1
+# Sets the random numbers for the order of the sentences apart from those of data.py, 0 and 1.
+PURPOSE_SENTENCES = 2
 
 # ---- Options -----------------------------------------------------------------
 
@@ -148,6 +149,8 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
     if not {column, "label"} <= set(rows.column_names):
         raise ValueError(f"{path}: no columns sentence (or text) and label in {rows.column_names}")
     texts, labels = list(rows[column]), list(rows["label"])
+    if not texts:
+        raise ValueError(f"{path}, {split}: there are no sentences")
     for row, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not isinstance(text, str):
             raise ValueError(f"{path}, {split}, row {row}: {column} is {text!r}, not text")
@@ -357,7 +360,7 @@ def train(options: SST2Options) -> None:
     out = Path(options.out)
     check_folder(out)
 
-    # All splits are read now: a mistake in the test split must not show up after hours.
+    # All splits are read now: a mistake in the test split should surface now, not hours later.
     tokenizer, _, longest = prepare(options)
 
     def load(path: str, split: str, name: str | None = None) -> SST2Batches:
@@ -426,7 +429,7 @@ def predict(options: SST2Options) -> None:
             f" {', '.join(model.missing_parameters)}"
         )
     model.eval().to(device)
-    # In a model of somebody else, class 0 may be the positive one.
+    # In someone else's model, class 0 may be the positive one.
     labels = LABELS if model.label_names[0].startswith("LABEL_") else model.label_names
     for text in options.predict or ():
         rows = encode_sentences(tokenizer, [text], longest)
