@@ -2,19 +2,15 @@
 # From "BERT in four files", a BERT in plain PyTorch whose tests are its specification.
 """BERT's data: tokenize once, build examples on the fly, each a function of (seed, epoch, index).
 
-Masking a whole corpus before training gives every epoch the same masks, and doing it again for each
-epoch takes days. So the work is divided:
-
     once          text -> sentences -> tokens -> three arrays on disk, memory-mapped
     in workers    two segments -> an example with masks -> a batch
 
-The sections below are in this order. After them come the reading of files, the stream, and the
-reading of tokenizers. From texts to a batch:
+From texts to batches without end, with new pairs and masks in every epoch:
 
     tokenizer = train_tokenizer(texts, vocab_size=2000)  # or load_tokenizer("vocab.txt")
     corpus = tokenize_corpus(texts, tokenizer, "corpus")  # the next time: TokenizedCorpus("corpus")
     dataset = PretrainDataset(corpus, tokenizer, max_seq_length=64)
-    for batch in get_split_dataloader(dataset, batch_size=32):  # without end
+    for batch in get_split_dataloader(dataset, batch_size=32):
         ...
 
 Differs: [Code] writes ten differently masked copies of the corpus to disk before training.
@@ -32,17 +28,18 @@ Dimensions in comments: batch, seq (columns of an example), masked (masked colum
 """
 
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
 import json
 import re
 import shutil
-import tempfile
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
@@ -116,14 +113,10 @@ def as_text(text: Any, name: str) -> str:
 def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> Tokenizer:
     """Returns a WordPiece tokenizer. [Code] tokenization.py.
 
-    vocabulary: the id of each token, or None for a tokenizer that is to be trained. `encode` adds
-    [CLS] and [SEP] only with a vocabulary.
+    vocabulary: the id of each token, or None for a tokenizer that is to be trained. normalizer:
+    `lowercase` (True), `strip_accents` (the same as lowercase), `handle_chinese_chars` (True).
 
-    normalizer: options, with their defaults: `lowercase` (True), `strip_accents` (the same as
-    lowercase), `handle_chinese_chars` (True).
-
-    Differs: a word of more than 100 characters is [UNK], as in transformers; in [Code] one of more
-    than 200.
+    Differs: words of more than 100 characters are [UNK], as in transformers; in [Code], of 200.
     """
     # BertWordPieceTokenizer wraps a Tokenizer and hides most of its methods: return a plain copy.
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
@@ -250,12 +243,11 @@ class TokenizedCorpus:
         return f"{documents:,} documents, {sentences:,} sentences, {len(self):,} tokens{notes}"
 
     def unigram_entropy(self) -> float:
-        """Returns the MLM loss, in nats, of a model that knows only how often each token occurs."""
-        counts = np.zeros(1 + int(self.tokens.max()), dtype=np.int64)
-        part = 10_000_000  # tokens; `bincount` makes an int64 of each
-        for start in range(0, len(self), part):
-            counts += np.bincount(self.tokens[start : start + part], minlength=len(counts))
-        shares = counts[counts > 0] / len(self)
+        """Returns the MLM loss, in nats, of a model that knows only how often each token occurs
+        (counted in the first ten million tokens).
+        """
+        counts = np.bincount(self.tokens[:10_000_000])
+        shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
 
@@ -306,26 +298,21 @@ def encode_documents(
         sentences = [split_sentences(text, notes) for text in texts]
         ids = iter(encode_plain(tokenizer, list(chain.from_iterable(sentences))))
         for document in sentences:
-            of_document = islice(ids, len(document))
-            encoded = [sentence for sentence in of_document if sentence]
+            encoded = [sentence for sentence in islice(ids, len(document)) if sentence]
             if len(encoded) > 1:
                 yield encoded
             else:
                 notes[f"documents of {len(encoded)} sentences left out"] += 1
 
 
-def pack(documents: list[list[list[int]]], dtype: str, start: int = 0) -> CorpusArrays:
-    """Returns encoded documents end to end. start: the offset of the first one.
-
-    Example: the documents [[7, 8, 9], [4, 5]] and [[6], [4]] give the tokens 7 8 9 4 5 6 4, the
-    sentence_starts 0 3 5 6 7, and the document_starts 0 5 7.
-    """
+def pack(documents: list[list[list[int]]], tokenizer: Tokenizer) -> TokenizedCorpus:
+    """Returns encoded documents, end to end, as a corpus in memory."""
     sentences = list(chain.from_iterable(documents))
-    tokens = np.fromiter(chain.from_iterable(sentences), dtype=dtype)
-    lengths = np.array([0, *map(len, sentences)], dtype=np.int64)
-    sentence_starts = start + np.cumsum(lengths)
+    tokens = np.fromiter(chain.from_iterable(sentences), dtype=token_dtype(tokenizer))
+    sentence_starts = np.cumsum([0, *map(len, sentences)])
     first_sentences = np.cumsum([0, *map(len, documents)])
-    return CorpusArrays(tokens, sentence_starts, sentence_starts[first_sentences])
+    document_starts = sentence_starts[first_sentences]
+    return TokenizedCorpus(CorpusArrays(tokens, sentence_starts, document_starts))
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
@@ -338,77 +325,58 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Tokenizes documents into a new folder, and returns them as a corpus.
 
-    The folder appears when it is complete: whatever happens on the way, no half of it is ever used.
-    Raises ValueError if it is there already, since it may hold other documents.
+    The folder is written under another name, and renamed when it is complete: half of it is never
+    used. Raises ValueError if it is there already, since it may hold other documents. A second
+    process that wants the same folder waits for the first, and uses what that has written.
     """
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} is there already; TokenizedCorpus({str(folder)!r}) opens it")
-    with new_folder(folder) as temporary:
-        write_corpus(documents, tokenizer, temporary)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process loses it, too
+        try:
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+                unfinished.mkdir()
+                write_corpus(documents, tokenizer, unfinished)
+                unfinished.rename(folder)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ValueError(f"cannot write to {folder.parent}: {error.strerror}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return TokenizedCorpus(folder)
 
 
 def write_corpus(documents: Iterable[str | None], tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the three arrays of `TokenizedCorpus`, document by document, and notes.json."""
+    """Writes the three arrays of `TokenizedCorpus`, and notes.json. Only the starts are held in
+    memory meanwhile.
+    """
     dtype = token_dtype(tokenizer)
-    unknown_id = tokenizer.token_to_id(UNK)
+    unknown_id = tokenizer.get_vocab()[UNK]
+    unknown = 0
     notes: Counter[str] = Counter()
-    size = usable = unknown = 0
-    with (
-        (folder / f"tokens.{dtype}").open("wb") as tokens_file,
-        (folder / "sentence_starts.int64").open("wb") as sentences_file,
-        (folder / "document_starts.int64").open("wb") as documents_file,
-    ):
+    sentence_starts = array("q", [0])
+    document_starts = array("q", [0])
+    with (folder / f"tokens.{dtype}").open("wb") as file:
         for document in encode_documents(documents, tokenizer, notes):
-            arrays = pack([document], dtype, start=size)
-            tokens_file.write(arrays.tokens.tobytes())
-            # The last entry of both is the start of the next document.
-            sentences_file.write(arrays.sentence_starts[:-1].tobytes())
-            documents_file.write(arrays.document_starts[:-1].tobytes())
-            size += len(arrays.tokens)
-            usable += 1
-            unknown += int(np.count_nonzero(arrays.tokens == unknown_id))
-        sentences_file.write(np.int64(size).tobytes())
-        documents_file.write(np.int64(size).tobytes())
-    if usable < 2:
+            for sentence in document:
+                file.write(np.array(sentence, dtype).tobytes())
+                unknown += sentence.count(unknown_id)
+                sentence_starts.append(sentence_starts[-1] + len(sentence))
+            document_starts.append(sentence_starts[-1])
+    if len(document_starts) < 3:
         raise ValueError(
-            f"{usable} documents have two sentences, 2 are needed; {dict(notes)}"
+            f"fewer than two documents have two sentences; {dict(notes)}"
             " (rows_per_document joins rows)"
         )
-    percent = round(100 * unknown / size, 2)
+    (folder / "sentence_starts.int64").write_bytes(sentence_starts)
+    (folder / "document_starts.int64").write_bytes(document_starts)
+    percent = round(100 * unknown / document_starts[-1], 2)
     (folder / "notes.json").write_text(json.dumps({**notes, "% [UNK]": percent}))
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder, beside `folder`, that becomes `folder` at the end.
-
-    If another process has made `folder` meanwhile, ours is dropped. On an error it is removed. A
-    killed process leaves it behind; the next one finds that nobody holds its lock, and removes it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / "lock").open("w") as lock_of_all:
-        fcntl.flock(lock_of_all, fcntl.LOCK_EX)
-        for left_behind in folder.parent.glob("unfinished-*"):
-            # An error means that another process holds the lock, or has just renamed the folder.
-            with contextlib.suppress(OSError), (left_behind / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left_behind)
-        temporary = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
-        own_lock = (temporary / "lock").open("w")
-        fcntl.flock(own_lock, fcntl.LOCK_EX)
-    with own_lock:
-        try:
-            yield temporary
-            temporary.rename(folder)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise ValueError(f"cannot write to {folder.parent}: {error.strerror}") from error
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- A pair of segments ------------------------------------------------------
@@ -577,7 +545,6 @@ class PretrainDataset(Dataset):
             raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
         vocabulary = tokenizer.get_vocab()
         self.corpus = corpus
-        self.max_seq_length = max_seq_length
         self.room = max_seq_length - 3  # without [CLS] and two [SEP]
         self.seed = seed
         self.whole_word_masking = whole_word_masking
@@ -586,8 +553,8 @@ class PretrainDataset(Dataset):
         self.cls_id = vocabulary[CLS]
         self.sep_id = vocabulary[SEP]
         self.mask_id = vocabulary[MASK]
-        special_ids = {vocabulary[name] for name in SPECIAL_TOKENS}
-        self.ordinary_ids = np.array(sorted(set(vocabulary.values()) - special_ids))
+        ordinary = vocabulary.keys() - set(SPECIAL_TOKENS)
+        self.ordinary_ids = np.array(sorted(vocabulary[token] for token in ordinary))
         piece_ids = [id for token, id in vocabulary.items() if token.startswith("##")]
         # (largest id + 1,), True for tokens that continue a word
         self.is_piece = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
@@ -617,14 +584,10 @@ class PretrainDataset(Dataset):
 
         segment_a = self.corpus.tokens[pair.a_start : pair.a_end]
         segment_b = self.corpus.tokens[pair.b_start : pair.b_end]
-        first_sep = 1 + len(segment_a)  # columns of the two [SEP]
-        last_sep = first_sep + 1 + len(segment_b)
-        input_ids = np.empty(last_sep + 1, dtype=np.int64)
-        input_ids[0] = self.cls_id
-        input_ids[1:first_sep] = segment_a
-        input_ids[first_sep] = self.sep_id
-        input_ids[first_sep + 1 : last_sep] = segment_b
-        input_ids[last_sep] = self.sep_id
+        first_sep = 1 + len(segment_a)  # its column
+        input_ids = np.concatenate(
+            [[self.cls_id], segment_a, [self.sep_id], segment_b, [self.sep_id]]
+        )
         token_type_ids = np.zeros(len(input_ids), dtype=np.int64)
         token_type_ids[first_sep + 1 :] = 1
 
@@ -722,45 +685,6 @@ class EpochSampler(Sampler):
             yield indices
 
 
-# Seconds to wait for a batch. A worker that cannot send its batch, because /dev/shm is full or the
-# path of TMPDIR too long, then becomes an error; it would be silence.
-WORKER_TIMEOUT = 600
-
-
-def loader_options(workers: int) -> dict[str, Any]:
-    """Returns how a DataLoader uses its workers.
-
-    Two workers should feed a fast GPU, and more only hold more memory. Each has 4 batches ready,
-    and a token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
-    """
-    return {
-        "num_workers": workers,
-        "prefetch_factor": 4 if workers else None,
-        "timeout": WORKER_TIMEOUT if workers else 0,
-        "pin_memory": torch.cuda.is_available(),
-    }
-
-
-def get_split_dataloader(
-    dataset: PretrainDataset,
-    batch_size: int,
-    start: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 2,
-) -> DataLoader:
-    """Returns an endless loader of one rank's batches. The batches are split among the ranks: they
-    are dealt to them in turn.
-
-    start: how many batches of this rank to skip.
-    """
-    sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
-    collate_examples = partial(collate, padding_idx=dataset.padding_idx)
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate_examples, **loader_options(workers)
-    )
-
-
 # ---- Reading corpora ---------------------------------------------------------
 
 
@@ -784,7 +708,7 @@ def get_corpus(
     name: the configuration of a hub data set that has several.
     rows_per_document: > 1 joins so many rows into a document, for corpora with a sentence per row.
     """
-    splits = get_dataset(path, name, split=None, columns=(text_column,))
+    splits = get_dataset(path, name, split=None, column=text_column)
     holds_out = "validation" not in splits or "validation" in train_split
     rows = select_split(splits, train_split if holds_out or split == "train" else "validation")
     how = (tokenizer.to_str(), text_column, rows_per_document, SPLIT_VERSION)
@@ -808,7 +732,7 @@ def get_texts(
     """Returns the texts to learn a vocabulary from: all of the split to train on, including those
     that `get_corpus` may hold out.
     """
-    return get_dataset(path, name, train_split, columns=(column,))[column]
+    return get_dataset(path, name, train_split, column)[column]
 
 
 def sample_folder() -> Path:
@@ -820,34 +744,30 @@ def get_dataset(
     path: str,
     name: str | None = None,
     split: str | None = "train",
+    column: str | None = None,
     streaming: bool = False,
-    columns: tuple[str, ...] | None = None,
 ) -> Any:
-    """Returns a split of a data set, or with split=None a dict of all. One row is one document, or
-    a sentence of SST-2.
+    """Returns a split of a data set, or with split=None a dict of all. A stream needs split=None.
 
-    path: "sample", a hub id, or a file or directory (see `list_files`). columns: those to read.
-    Raises ValueError, in one line with the path, for all that cannot be read.
+    path: "sample", a hub id, or a file or directory (see `list_files`). column: the only one to
+    read. Raises ValueError, in one line with the path, for all that cannot be read.
     """
     where = sample_folder() / "corpus" if path == "sample" else Path(path)
+    splits = {}
     with reading(path):
         if where.exists():
             kind = datasets.IterableDataset if streaming else datasets.Dataset
-            splits = {}
             for part, files in list_files(where).items():
-                how = {"files": files, "columns": columns}
+                how = {"files": files, "column": column}
                 splits[part] = kind.from_generator(read_files, gen_kwargs=how)
         else:
-            splits = dict(datasets.load_dataset(path, name, streaming=streaming))
-            if columns:
-                splits = {part: rows.select_columns(list(columns)) for part, rows in splits.items()}
+            for part, rows in datasets.load_dataset(path, name, streaming=streaming).items():
+                splits[part] = rows.select_columns(column) if column else rows
         return splits if split is None else select_split(splits, split)
 
 
 def select_split(splits: dict[str, Any], split: str) -> Any:
-    """Returns one of the splits, or what "train+unsupervised" and "train[:10%]" mean."""
-    if split in splits:
-        return splits[split]
+    """Returns what "train", "train+unsupervised" or "train[:10%]" means."""
     sizes = {part: len(rows) for part, rows in splits.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     return datasets.concatenate_datasets(
@@ -855,59 +775,48 @@ def select_split(splits: dict[str, Any], split: str) -> Any:
     )
 
 
-KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
 def list_files(where: Path) -> dict[str, list[tuple[str, int, int]]]:
-    """Returns the files of each split of a local data set, with their sizes and times: they are
-    part of the names under which `datasets` stores what it has read.
+    """Returns the files of each split of a local data set, with their sizes and times: `datasets`
+    stores what it has read under a name that depends on these.
 
-    A .txt file is one document; .json, .jsonl and .parquet files have a row for each. Of a
-    directory, all files in it and below are read, except hidden ones and pages (.md, LICENSE). If
-    the first word of a file's name is train, validation or test, it belongs to that split; all
-    others are train. Files of any other kind are rejected: they might hold text that would be
-    missed.
+    A .txt file is one document; .json, .jsonl and .parquet files have a row for each. A directory
+    is read with all that is below it. There, a file whose name starts with the word train,
+    validation or test belongs to that split, and all others are train. Files of other kinds are
+    rejected, since their text would be missed, except hidden ones and pages (.md, LICENSE).
     """
-    files = sorted(where.rglob("*.*")) if where.is_dir() else [where]
-    files = [file for file in files if file.is_file() and file.suffix != ".md"]
-    files = [file for file in files if not is_hidden(file.relative_to(where))]
-    kinds = {KINDS.get(file.suffix.lower()): file.name for file in files}
-    if not files or None in kinds or len(kinds) > 1:
-        found = ", ".join(sorted(kinds.values())) or "no file"
-        raise ValueError(f"{found}: not files of one kind, .txt, .json(l) or .parquet")
     splits: dict[str, list[tuple[str, int, int]]] = {}
-    for file in files:
+    for file in sorted(where.rglob("*.*")) if where.is_dir() else [where]:
+        is_hidden = any(part.startswith(".") for part in file.relative_to(where).parts)
+        if is_hidden or not file.is_file() or file.suffix == ".md":
+            continue
+        if file.suffix.lower() not in {".txt", ".json", ".jsonl", ".parquet"}:
+            raise ValueError(f"{file.name} is not a .txt, .json, .jsonl or .parquet file")
         first_word = re.match(r"(train|validation|test)(?![a-z])", file.name)
         split = first_word[1] if first_word and where.is_dir() else "train"
         about = file.stat()
         stamped = (str(file.absolute()), about.st_size, about.st_mtime_ns)
         splits.setdefault(split, []).append(stamped)
+    if not splits:
+        raise ValueError("no .txt, .json, .jsonl or .parquet file is there")
     return splits
 
 
-def is_hidden(file: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in file.parts)
-
-
-def read_files(
-    files: list[tuple[str, int, int]], columns: tuple[str, ...] | None
-) -> Iterator[dict]:
+def read_files(files: list[tuple[str, int, int]], column: str | None) -> Iterator[dict]:
     """Yields the rows of files, one after another. Other columns may differ between files."""
     for file, _, _ in files:
         with reading(file):
-            for row in read_rows(Path(file), columns):
-                missing = set(columns or ()) - set(row)
-                if missing:
-                    raise ValueError(f"no column {', '.join(missing)} among {', '.join(row)}")
-                yield {column: row[column] for column in columns or row}
+            for row in read_rows(Path(file)):
+                if column and column not in row:
+                    raise ValueError(f"no column {column} among {', '.join(row)}")
+                yield {column: row[column]} if column else row
 
 
-def read_rows(file: Path, columns: tuple[str, ...] | None) -> Iterator[dict]:
-    """Yields the rows of a file, possibly with more columns than these."""
+def read_rows(file: Path) -> Iterator[dict]:
+    """Yields the rows of a file."""
     if file.suffix.lower() == ".txt":
         yield {"text": file.read_text(encoding="utf-8")}
     elif file.suffix.lower() == ".parquet":
-        for batch in ParquetFile(file).iter_batches(100, columns=columns):
+        for batch in ParquetFile(file).iter_batches(100):
             yield from batch.to_pylist()
     else:
         with file.open(encoding="utf-8") as lines:
@@ -917,18 +826,18 @@ def read_rows(file: Path, columns: tuple[str, ...] | None) -> Iterator[dict]:
 
 
 @contextlib.contextmanager
-def reading(path: str) -> Iterator[None]:
+def reading(path: str | Path) -> Iterator[None]:
     """Turns what the libraries raise when they cannot read into a ValueError of one line."""
     try:
         yield
-    except Exception as error:  # of datasets, pyarrow, codecs, gzip, fsspec: they share no base
-        is_ours = str(error).startswith("cannot ")
+    except Exception as error:  # of datasets, tokenizers, pyarrow, gzip, fsspec: they share no base
+        is_ours = str(error).startswith("cannot read ")
         cause = error if is_ours else error.__cause__ or error
-        reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        if getattr(cause, "errno", None) == errno.ENOSPC:
-            reason = f"cannot write to {datasets.config.HF_DATASETS_CACHE}: {reason}"
-        if not reason.startswith("cannot "):
+        reason = str(cause).partition("\n")[0] or type(cause).__name__
+        if not reason.startswith("cannot read "):
             reason = f"cannot read {path}: {reason}"
+        if getattr(cause, "errno", None) == errno.ENOSPC:
+            reason = f"{reason}; the cache is {datasets.config.HF_DATASETS_CACHE}"
         raise ValueError(reason) from error
 
 
@@ -940,47 +849,49 @@ HELD_OUT_DOCUMENTS = 64
 
 @dataclass(eq=False)
 class Stream(IterableDataset):
-    """Batches, without end, of a corpus that is not stored because it exceeds the disk.
+    """Examples, without end, of a corpus that is not stored because it exceeds the disk.
 
     Each worker reads shards of its own and treats one block of documents at a time as a corpus:
     tokens, pairs, masks, every example once, in a random order. So only the documents of a block
-    are shuffled among each other. There are no bookmarks: a resumed run reads again what it has
-    trained on, and skips it, with the same numbers of ranks and workers.
+    are shuffled among each other.
 
-    holds_out: whether one document in a hundred is for evaluation.
-    make_dataset: makes the examples of a block. `get_stream_dataloader` sets this and the rest.
+    make_dataset: makes the examples of a block. train_split: one whole split. The rest as for
+    `get_corpus`. Without a split "validation", or if it is trained on, one document in a hundred is
+    held out.
     """
 
     path: str
-    rows: datasets.IterableDataset
-    text_column: str
-    rows_per_document: int
-    holds_out: bool
     tokenizer: Tokenizer
-    make_dataset: Any = None
-    batch_size: int = 1
+    make_dataset: Callable[[TokenizedCorpus], PretrainDataset]
+    name: str | None = None
+    train_split: str = "train"
+    text_column: str = "text"
+    rows_per_document: int = 1
     rank: int = 0
     world_size: int = 1
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __post_init__(self) -> None:
+        self.padding_idx = self.tokenizer.get_vocab()[PAD]
+        self.splits = get_dataset(self.path, self.name, None, self.text_column, streaming=True)
+        if self.train_split not in self.splits:
+            found = ", ".join(self.splits)
+            raise ValueError(f"a stream is one whole split of {found}, not {self.train_split}")
+        self.holds_out = "validation" not in self.splits or self.train_split == "validation"
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # The index of a block, among those of all workers, is the epoch of its random numbers.
         indices = count(self.rank * workers + worker, self.world_size * workers)
-        examples: list[dict[str, np.ndarray]] = []
         for block, corpus in zip(indices, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
             for index in permutation(dataset.seed, block, len(dataset)).tolist():
-                examples.append(dataset[block * len(dataset) + index])
-                if len(examples) == self.batch_size:
-                    yield collate(examples, dataset.padding_idx)
-                    examples = []
+                yield dataset[block * len(dataset) + index]
 
     def blocks(self) -> Iterator[TokenizedCorpus]:
         """Yields blocks, epoch after epoch. A block ends after `STREAM_BLOCK` tokens or with its
         epoch, but not before it has two documents.
         """
-        dtype = token_dtype(self.tokenizer)
         block: list[list[list[int]]] = []
         while True:
             usable = 0
@@ -990,167 +901,157 @@ class Stream(IterableDataset):
                 usable += 1
                 size += sum(map(len, document))
                 if size >= STREAM_BLOCK and len(block) > 1:
-                    yield TokenizedCorpus(pack(block, dtype))
+                    yield pack(block, self.tokenizer)
                     block = []
                     size = 0
             if usable < 2:
                 raise ValueError(f"a reader of {self.path} has no two documents of two sentences")
             if len(block) > 1:
-                yield TokenizedCorpus(pack(block, dtype))
+                yield pack(block, self.tokenizer)
                 block = []
 
     def documents(self, held_out: bool = False) -> Iterator[str]:
-        """Yields the documents to train on, or those that are held out, once."""
+        """Yields this rank's documents to train on, or all that are for evaluation, once."""
+        rows = split_dataset_by_node(self.splits[self.train_split], self.rank, self.world_size)
+        if held_out and not self.holds_out:
+            rows = self.splits["validation"]
         with reading(self.path):
-            for text in join_rows(self.rows, self.text_column, self.rows_per_document):
-                is_held_out = self.holds_out and zlib.crc32(text.encode()) % 100 == 0
-                if is_held_out == held_out:
+            for text in join_rows(rows, self.text_column, self.rows_per_document):
+                is_held_out = zlib.crc32(text.encode()) % 100 == 0
+                if not self.holds_out or is_held_out == held_out:
                     yield text
 
-
-def open_stream(
-    path: str,
-    tokenizer: Tokenizer,
-    name: str | None = None,
-    train_split: str = "train",
-    text_column: str = "text",
-    rows_per_document: int = 1,
-) -> tuple[Stream, TokenizedCorpus]:
-    """Returns the stream to train on, and 64 documents to evaluate on.
-
-    The latter are of the split "validation". Without such a split, or if it is trained on, they are
-    held out of `train_split`, which must be one whole split.
-    """
-    splits = get_dataset(path, name, None, streaming=True, columns=(text_column,))
-    if train_split not in splits:
-        raise ValueError(f"a stream is one whole split of {', '.join(splits)}, not {train_split}")
-    holds_out = "validation" not in splits or train_split == "validation"
-    rows = splits[train_split]
-    stream = Stream(path, rows, text_column, rows_per_document, holds_out, tokenizer)
-    evaluated = stream if holds_out else replace(stream, rows=splits["validation"])
-    texts = islice(evaluated.documents(held_out=holds_out), HELD_OUT_DOCUMENTS)
-    documents = list(encode_documents(texts, tokenizer, Counter()))
-    return stream, TokenizedCorpus(pack(documents, token_dtype(tokenizer)))
+    def validation(self) -> TokenizedCorpus:
+        """Returns 64 documents to evaluate on."""
+        texts = islice(self.documents(held_out=True), HELD_OUT_DOCUMENTS)
+        return pack(list(encode_documents(texts, self.tokenizer, Counter())), self.tokenizer)
 
 
-def get_stream_dataloader(
-    stream: Stream,
-    make_dataset: Callable[[TokenizedCorpus], PretrainDataset],
+# ---- Loaders -----------------------------------------------------------------
+
+# Seconds to wait for a batch. A worker that cannot send its batch, because /dev/shm is full or the
+# path of TMPDIR too long, then becomes an error; it would be silence.
+WORKER_TIMEOUT = 120
+
+
+def get_split_dataloader(
+    dataset: PretrainDataset | Stream,
     batch_size: int,
+    start: int = 0,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Returns the endless loader of one rank's batches. make_dataset: see `Stream`."""
-    shards = stream.rows.num_shards
+    """Returns an endless loader of one rank's batches: they are dealt to the ranks in turn. The
+    shards of a stream are dealt instead.
+
+    start: how many batches of this rank to skip. A stream has no other start than its beginning.
+    workers: two should feed a fast GPU, and more only hold more memory. Each has 4 batches ready,
+    and a token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
+    """
+    how: dict[str, Any] = {
+        "num_workers": workers,
+        "prefetch_factor": 4 if workers else None,
+        "timeout": WORKER_TIMEOUT if workers else 0,
+        "pin_memory": torch.cuda.is_available(),
+        "collate_fn": partial(collate, padding_idx=dataset.padding_idx),
+    }
+    if isinstance(dataset, PretrainDataset):
+        sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
+        return DataLoader(dataset, batch_sampler=sampler, **how)
     readers = world_size * max(1, workers)  # without workers, the rank itself reads
+    shards = dataset.splits[dataset.train_split].num_shards
     if readers > shards:
         raise ValueError(f"{readers} workers of all ranks read {shards} files: use fewer workers")
-    rows = split_dataset_by_node(stream.rows, rank, world_size)
-    dataset = replace(
-        stream,
-        rows=rows,
-        make_dataset=make_dataset,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
-    return DataLoader(dataset, batch_size=None, **loader_options(workers))
+    stream = copy.copy(dataset)
+    stream.rank = rank
+    stream.world_size = world_size
+    return DataLoader(stream, batch_size, **how)
 
 
 # ---- Reading tokenizers ------------------------------------------------------
+
+
+# What tokenizer_config.json calls an option, what `wordpiece` calls it, and what it changes.
+NORMALIZER_OPTIONS = [
+    ("do_lower_case", "lowercase", "A"),
+    ("strip_accents", "strip_accents", "é"),
+    ("tokenize_chinese_chars", "handle_chinese_chars", "中"),
+]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory, or a hub id. In a
     directory, tokenizer.json counts, and the other files must not contradict it.
     """
-    path = Path(path)
-    try:
-        if not path.exists() and path.suffix not in {".txt", ".json"}:
+    file = Path(path)
+    with reading(path):
+        if not file.exists() and file.suffix not in {".txt", ".json"}:
             files = ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
-            path = Path(snapshot_download(str(path), allow_patterns=files))
-        if path.is_dir():
-            names = [name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
+            file = Path(snapshot_download(str(path), allow_patterns=files))
+        if file.is_dir():
+            names = [name for name in ("tokenizer.json", "vocab.txt") if (file / name).exists()]
             if not names:
                 raise ValueError("put vocab.txt or tokenizer.json there")
-            path = path / names[0]
-        about_path = path.with_name("tokenizer_config.json")
-        about = json.loads(about_path.read_text(encoding="utf-8")) if about_path.exists() else {}
-        if path.suffix == ".txt":
-            tokenizer = wordpiece(read_vocabulary(path), **read_normalizer(about))
+            file = file / names[0]
+        about_file = file.with_name("tokenizer_config.json")
+        about = json.loads(about_file.read_text(encoding="utf-8")) if about_file.exists() else {}
+        if file.suffix == ".txt":
+            kind = about.get("tokenizer_class") or "BertTokenizer"
+            if kind not in ("BertTokenizer", "BertTokenizerFast"):
+                raise ValueError(f"its tokenizer_class is {kind}, which needs a tokenizer.json")
+            options = {ours: about[name] for name, ours, _ in NORMALIZER_OPTIONS if name in about}
+            tokenizer = wordpiece(read_vocabulary(file), **options)
         else:
-            tokenizer = Tokenizer.from_file(str(path))
-        if path.name == "tokenizer.json":
-            check_files_agree(tokenizer, path, about)
-        check_casing(tokenizer)
-    except Exception as error:  # the library raises nothing more precise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"no tokenizer at {path}: {reason}") from error
-    missing = set(SPECIAL_TOKENS) - set(tokenizer.get_vocab())
-    if missing:
-        raise ValueError(f"the tokenizer at {path} lacks {', '.join(sorted(missing))}")
+            tokenizer = Tokenizer.from_file(str(file))
+        if file.name == "tokenizer.json":
+            check_files_agree(tokenizer, about, file.with_name("vocab.txt"))
+        check_tokens(tokenizer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # "[MASK]" in a text is that token
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def read_vocabulary(path: Path) -> dict[str, int]:
+def read_vocabulary(file: Path) -> dict[str, int]:
     """Returns the tokens of a vocab.txt: the id of a token is the number of its line, from 0."""
-    tokens = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    tokens = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     return {token: i for i, token in enumerate(tokens)}
 
 
-NORMALIZER_OPTIONS = {  # ours: the name in a published tokenizer_config.json
-    "lowercase": "do_lower_case",
-    "strip_accents": "strip_accents",
-    "handle_chinese_chars": "tokenize_chinese_chars",
-}
+def changes(tokenizer: Tokenizer, character: str) -> bool:
+    """Returns whether the normalizer of a tokenizer changes a character."""
+    normalizer = tokenizer.normalizer
+    return normalizer is not None and normalizer.normalize_str(character) != character
 
 
-def read_normalizer(about: dict[str, Any]) -> dict[str, bool | None]:
-    """Returns how a tokenizer_config.json says that text is normalized; a vocab.txt alone does not
-    tell. Raises ValueError if the tokenizer is not BERT's.
-    """
-    kind = about.get("tokenizer_class") or "BertTokenizer"
-    if kind not in ("BertTokenizer", "BertTokenizerFast"):
-        raise ValueError(f"its tokenizer_class is {kind}, which needs a tokenizer.json")
-    return {ours: about[name] for ours, name in NORMALIZER_OPTIONS.items() if name in about}
-
-
-def check_files_agree(tokenizer: Tokenizer, path: Path, about: dict[str, Any]) -> None:
+def check_files_agree(tokenizer: Tokenizer, about: dict[str, Any], vocab_txt: Path) -> None:
     """Raises ValueError if the vocab.txt or the tokenizer_config.json beside a tokenizer.json says
     something else. The model was trained with one of them, and nobody knows with which.
     """
-    for ours, name in NORMALIZER_OPTIONS.items():
-        said = about.get(name)
-        if said is None or not hasattr(tokenizer.normalizer, ours):
-            continue
-        found = getattr(tokenizer.normalizer, ours)
-        if found is None:  # strip_accents that is left open is the same as lowercase
-            found = tokenizer.normalizer.lowercase
-        if found != said:
-            raise ValueError(f"{name} is {said} in tokenizer_config.json, not in {path.name}")
-    beside = path.with_name("vocab.txt")
-    if beside.exists():
-        vocabulary = tokenizer.get_vocab()
-        for token, token_id in read_vocabulary(beside).items():
-            if vocabulary.get(token) != token_id:
-                raise ValueError(f"{token} is id {token_id} in vocab.txt, not in {path.name}")
+    for name, _, character in NORMALIZER_OPTIONS:
+        if about.get(name) not in (None, changes(tokenizer, character)):
+            said = about[name]
+            raise ValueError(f"{name} is {said} in tokenizer_config.json, not in tokenizer.json")
+    if vocab_txt.exists():
+        differing = read_vocabulary(vocab_txt).items() - tokenizer.get_vocab().items()
+        if differing:
+            raise ValueError(f"vocab.txt differs from tokenizer.json: {sorted(differing)[:3]}")
 
 
-def check_casing(tokenizer: Tokenizer) -> None:
-    """Raises ValueError if text is lowercased and a token has upper case, which no text can match.
-
-    Tokens like [MASK] may have upper case, and <S> in Google's Chinese vocabulary.
+def check_tokens(tokenizer: Tokenizer) -> None:
+    """Raises ValueError if a special token is missing, or if text is lowercased and a token has
+    upper case, which no text can match. (<S> may, in Google's Chinese vocabulary.)
     """
-    if tokenizer.normalizer is None or tokenizer.normalizer.normalize_str("A") == "A":
-        return
+    vocabulary = tokenizer.get_vocab()
+    missing = set(SPECIAL_TOKENS) - set(vocabulary)
+    if missing:
+        raise ValueError(f"the tokenizer lacks {', '.join(sorted(missing))}")
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for token in tokenizer.get_vocab().keys() - added:
-        if token != token.lower() and not token.startswith(("[", "<")):
-            raise ValueError(
-                f"text is lowercased, but {token} is a token: keep vocab.txt alone, beside a"
-                ' tokenizer_config.json with {"do_lower_case": false}'
-            )
+    ordinary = [token for token in vocabulary if token not in added and token[0] not in "[<"]
+    cased = [token for token in ordinary if token != token.lower()]
+    if cased and changes(tokenizer, "A"):
+        raise ValueError(
+            f"text is lowercased, but {cased[0]} is a token: keep vocab.txt alone, beside a"
+            ' tokenizer_config.json with {"do_lower_case": false}'
+        )

@@ -547,8 +547,9 @@ def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, An
         "rows_per_document": options.rows_per_document,
     }
     if options.streaming:
-        stream, validation = data.open_stream(options.dataset, tokenizer, **where)
-        return {"train": stream, "validation": validation}
+        make_examples = partial(make_dataset, options, tokenizer=tokenizer)
+        stream = data.Stream(options.dataset, tokenizer, make_examples, **where)
+        return {"train": stream, "validation": stream.validation()}
     splits = ("train", "validation")
     return {split: data.get_corpus(options.dataset, split, tokenizer, **where) for split in splits}
 
@@ -620,15 +621,13 @@ def make_batches(
     gc.freeze()
     rank, ranks = rank_and_ranks()
     skipped = start * options.accumulate // ranks
-    share = {"rank": rank, "world_size": ranks, "workers": options.workers}
-    if options.streaming:
-        make_examples = partial(make_dataset, options, tokenizer=tokenizer)
-        loader = data.get_stream_dataloader(corpus, make_examples, options.batch_size, **share)
-    else:
-        dataset = make_dataset(options, corpus, tokenizer)
-        loader = data.get_split_dataloader(dataset, options.batch_size, skipped, **share)
+    dataset = corpus if options.streaming else make_dataset(options, corpus, tokenizer)
+    first = 0 if options.streaming else skipped
+    loader = data.get_split_dataloader(
+        dataset, options.batch_size, first, rank, ranks, options.workers
+    )
     loader.worker_init_fn = leave_group
-    return itertools.islice(loader, skipped if options.streaming else 0, None)
+    return itertools.islice(loader, skipped - first, None)
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
