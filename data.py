@@ -5,12 +5,10 @@
     once          text -> sentences -> tokens -> three arrays on disk, memory-mapped
     in workers    two segments -> an example with masks -> a batch
 
-From texts to batches without end, with new pairs and masks in every epoch:
-
     tokenizer = train_tokenizer(texts, vocab_size=2000)  # or load_tokenizer("vocab.txt")
     corpus = tokenize_corpus(texts, tokenizer, "corpus")  # the next time: TokenizedCorpus("corpus")
     dataset = PretrainDataset(corpus, tokenizer, max_seq_length=64)
-    for batch in get_split_dataloader(dataset, batch_size=32):
+    for batch in get_split_dataloader(dataset, batch_size=32):  # without end
         ...
 
 Differs: [Code] writes ten differently masked copies of the corpus to disk before training.
@@ -62,7 +60,7 @@ IGNORED_LABEL = -100
 
 # Raise it when `split_sentences` changes: otherwise corpora that were tokenized before are found
 # in the cache and used as they are.
-SPLIT_VERSION = 3
+SPLIT_VERSION = 4
 
 # A sentence ends after . ! ? or an ellipsis before white space, but not after an initial
 # or a title. (?<!...) looks back, only over strings of one length, so "mrs" stands apart.
@@ -73,9 +71,8 @@ SENTENCE_END = re.compile(
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
     r"""|[。！？।॥۔؟።។]+["'”’)\]」』）】]*|\n\s*\n"""
 )
-LONGEST_SENTENCE = 400  # characters
-# Up to 399 characters and the white space, or the end of the text, after them; or exactly 400.
-PIECE = re.compile(r".{1,399}(?:\s|\Z)|.{400}", re.DOTALL)
+# Up to 400 characters that white space or the end follows; or 400 where there is no white space.
+PIECE = re.compile(r".{1,400}(?:\s|\Z)|.{400}", re.DOTALL)
 
 
 def split_sentences(text: str, counts: Counter[str] | None = None) -> list[str]:
@@ -90,12 +87,9 @@ def split_sentences(text: str, counts: Counter[str] | None = None) -> list[str]:
     ends = [match.end() for match in SENTENCE_END.finditer(text)]
     sentences: list[str] = []
     for start, end in pairwise([0, *ends, len(text)]):
-        span = text[start:end]
-        if len(span) <= LONGEST_SENTENCE:
-            sentences.append(span.strip())
-            continue
-        sentences.extend(piece.strip() for piece in PIECE.findall(span))
-        if counts is not None:
+        pieces = PIECE.findall(text[start:end])
+        sentences.extend(piece.strip() for piece in pieces)
+        if counts is not None and len(pieces) > 1:
             counts["sentences cut"] += 1
     return [sentence for sentence in sentences if sentence]
 
@@ -128,13 +122,12 @@ LARGEST_ALPHABET = 1000
 def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     """Returns an uncased WordPiece tokenizer that is learned from texts.
 
-    1. Count the characters, and keep the 1,000 most frequent ones. The rest become [UNK]; without a
-       limit, the stray characters of a large corpus would fill the vocabulary.
-    2. Let the trainer join pieces until there are `vocab_size` tokens.
+    The 1,000 most frequent characters are tokens, and the rest become [UNK]: without a limit, stray
+    characters would fill the vocabulary. Then the trainer joins pieces until there are `vocab_size`
+    tokens. `texts` is iterated twice, so it may be larger than memory.
 
     The same texts give the same ids, in any order. The trainer alone would break ties between
-    characters in another order each time; so all of them, as a word and as a ## piece, are handed
-    to it as fixed tokens. `texts` is iterated twice, so it may be larger than memory.
+    characters in another order each time; so they are handed to it as fixed tokens.
     """
     if isinstance(texts, Iterator):  # which can be read only once
         texts = list(texts)
@@ -260,11 +253,9 @@ def map_array(folder: Path, name: str) -> np.ndarray:
 
 def cut_part(arrays: CorpusArrays, part: str) -> CorpusArrays:
     """Returns the documents to train on, or those held out; see `TokenizedCorpus`."""
-    documents = len(arrays.document_starts) - 1
-    first_held_out = documents - max(2, documents // 100)
-    document_starts = arrays.document_starts[: first_held_out + 1]
-    if part == "validation":
-        document_starts = arrays.document_starts[first_held_out:]
+    held_out = max(2, (len(arrays.document_starts) - 1) // 100)
+    documents = slice(-held_out) if part == "train" else slice(-held_out - 1, None)
+    document_starts = arrays.document_starts[documents]
     start, end = document_starts[[0, -1]]
     first_sentence, end_sentence = arrays.sentence_starts.searchsorted([start, end])
     sentence_starts = arrays.sentence_starts[first_sentence : end_sentence + 1]
@@ -368,9 +359,10 @@ def write_corpus(documents: Iterable[str | None], tokenizer: Tokenizer, folder: 
                 unknown += sentence.count(unknown_id)
                 sentence_starts.append(sentence_starts[-1] + len(sentence))
             document_starts.append(sentence_starts[-1])
-    if len(document_starts) < 3:
+    usable = len(document_starts) - 1
+    if usable < 2:
         raise ValueError(
-            f"fewer than two documents have two sentences; {dict(notes)}"
+            f"{usable} documents have two sentences, 2 are needed; {dict(notes)}"
             " (rows_per_document joins rows)"
         )
     (folder / "sentence_starts.int64").write_bytes(sentence_starts)
@@ -520,13 +512,10 @@ def mask_tokens(
 class PretrainDataset(Dataset):
     """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
 
-    An epoch has len(corpus) // (max_seq_length - 3) examples, at least one. Indices continue over
-    epochs: `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). It
-    depends on the arguments below and on its index alone: not on the batch, the worker, or what was
-    drawn before. So every epoch has other pairs and masks, and one integer is enough to resume.
-
-    A plain `DataLoader(dataset, shuffle=True)` never leaves epoch 0, and so repeats its masks;
-    `get_split_dataloader` goes on to the next epoch.
+    Indices continue over epochs: `dataset[index]` is example index % len(dataset) of epoch
+    index // len(dataset). It depends on the arguments below and on its index alone. So every epoch
+    has other pairs and masks, and one integer is enough to resume. (A plain
+    `DataLoader(dataset, shuffle=True)` never leaves epoch 0, and so repeats its masks.)
 
     masked_share: of the tokens of both segments. Differs: [Code] takes 15% of all tokens, [CLS] and
     [SEP] included, though it masks none of these, and max_predictions_per_seq at most.
@@ -697,15 +686,13 @@ def get_corpus(
     text_column: str = "text",
     rows_per_document: int = 1,
 ) -> TokenizedCorpus:
-    """Returns the "train" or the "validation" part of a data set, tokenized.
+    """Returns the "train" or the "validation" part of a data set. It is tokenized once, into a
+    folder in the cache of `datasets` that is named after all that its content depends on.
 
-    The part to train on is `train_split`, as `datasets` spells it: "train", "train+unsupervised",
-    "train[:10%]". The validation part is the split of that name; where there is none, or where it
-    is trained on, it is the last 1% of the documents of `train_split`, and at least two.
-
-    The documents are tokenized once, into a folder in the cache of `datasets` that is named after
-    all that its content depends on.
     name: the configuration of a hub data set that has several.
+    train_split: what to train on: "train", "train+unsupervised", "train[:10%]". The validation part
+    is the split "validation"; where there is none, or where it is trained on, it is the last 1% of
+    the documents of `train_split`, and at least two.
     rows_per_document: > 1 joins so many rows into a document, for corpora with a sentence per row.
     """
     splits = get_dataset(path, name, split=None, column=text_column)
@@ -729,9 +716,7 @@ def join_rows(rows: Iterable[dict], column: str, rows_per_document: int) -> Iter
 def get_texts(
     path: str, train_split: str = "train", name: str | None = None, column: str = "text"
 ) -> Iterable[str | None]:
-    """Returns the texts to learn a vocabulary from: all of the split to train on, including those
-    that `get_corpus` may hold out.
-    """
+    """Returns the texts to learn a vocabulary from: all of the split to train on."""
     return get_dataset(path, name, train_split, column)[column]
 
 
@@ -750,7 +735,7 @@ def get_dataset(
     """Returns a split of a data set, or with split=None a dict of all. A stream needs split=None.
 
     path: "sample", a hub id, or a file or directory (see `list_files`). column: the only one to
-    read. Raises ValueError, in one line with the path, for all that cannot be read.
+    read.
     """
     where = sample_folder() / "corpus" if path == "sample" else Path(path)
     splits = {}
@@ -779,10 +764,9 @@ def list_files(where: Path) -> dict[str, list[tuple[str, int, int]]]:
     """Returns the files of each split of a local data set, with their sizes and times: `datasets`
     stores what it has read under a name that depends on these.
 
-    A .txt file is one document; .json, .jsonl and .parquet files have a row for each. A directory
-    is read with all that is below it. There, a file whose name starts with the word train,
-    validation or test belongs to that split, and all others are train. Files of other kinds are
-    rejected, since their text would be missed, except hidden ones and pages (.md, LICENSE).
+    In a directory, and in those below it, a file whose name starts with the word train, validation
+    or test belongs to that split, and all others are train. Files of other kinds are rejected,
+    since their text would be missed, except hidden ones and pages (.md, LICENSE).
     """
     splits: dict[str, list[tuple[str, int, int]]] = {}
     for file in sorted(where.rglob("*.*")) if where.is_dir() else [where]:
@@ -812,7 +796,7 @@ def read_files(files: list[tuple[str, int, int]], column: str | None) -> Iterato
 
 
 def read_rows(file: Path) -> Iterator[dict]:
-    """Yields the rows of a file."""
+    """Yields the rows of a file. A .txt file is one row, and so one document."""
     if file.suffix.lower() == ".txt":
         yield {"text": file.read_text(encoding="utf-8")}
     elif file.suffix.lower() == ".parquet":
@@ -852,12 +836,10 @@ class Stream(IterableDataset):
     """Examples, without end, of a corpus that is not stored because it exceeds the disk.
 
     Each worker reads shards of its own and treats one block of documents at a time as a corpus:
-    tokens, pairs, masks, every example once, in a random order. So only the documents of a block
-    are shuffled among each other.
+    tokens, pairs, masks, every example once, in a random order.
 
-    make_dataset: makes the examples of a block. train_split: one whole split. The rest as for
-    `get_corpus`. Without a split "validation", or if it is trained on, one document in a hundred is
-    held out.
+    make_dataset: makes the examples of a block. train_split: one whole split. Without a split
+    "validation", or if it is trained on, one document in a hundred is held out.
     """
 
     path: str
@@ -874,8 +856,7 @@ class Stream(IterableDataset):
         self.padding_idx = self.tokenizer.get_vocab()[PAD]
         self.splits = get_dataset(self.path, self.name, None, self.text_column, streaming=True)
         if self.train_split not in self.splits:
-            found = ", ".join(self.splits)
-            raise ValueError(f"a stream is one whole split of {found}, not {self.train_split}")
+            raise ValueError(f"{self.train_split} is not one of the splits {[*self.splits]}")
         self.holds_out = "validation" not in self.splits or self.train_split == "validation"
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -942,12 +923,11 @@ def get_split_dataloader(
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Returns an endless loader of one rank's batches: they are dealt to the ranks in turn. The
-    shards of a stream are dealt instead.
+    """Returns an endless loader of one rank's batches: they are dealt to the ranks in turn. Of a
+    stream, the shards are.
 
     start: how many batches of this rank to skip. A stream has no other start than its beginning.
-    workers: two should feed a fast GPU, and more only hold more memory. Each has 4 batches ready,
-    and a token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
+    workers: two should feed a fast GPU, and more only hold more memory: 4 batches each.
     """
     how: dict[str, Any] = {
         "num_workers": workers,
@@ -981,9 +961,7 @@ NORMALIZER_OPTIONS = [
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory, or a hub id. In a
-    directory, tokenizer.json counts, and the other files must not contradict it.
-    """
+    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory, or a hub id."""
     file = Path(path)
     with reading(path):
         if not file.exists() and file.suffix not in {".txt", ".json"}:
