@@ -253,9 +253,12 @@ def stopped_after(steps: int):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_reads_a_stream_again_and_skips_what_it_has_trained_on(
-    workers, options, tmp_path
+    workers, options, folder, tmp_path
 ):
-    told = replace(options, out=str(tmp_path / "run"), steps=6, workers=workers)
+    told = replace(
+        options, dataset=str(folder), streaming=True, out=str(tmp_path / "run"), steps=6,
+        workers=workers,
+    )  # fmt: skip
     whole = replace(told, out=str(tmp_path / "whole"))
     run(whole)
     with stopped_after(3), pytest.raises(SystemExit):
