@@ -828,7 +828,6 @@ def reading(path: str | Path) -> Iterator[None]:
 # ---- The stream --------------------------------------------------------------
 
 STREAM_BLOCK = 1_000_000  # tokens, about 8,000 examples of 128
-HELD_OUT_DOCUMENTS = 64
 
 
 @dataclass(eq=False)
@@ -875,8 +874,7 @@ class Stream(IterableDataset):
         """
         block: list[list[list[int]]] = []
         while True:
-            usable = 0
-            size = 0
+            usable = size = 0
             for document in encode_documents(self.documents(), self.tokenizer, Counter()):
                 block.append(document)
                 usable += 1
@@ -892,10 +890,9 @@ class Stream(IterableDataset):
                 block = []
 
     def documents(self, held_out: bool = False) -> Iterator[str]:
-        """Yields this rank's documents to train on, or all that are for evaluation, once."""
-        rows = split_dataset_by_node(self.splits[self.train_split], self.rank, self.world_size)
-        if held_out and not self.holds_out:
-            rows = self.splits["validation"]
+        """Yields this rank's documents to train on, or those for evaluation, once."""
+        split = "validation" if held_out and not self.holds_out else self.train_split
+        rows = split_dataset_by_node(self.splits[split], self.rank, self.world_size)
         with reading(self.path):
             for text in join_rows(rows, self.text_column, self.rows_per_document):
                 is_held_out = zlib.crc32(text.encode()) % 100 == 0
@@ -904,7 +901,7 @@ class Stream(IterableDataset):
 
     def validation(self) -> TokenizedCorpus:
         """Returns 64 documents to evaluate on."""
-        texts = islice(self.documents(held_out=True), HELD_OUT_DOCUMENTS)
+        texts = islice(self.documents(held_out=True), 64)
         return pack(list(encode_documents(texts, self.tokenizer, Counter())), self.tokenizer)
 
 
@@ -939,8 +936,8 @@ def get_split_dataloader(
     if isinstance(dataset, PretrainDataset):
         sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
         return DataLoader(dataset, batch_sampler=sampler, **how)
-    readers = world_size * max(1, workers)  # without workers, the rank itself reads
     shards = dataset.splits[dataset.train_split].num_shards
+    readers = world_size * max(1, workers)  # without workers, the rank itself reads
     if readers > shards:
         raise ValueError(f"{readers} workers of all ranks read {shards} files: use fewer workers")
     stream = copy.copy(dataset)
@@ -1026,8 +1023,8 @@ def check_tokens(tokenizer: Tokenizer) -> None:
     if missing:
         raise ValueError(f"the tokenizer lacks {', '.join(sorted(missing))}")
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    ordinary = [token for token in vocabulary if token not in added and token[0] not in "[<"]
-    cased = [token for token in ordinary if token != token.lower()]
+    ordinary = [token for token in vocabulary.keys() - added if token[:1] not in ("[", "<")]
+    cased = sorted(token for token in ordinary if token != token.lower())
     if cased and changes(tokenizer, "A"):
         raise ValueError(
             f"text is lowercased, but {cased[0]} is a token: keep vocab.txt alone, beside a"
