@@ -275,10 +275,12 @@ def span_around(starts: np.ndarray, offset: int) -> tuple[int, int]:
 
 # ---- Documents -> the corpus -------------------------------------------------
 
+Document = list[list[int]]  # the ids of each sentence
+
 
 def encode_documents(
     documents: Iterable[str | None], tokenizer: Tokenizer, notes: Counter[str]
-) -> Iterator[list[list[int]]]:
+) -> Iterator[Document]:
     """Yields the sentences of each document, as ids. A document of fewer than two sentences is left
     out, since no sentence follows another in it; `notes` counts these.
     """
@@ -296,7 +298,7 @@ def encode_documents(
                 notes[f"documents of {len(encoded)} sentences left out"] += 1
 
 
-def pack(documents: list[list[list[int]]], tokenizer: Tokenizer) -> TokenizedCorpus:
+def pack(documents: list[Document], tokenizer: Tokenizer) -> TokenizedCorpus:
     """Returns encoded documents, end to end, as a corpus in memory."""
     sentences = list(chain.from_iterable(documents))
     tokens = np.fromiter(chain.from_iterable(sentences), dtype=token_dtype(tokenizer))
@@ -508,7 +510,10 @@ def mask_tokens(
 
 # ---- An example, a batch -----------------------------------------------------
 
+Example = dict[str, np.ndarray]  # see `PretrainDataset.__getitem__`
 
+
+@dataclass(eq=False)
 class PretrainDataset(Dataset):
     """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
 
@@ -521,23 +526,18 @@ class PretrainDataset(Dataset):
     [SEP] included, though it masks none of these, and max_predictions_per_seq at most.
     """
 
-    def __init__(
-        self,
-        corpus: TokenizedCorpus,
-        tokenizer: Tokenizer,
-        max_seq_length: int,
-        seed: int = 0,
-        whole_word_masking: bool = False,
-        masked_share: float = 0.15,
-    ) -> None:
-        if max_seq_length < 5:
-            raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
-        vocabulary = tokenizer.get_vocab()
-        self.corpus = corpus
-        self.room = max_seq_length - 3  # without [CLS] and two [SEP]
-        self.seed = seed
-        self.whole_word_masking = whole_word_masking
-        self.masked_share = masked_share
+    corpus: TokenizedCorpus
+    tokenizer: Tokenizer
+    max_seq_length: int
+    seed: int = 0
+    whole_word_masking: bool = False
+    masked_share: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 5:
+            raise ValueError(f"max_seq_length={self.max_seq_length} is too short for five tokens")
+        self.room = self.max_seq_length - 3  # without [CLS] and two [SEP]
+        vocabulary = self.tokenizer.get_vocab()
         self.padding_idx = vocabulary[PAD]
         self.cls_id = vocabulary[CLS]
         self.sep_id = vocabulary[SEP]
@@ -552,11 +552,11 @@ class PretrainDataset(Dataset):
     def __len__(self) -> int:
         return max(1, len(self.corpus) // self.room)
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[Example]:
         """Yields the examples of the first epoch, in order."""
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Example:
         """Returns one example, int64.
 
         `input_ids`, `token_type_ids` (0 = [CLS] A [SEP], 1 = B [SEP]) and `mlm_labels` (-100 where
@@ -615,7 +615,7 @@ class PretrainDataset(Dataset):
 
 
 def collate(
-    examples: list[dict[str, np.ndarray]], padding_idx: int, length: int | None = None
+    examples: list[Example], padding_idx: int, length: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Returns a batch, int64 (batch, seq): each array padded to `length`, or to the longest one.
 
@@ -760,7 +760,10 @@ def select_split(splits: dict[str, Any], split: str) -> Any:
     )
 
 
-def list_files(where: Path) -> dict[str, list[tuple[str, int, int]]]:
+StampedFile = tuple[str, int, int]  # its path, its size, and when it was changed
+
+
+def list_files(where: Path) -> dict[str, list[StampedFile]]:
     """Returns the files of each split of a local data set, with their sizes and times: `datasets`
     stores what it has read under a name that depends on these.
 
@@ -768,7 +771,7 @@ def list_files(where: Path) -> dict[str, list[tuple[str, int, int]]]:
     or test belongs to that split, and all others are train. Files of other kinds are rejected,
     since their text would be missed, except hidden ones and pages (.md, LICENSE).
     """
-    splits: dict[str, list[tuple[str, int, int]]] = {}
+    splits: dict[str, list[StampedFile]] = {}
     for file in sorted(where.rglob("*.*")) if where.is_dir() else [where]:
         is_hidden = any(part.startswith(".") for part in file.relative_to(where).parts)
         if is_hidden or not file.is_file() or file.suffix == ".md":
@@ -785,7 +788,7 @@ def list_files(where: Path) -> dict[str, list[tuple[str, int, int]]]:
     return splits
 
 
-def read_files(files: list[tuple[str, int, int]], column: str | None) -> Iterator[dict]:
+def read_files(files: list[StampedFile], column: str | None) -> Iterator[dict]:
     """Yields the rows of files, one after another. Other columns may differ between files."""
     for file, _, _ in files:
         with reading(file):
@@ -858,7 +861,7 @@ class Stream(IterableDataset):
             raise ValueError(f"{self.train_split} is not one of the splits {[*self.splits]}")
         self.holds_out = "validation" not in self.splits or self.train_split == "validation"
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # The index of a block, among those of all workers, is the epoch of its random numbers.
@@ -872,7 +875,7 @@ class Stream(IterableDataset):
         """Yields blocks, epoch after epoch. A block ends after `STREAM_BLOCK` tokens or with its
         epoch, but not before it has two documents.
         """
-        block: list[list[list[int]]] = []
+        block: list[Document] = []
         while True:
             usable = size = 0
             for document in encode_documents(self.documents(), self.tokenizer, Counter()):

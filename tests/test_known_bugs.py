@@ -153,7 +153,7 @@ BUGS = {
         test_pairs.test_a_true_segment_b_follows_and_a_random_one_is_from_another_document, {},
     ),
     "9 special tokens as random replacements": (
-        data.PretrainDataset, "__init__", "vocabulary.keys() - set(SPECIAL_TOKENS)",
+        data.PretrainDataset, "__post_init__", "vocabulary.keys() - set(SPECIAL_TOKENS)",
         "vocabulary.keys()",
         test_masks.test_special_tokens_are_never_masked_and_never_drawn, {},
     ),
