@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -374,9 +375,14 @@ def test_each_corpus_is_read_as_the_options_say(options, monkeypatch):
     how = {"name": "b", "train_split": "c+d", "text_column": "e", "rows_per_document": 4}
     assert asked == [("a", split, tokenizer, how) for split in ("train", "validation")]
 
-    monkeypatch.setattr(data, "open_stream", lambda *what, **how: ((*what, how), "texts"))
+    stream = mock.Mock()
+    monkeypatch.setattr(data, "Stream", stream)
     found = train_pretrain.load_corpora(replace(told, streaming=True), tokenizer)
-    assert found == {"train": ("a", tokenizer, how), "validation": "texts"}
+    stream.assert_called_once_with("a", tokenizer, mock.ANY, **how)
+    assert found == {"train": stream(), "validation": stream().validation()}
+    (_, _, make_examples), _ = stream.call_args_list[0]
+    corpus = corpus_of([[[7] * 9] * 40] * 2)
+    assert len(make_examples(corpus)) == len(train_pretrain.make_dataset(told, corpus, tokenizer))
 
 
 def test_the_loss_is_compared_with_the_frequencies_of_the_text_that_is_trained_on(options):
