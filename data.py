@@ -911,7 +911,7 @@ class Stream(IterableDataset):
 # ---- Loaders -----------------------------------------------------------------
 
 # Seconds to wait for a batch. A worker that cannot send its batch, because /dev/shm is full or the
-# path of TMPDIR too long, then becomes an error; it would be silence.
+# path of TMPDIR is too long, becomes an error; without a limit, the loader would wait for ever.
 WORKER_TIMEOUT = 120
 
 
@@ -950,7 +950,6 @@ def get_split_dataloader(
 
 
 # ---- Reading tokenizers ------------------------------------------------------
-
 
 # What tokenizer_config.json calls an option, what `wordpiece` calls it, and what it changes.
 NORMALIZER_OPTIONS = [
