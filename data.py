@@ -2,14 +2,8 @@
 # From "BERT in four files", a BERT in plain PyTorch whose tests are its specification.
 """BERT's data: tokenize once, build examples on the fly, each a function of (seed, epoch, index).
 
-Masking a whole corpus before training gives every epoch the same masks, and doing it again for each
-epoch takes days. So the work is divided:
-
     once          text -> sentences -> tokens -> three arrays on disk, memory-mapped
     in workers    two segments -> an example with masks -> a batch
-
-The sections below are in this order. After them come the reading of files, the stream, and the
-reading of tokenizers. From texts to a batch:
 
     tokenizer = train_tokenizer(texts, vocab_size=2000)  # or load_tokenizer("vocab.txt")
     corpus = tokenize_corpus(texts, tokenizer, "corpus")  # the next time: TokenizedCorpus("corpus")
@@ -23,7 +17,7 @@ Words used throughout:
     document       a text such as a book or a review
     offset         place of a token in the corpus: the number of tokens before it
     column         place of a token in an example, where column 0 is [CLS]
-    start, end     of a span: its first token, and the token after its last one
+    start, end     of a half-open span [start, end)
     seam           start of a sentence where segment A may end and segment B may start
     example        `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
 
@@ -32,17 +26,18 @@ Dimensions in comments: batch, seq (columns of an example), masked (masked colum
 """
 
 import contextlib
+import copy
 import errno
 import fcntl
 import hashlib
 import json
 import re
 import shutil
-import tempfile
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
@@ -65,10 +60,10 @@ IGNORED_LABEL = -100
 
 # Raise it when `split_sentences` changes: otherwise corpora that were tokenized before are found
 # in the cache and used as they are.
-SPLIT_VERSION = 3
+SPLIT_VERSION = 4
 
 # A sentence ends after . ! ? or an ellipsis before white space, but not after an initial
-# or a title. (?<!...) looks back, only over strings of one length, so "mrs" stands apart.
+# or a title. A lookbehind, (?<!...), must have a fixed width, so "mrs" needs its own.
 # The marks of the second line need no white space: Chinese and Japanese 。！？, Hindi । ॥,
 # Urdu ۔ ؟, Ethiopic ።, Khmer ។. A blank line ends a sentence, too. Closing quotation marks
 # and brackets belong to the sentence that they close.
@@ -76,29 +71,26 @@ SENTENCE_END = re.compile(
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
     r"""|[。！？।॥۔؟።។]+["'”’)\]」』）】]*|\n\s*\n"""
 )
-LONGEST_SENTENCE = 400  # characters
-# Up to 399 characters and the white space, or the end of the text, after them; or exactly 400.
-PIECE = re.compile(r".{1,399}(?:\s|\Z)|.{400}", re.DOTALL)
+# Up to 400 characters that white space or the end follows; or 400 where there is no white space.
+PIECE = re.compile(r".{1,400}(?:\s|\Z)|.{400}", re.DOTALL)
 
 
 def split_sentences(text: str, counts: Counter[str] | None = None) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). One of more
-    than 400 characters is cut at white space, or after 400 characters if there is none; otherwise
-    no pair would reach its middle. counts: counts these under "sentences cut".
+    than 400 characters is cut at white space, or after 400 characters if there is none. (A pair
+    begins near the start of a sentence, and would not reach the middle of a longer one.)
+    counts: counts these under "sentences cut".
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
     ends = [match.end() for match in SENTENCE_END.finditer(text)]
     sentences: list[str] = []
     for start, end in pairwise([0, *ends, len(text)]):
-        span = text[start:end]
-        if len(span) <= LONGEST_SENTENCE:
-            sentences.append(span.strip())
-            continue
-        sentences.extend(piece.strip() for piece in PIECE.findall(span))
-        if counts is not None:
+        pieces = PIECE.findall(text[start:end])
+        sentences.extend(piece.strip() for piece in pieces)
+        if counts is not None and len(pieces) > 1:
             counts["sentences cut"] += 1
     return [sentence for sentence in sentences if sentence]
 
@@ -116,14 +108,10 @@ def as_text(text: Any, name: str) -> str:
 def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> Tokenizer:
     """Returns a WordPiece tokenizer. [Code] tokenization.py.
 
-    vocabulary: the id of each token, or None for a tokenizer that is to be trained. `encode` adds
-    [CLS] and [SEP] only with a vocabulary.
+    vocabulary: the id of each token, or None for a tokenizer that is to be trained. normalizer:
+    `lowercase`, by default True; `strip_accents`, by default the same; `handle_chinese_chars`.
 
-    normalizer: options, with their defaults: `lowercase` (True), `strip_accents` (the same as
-    lowercase), `handle_chinese_chars` (True).
-
-    Differs: a word of more than 100 characters is [UNK], as in transformers; in [Code] one of more
-    than 200.
+    Differs: words of more than 100 characters are [UNK], as in transformers; in [Code], of 200.
     """
     # BertWordPieceTokenizer wraps a Tokenizer and hides most of its methods: return a plain copy.
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
@@ -135,13 +123,12 @@ LARGEST_ALPHABET = 1000
 def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     """Returns an uncased WordPiece tokenizer that is learned from texts.
 
-    1. Count the characters, and keep the 1,000 most frequent ones. The rest become [UNK]; without a
-       limit, the stray characters of a large corpus would fill the vocabulary.
-    2. Let the trainer join pieces until there are `vocab_size` tokens.
+    The 1,000 most frequent characters are tokens, and the rest become [UNK]: without a limit, stray
+    characters would fill the vocabulary. Then the trainer joins pieces until there are `vocab_size`
+    tokens. `texts` is iterated twice, so it may be larger than memory.
 
-    The same texts give the same ids, in any order. The trainer alone would break ties between
-    characters in another order each time; so all of them, as a word and as a ## piece, are handed
-    to it as fixed tokens. `texts` is iterated twice, so it may be larger than memory.
+    The same texts give the same ids, in any order. The trainer alone would order equally frequent
+    characters anew each time. So each character, alone and as a ## piece, is a fixed token.
     """
     if isinstance(texts, Iterator):  # which can be read only once
         texts = list(texts)
@@ -160,7 +147,7 @@ def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=fixed_tokens, limit_alphabet=0, show_progress=False
     )
     learner.train_from_iterator((text for text in texts if text), trainer)
-    # To `learner` the fixed tokens, and so all characters, are special: keep its vocabulary alone.
+    # `learner` takes all fixed tokens for special ones. Only its vocabulary is needed.
     return wordpiece(learner.get_vocab())
 
 
@@ -173,7 +160,7 @@ def encode_plain(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
     if tokenizer.padding or tokenizer.truncation:
         raise ValueError("the tokenizer pads or truncates: see its no_padding(), no_truncation()")
     ids: list[list[int]] = []
-    tokenizer.encode_special_tokens = True  # means: they are treated as other text is
+    tokenizer.encode_special_tokens = True  # that is, treat them as plain text
     try:
         for start in range(0, len(texts), 1000):
             part = texts[start : start + 1000]
@@ -206,7 +193,7 @@ class TokenizedCorpus:
 
     source: a folder that `tokenize_corpus` has written, or three arrays. The arrays of a folder are
     mapped, not read: all processes share their pages.
-    part: "train" leaves out the last 1% of the documents, and at least two; "validation" is these.
+    part: "validation" is the last 1% of the documents, but at least two; "train" is the rest.
     """
 
     def __init__(self, source: str | Path | CorpusArrays, part: str | None = None) -> None:
@@ -243,19 +230,18 @@ class TokenizedCorpus:
         return f"{Path(self.source).name}-{self.part or 'all'}"
 
     def describe(self) -> str:
-        """Returns a line for people: how much there is, and what was left out."""
+        """Returns a line that says how much there is, and what was skipped."""
         documents = len(self.document_starts) - 1
         sentences = len(self.sentence_starts) - 1
         notes = "".join(f", {number:,} {name}" for name, number in self.notes.items())
         return f"{documents:,} documents, {sentences:,} sentences, {len(self):,} tokens{notes}"
 
     def unigram_entropy(self) -> float:
-        """Returns the MLM loss, in nats, of a model that knows only how often each token occurs."""
-        counts = np.zeros(1 + int(self.tokens.max()), dtype=np.int64)
-        part = 10_000_000  # tokens; `bincount` makes an int64 of each
-        for start in range(0, len(self), part):
-            counts += np.bincount(self.tokens[start : start + part], minlength=len(counts))
-        shares = counts[counts > 0] / len(self)
+        """Returns the MLM loss, in nats, of a model that knows only how often each token occurs
+        (counted in the first ten million tokens).
+        """
+        counts = np.bincount(self.tokens[:10_000_000])
+        shares = counts[counts > 0] / counts.sum()
         return float(-(shares * np.log(shares)).sum())
 
 
@@ -268,11 +254,9 @@ def map_array(folder: Path, name: str) -> np.ndarray:
 
 def cut_part(arrays: CorpusArrays, part: str) -> CorpusArrays:
     """Returns the documents to train on, or those held out; see `TokenizedCorpus`."""
-    documents = len(arrays.document_starts) - 1
-    first_held_out = documents - max(2, documents // 100)
-    document_starts = arrays.document_starts[: first_held_out + 1]
-    if part == "validation":
-        document_starts = arrays.document_starts[first_held_out:]
+    held_out = max(2, (len(arrays.document_starts) - 1) // 100)
+    documents = slice(-held_out) if part == "train" else slice(-held_out - 1, None)
+    document_starts = arrays.document_starts[documents]
     start, end = document_starts[[0, -1]]
     first_sentence, end_sentence = arrays.sentence_starts.searchsorted([start, end])
     sentence_starts = arrays.sentence_starts[first_sentence : end_sentence + 1]
@@ -292,10 +276,12 @@ def span_around(starts: np.ndarray, offset: int) -> tuple[int, int]:
 
 # ---- Documents -> the corpus -------------------------------------------------
 
+Document = list[list[int]]  # the ids of each sentence
+
 
 def encode_documents(
     documents: Iterable[str | None], tokenizer: Tokenizer, notes: Counter[str]
-) -> Iterator[list[list[int]]]:
+) -> Iterator[Document]:
     """Yields the sentences of each document, as ids. A document of fewer than two sentences is left
     out, since no sentence follows another in it; `notes` counts these.
     """
@@ -306,30 +292,25 @@ def encode_documents(
         sentences = [split_sentences(text, notes) for text in texts]
         ids = iter(encode_plain(tokenizer, list(chain.from_iterable(sentences))))
         for document in sentences:
-            of_document = islice(ids, len(document))
-            encoded = [sentence for sentence in of_document if sentence]
+            encoded = [sentence for sentence in islice(ids, len(document)) if sentence]
             if len(encoded) > 1:
                 yield encoded
             else:
-                notes[f"documents of {len(encoded)} sentences left out"] += 1
+                notes["documents with fewer than two sentences skipped"] += 1
 
 
-def pack(documents: list[list[list[int]]], dtype: str, start: int = 0) -> CorpusArrays:
-    """Returns encoded documents end to end. start: the offset of the first one.
-
-    Example: the documents [[7, 8, 9], [4, 5]] and [[6], [4]] give the tokens 7 8 9 4 5 6 4, the
-    sentence_starts 0 3 5 6 7, and the document_starts 0 5 7.
-    """
+def pack(documents: list[Document], tokenizer: Tokenizer) -> TokenizedCorpus:
+    """Returns encoded documents, end to end, as a corpus in memory."""
     sentences = list(chain.from_iterable(documents))
-    tokens = np.fromiter(chain.from_iterable(sentences), dtype=dtype)
-    lengths = np.array([0, *map(len, sentences)], dtype=np.int64)
-    sentence_starts = start + np.cumsum(lengths)
+    tokens = np.fromiter(chain.from_iterable(sentences), dtype=token_dtype(tokenizer))
+    sentence_starts = np.cumsum([0, *map(len, sentences)])
     first_sentences = np.cumsum([0, *map(len, documents)])
-    return CorpusArrays(tokens, sentence_starts, sentence_starts[first_sentences])
+    document_starts = sentence_starts[first_sentences]
+    return TokenizedCorpus(CorpusArrays(tokens, sentence_starts, document_starts))
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
-    """Returns the type that every id fits into; a vocabulary may have holes."""
+    """Returns the smallest type for every id. (Ids may have gaps, so the largest one decides.)"""
     return "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
 
 
@@ -338,84 +319,66 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Tokenizes documents into a new folder, and returns them as a corpus.
 
-    The folder appears when it is complete: whatever happens on the way, no half of it is ever used.
-    Raises ValueError if it is there already, since it may hold other documents.
+    The folder is written under another name, and renamed when it is complete: half of it is never
+    used. Raises ValueError if it is there already, since it may hold other documents. A second
+    process that wants the same folder waits for the first, and reuses its result.
     """
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"{folder} is there already; TokenizedCorpus({str(folder)!r}) opens it")
-    with new_folder(folder) as temporary:
-        write_corpus(documents, tokenizer, temporary)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process loses it, too
+        try:
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+                unfinished.mkdir()
+                write_corpus(documents, tokenizer, unfinished)
+                unfinished.rename(folder)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ValueError(f"cannot write to {folder.parent}: {error.strerror}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return TokenizedCorpus(folder)
 
 
 def write_corpus(documents: Iterable[str | None], tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the three arrays of `TokenizedCorpus`, document by document, and notes.json."""
+    """Writes the three arrays of `TokenizedCorpus`, and notes.json. Only the starts are held in
+    memory meanwhile.
+    """
     dtype = token_dtype(tokenizer)
-    unknown_id = tokenizer.token_to_id(UNK)
+    unknown_id = tokenizer.get_vocab()[UNK]
+    unknown = 0
     notes: Counter[str] = Counter()
-    size = usable = unknown = 0
-    with (
-        (folder / f"tokens.{dtype}").open("wb") as tokens_file,
-        (folder / "sentence_starts.int64").open("wb") as sentences_file,
-        (folder / "document_starts.int64").open("wb") as documents_file,
-    ):
+    sentence_starts = array("q", [0])
+    document_starts = array("q", [0])
+    with (folder / f"tokens.{dtype}").open("wb") as file:
         for document in encode_documents(documents, tokenizer, notes):
-            arrays = pack([document], dtype, start=size)
-            tokens_file.write(arrays.tokens.tobytes())
-            # The last entry of both is the start of the next document.
-            sentences_file.write(arrays.sentence_starts[:-1].tobytes())
-            documents_file.write(arrays.document_starts[:-1].tobytes())
-            size += len(arrays.tokens)
-            usable += 1
-            unknown += int(np.count_nonzero(arrays.tokens == unknown_id))
-        sentences_file.write(np.int64(size).tobytes())
-        documents_file.write(np.int64(size).tobytes())
+            for sentence in document:
+                file.write(np.array(sentence, dtype).tobytes())
+                unknown += sentence.count(unknown_id)
+                sentence_starts.append(sentence_starts[-1] + len(sentence))
+            document_starts.append(sentence_starts[-1])
+    usable = len(document_starts) - 1
     if usable < 2:
         raise ValueError(
             f"{usable} documents have two sentences, 2 are needed; {dict(notes)}"
             " (rows_per_document joins rows)"
         )
-    percent = round(100 * unknown / size, 2)
+    (folder / "sentence_starts.int64").write_bytes(sentence_starts)
+    (folder / "document_starts.int64").write_bytes(document_starts)
+    percent = round(100 * unknown / document_starts[-1], 2)
     (folder / "notes.json").write_text(json.dumps({**notes, "% [UNK]": percent}))
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder, beside `folder`, that becomes `folder` at the end.
-
-    If another process has made `folder` meanwhile, ours is dropped. On an error it is removed. A
-    killed process leaves it behind; the next one finds that nobody holds its lock, and removes it.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / "lock").open("w") as lock_of_all:
-        fcntl.flock(lock_of_all, fcntl.LOCK_EX)
-        for left_behind in folder.parent.glob("unfinished-*"):
-            # An error means that another process holds the lock, or has just renamed the folder.
-            with contextlib.suppress(OSError), (left_behind / "lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left_behind)
-        temporary = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
-        own_lock = (temporary / "lock").open("w")
-        fcntl.flock(own_lock, fcntl.LOCK_EX)
-    with own_lock:
-        try:
-            yield temporary
-            temporary.rename(folder)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise ValueError(f"cannot write to {folder.parent}: {error.strerror}") from error
-            if not folder.exists():
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 # ---- A pair of segments ------------------------------------------------------
 
 # Every example and every order has random numbers of its own: those of
-# np.random.default_rng((seed, purpose, epoch, index)). So it does not matter who draws them, and
-# what was drawn before. (train_sst2.py has the purpose 2.)
+# np.random.default_rng((seed, purpose, epoch, index)). So it does not matter who draws them, or
+# what was drawn before. (train_sst2.py uses purpose 2.)
 PURPOSE_EXAMPLE, PURPOSE_ORDER = 0, 1
 
 
@@ -455,17 +418,20 @@ def draw_pair(
 
     start, end: the part of the corpus that the example is for. room: tokens of both segments.
 
-    1. Draw the length: `room` tokens, or with probability 0.1 fewer, because fine-tuning meets
-       short texts too.
+    1. Draw the length: `room` tokens, or with probability 0.1 any number up to it, because
+       fine-tuning meets short texts too.
     2. Take the seam after a random offset of the part, and one in another document.
-    3. Draw how long each segment is, as far as both documents have room on either side of the seam.
+    3. Draw how long each segment is. Both seams must have room for segment A before them, and for
+       segment B after them, so that each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
        starts at one of them. The same seam twice is a true pair, two seams are a random one.
 
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
-    lengths, tell the label: only both segments together do. For the same reason a pair does not
-    have all tokens before one seam and all after the other: it would always be a random one.
-    (Where both are one token, it has.)
+    lengths, tell the label: only both segments together do.
+
+    A pair has one token less than there is room for. If it had all, segment A could start its
+    document and segment B end its own; where one seam limits A and the other limits B, only a
+    random pair does both.
 
     Differs: [Code] draws a random segment B by another rule than a true one.
     """
@@ -548,46 +514,40 @@ def mask_tokens(
 
 # ---- An example, a batch -----------------------------------------------------
 
+Example = dict[str, np.ndarray]  # see `PretrainDataset.__getitem__`
 
+
+@dataclass(eq=False)
 class PretrainDataset(Dataset):
     """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
 
-    An epoch has len(corpus) // (max_seq_length - 3) examples, at least one. Indices continue over
-    epochs: `dataset[index]` is example index % len(dataset) of epoch index // len(dataset). It
-    depends on the arguments below and on its index alone: not on the batch, the worker, or what was
-    drawn before. So every epoch has other pairs and masks, and one integer is enough to resume.
-
-    A plain `DataLoader(dataset, shuffle=True)` never leaves epoch 0, and so repeats its masks;
-    `get_split_dataloader` goes on to the next epoch.
+    Indices continue over epochs: `dataset[index]` is example index % len(dataset) of epoch
+    index // len(dataset). It depends on the arguments below and on its index alone. So every epoch
+    has other pairs and masks, and one integer is enough to resume. (A plain
+    `DataLoader(dataset, shuffle=True)` never leaves epoch 0, and so repeats its masks.)
 
     masked_share: of the tokens of both segments. Differs: [Code] takes 15% of all tokens, [CLS] and
     [SEP] included, though it masks none of these, and max_predictions_per_seq at most.
     """
 
-    def __init__(
-        self,
-        corpus: TokenizedCorpus,
-        tokenizer: Tokenizer,
-        max_seq_length: int,
-        seed: int = 0,
-        whole_word_masking: bool = False,
-        masked_share: float = 0.15,
-    ) -> None:
-        if max_seq_length < 5:
-            raise ValueError(f"max_seq_length={max_seq_length}: [CLS] a [SEP] b [SEP] are 5 tokens")
-        vocabulary = tokenizer.get_vocab()
-        self.corpus = corpus
-        self.max_seq_length = max_seq_length
-        self.room = max_seq_length - 3  # without [CLS] and two [SEP]
-        self.seed = seed
-        self.whole_word_masking = whole_word_masking
-        self.masked_share = masked_share
+    corpus: TokenizedCorpus
+    tokenizer: Tokenizer
+    max_seq_length: int
+    seed: int = 0
+    whole_word_masking: bool = False
+    masked_share: float = 0.15
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 5:
+            raise ValueError(f"max_seq_length={self.max_seq_length} is too short for five tokens")
+        self.room = self.max_seq_length - 3  # without [CLS] and two [SEP]
+        vocabulary = self.tokenizer.get_vocab()
         self.padding_idx = vocabulary[PAD]
         self.cls_id = vocabulary[CLS]
         self.sep_id = vocabulary[SEP]
         self.mask_id = vocabulary[MASK]
-        special_ids = {vocabulary[name] for name in SPECIAL_TOKENS}
-        self.ordinary_ids = np.array(sorted(set(vocabulary.values()) - special_ids))
+        ordinary = vocabulary.keys() - set(SPECIAL_TOKENS)
+        self.ordinary_ids = np.array(sorted(vocabulary[token] for token in ordinary))
         piece_ids = [id for token, id in vocabulary.items() if token.startswith("##")]
         # (largest id + 1,), True for tokens that continue a word
         self.is_piece = np.zeros(max(vocabulary.values()) + 1, dtype=bool)
@@ -596,11 +556,11 @@ class PretrainDataset(Dataset):
     def __len__(self) -> int:
         return max(1, len(self.corpus) // self.room)
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[Example]:
         """Yields the examples of the first epoch, in order."""
         return (self[index] for index in range(len(self)))
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Example:
         """Returns one example, int64.
 
         `input_ids`, `token_type_ids` (0 = [CLS] A [SEP], 1 = B [SEP]) and `mlm_labels` (-100 where
@@ -617,14 +577,10 @@ class PretrainDataset(Dataset):
 
         segment_a = self.corpus.tokens[pair.a_start : pair.a_end]
         segment_b = self.corpus.tokens[pair.b_start : pair.b_end]
-        first_sep = 1 + len(segment_a)  # columns of the two [SEP]
-        last_sep = first_sep + 1 + len(segment_b)
-        input_ids = np.empty(last_sep + 1, dtype=np.int64)
-        input_ids[0] = self.cls_id
-        input_ids[1:first_sep] = segment_a
-        input_ids[first_sep] = self.sep_id
-        input_ids[first_sep + 1 : last_sep] = segment_b
-        input_ids[last_sep] = self.sep_id
+        first_sep = 1 + len(segment_a)  # its column
+        input_ids = np.concatenate(
+            [[self.cls_id], segment_a, [self.sep_id], segment_b, [self.sep_id]]
+        )
         token_type_ids = np.zeros(len(input_ids), dtype=np.int64)
         token_type_ids[first_sep + 1 :] = 1
 
@@ -654,7 +610,7 @@ class PretrainDataset(Dataset):
             return rng.permutation(candidates)[:masked_count]
         continues_word = self.is_piece[input_ids[candidates]]
         first_of_b = first_sep - 1  # among the candidates
-        continues_word[[0, first_of_b]] = False  # even if it is a ## piece
+        continues_word[[0, first_of_b]] = False  # a segment starts a word, even with a ## piece
         return candidates[choose_words(continues_word, masked_count, rng)]
 
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
@@ -663,7 +619,7 @@ class PretrainDataset(Dataset):
 
 
 def collate(
-    examples: list[dict[str, np.ndarray]], padding_idx: int, length: int | None = None
+    examples: list[Example], padding_idx: int, length: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Returns a batch, int64 (batch, seq): each array padded to `length`, or to the longest one.
 
@@ -722,45 +678,6 @@ class EpochSampler(Sampler):
             yield indices
 
 
-# Seconds to wait for a batch. A worker that cannot send its batch, because /dev/shm is full or the
-# path of TMPDIR too long, then becomes an error; it would be silence.
-WORKER_TIMEOUT = 600
-
-
-def loader_options(workers: int) -> dict[str, Any]:
-    """Returns how a DataLoader uses its workers.
-
-    Two workers should feed a fast GPU, and more only hold more memory. Each has 4 batches ready,
-    and a token takes 24 bytes (three int64 arrays): 6 MB for two workers and batches of 256 x 128.
-    """
-    return {
-        "num_workers": workers,
-        "prefetch_factor": 4 if workers else None,
-        "timeout": WORKER_TIMEOUT if workers else 0,
-        "pin_memory": torch.cuda.is_available(),
-    }
-
-
-def get_split_dataloader(
-    dataset: PretrainDataset,
-    batch_size: int,
-    start: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 2,
-) -> DataLoader:
-    """Returns an endless loader of one rank's batches. The batches are split among the ranks: they
-    are dealt to them in turn.
-
-    start: how many batches of this rank to skip.
-    """
-    sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
-    collate_examples = partial(collate, padding_idx=dataset.padding_idx)
-    return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate_examples, **loader_options(workers)
-    )
-
-
 # ---- Reading corpora ---------------------------------------------------------
 
 
@@ -773,18 +690,16 @@ def get_corpus(
     text_column: str = "text",
     rows_per_document: int = 1,
 ) -> TokenizedCorpus:
-    """Returns the "train" or the "validation" part of a data set, tokenized.
+    """Returns the "train" or the "validation" part of a data set. It is tokenized once, into a
+    folder in the cache of `datasets` that is named after all that its content depends on.
 
-    The part to train on is `train_split`, as `datasets` spells it: "train", "train+unsupervised",
-    "train[:10%]". The validation part is the split of that name; where there is none, or where it
-    is trained on, it is the last 1% of the documents of `train_split`, and at least two.
-
-    The documents are tokenized once, into a folder in the cache of `datasets` that is named after
-    all that its content depends on.
     name: the configuration of a hub data set that has several.
-    rows_per_document: > 1 joins so many rows into a document, for corpora with a sentence per row.
+    train_split: what to train on: "train", "train+unsupervised", "train[:10%]". The validation part
+    is the split "validation"; where there is none, or where it is trained on, it is the last 1% of
+    the documents of `train_split`, but at least two.
+    rows_per_document: > 1 joins that many rows into one, for corpora with a sentence per row.
     """
-    splits = get_dataset(path, name, split=None, columns=(text_column,))
+    splits = get_dataset(path, name, split=None, column=text_column)
     holds_out = "validation" not in splits or "validation" in train_split
     rows = select_split(splits, train_split if holds_out or split == "train" else "validation")
     how = (tokenizer.to_str(), text_column, rows_per_document, SPLIT_VERSION)
@@ -796,7 +711,7 @@ def get_corpus(
 
 
 def join_rows(rows: Iterable[dict], column: str, rows_per_document: int) -> Iterator[str]:
-    """Yields documents: the texts of so many rows each, with a blank line between them."""
+    """Yields documents: the texts of that many rows, with a blank line between them."""
     texts = (as_text(row[column], f"row {index}: {column}") for index, row in enumerate(rows))
     for parts in iter(lambda: list(islice(texts, rows_per_document)), []):
         yield "\n\n".join(part for part in parts if part)
@@ -805,10 +720,8 @@ def join_rows(rows: Iterable[dict], column: str, rows_per_document: int) -> Iter
 def get_texts(
     path: str, train_split: str = "train", name: str | None = None, column: str = "text"
 ) -> Iterable[str | None]:
-    """Returns the texts to learn a vocabulary from: all of the split to train on, including those
-    that `get_corpus` may hold out.
-    """
-    return get_dataset(path, name, train_split, columns=(column,))[column]
+    """Returns the texts to learn a vocabulary from: all of the split to train on."""
+    return get_dataset(path, name, train_split, column)[column]
 
 
 def sample_folder() -> Path:
@@ -820,34 +733,30 @@ def get_dataset(
     path: str,
     name: str | None = None,
     split: str | None = "train",
+    column: str | None = None,
     streaming: bool = False,
-    columns: tuple[str, ...] | None = None,
 ) -> Any:
-    """Returns a split of a data set, or with split=None a dict of all. One row is one document, or
-    a sentence of SST-2.
+    """Returns a split of a data set, or with split=None a dict of all. A stream needs split=None.
 
-    path: "sample", a hub id, or a file or directory (see `list_files`). columns: those to read.
-    Raises ValueError, in one line with the path, for all that cannot be read.
+    path: "sample", a hub id, or a file or directory (see `list_files`). column: the only one to
+    read.
     """
     where = sample_folder() / "corpus" if path == "sample" else Path(path)
+    splits = {}
     with reading(path):
         if where.exists():
             kind = datasets.IterableDataset if streaming else datasets.Dataset
-            splits = {}
             for part, files in list_files(where).items():
-                how = {"files": files, "columns": columns}
+                how = {"files": files, "column": column}
                 splits[part] = kind.from_generator(read_files, gen_kwargs=how)
         else:
-            splits = dict(datasets.load_dataset(path, name, streaming=streaming))
-            if columns:
-                splits = {part: rows.select_columns(list(columns)) for part, rows in splits.items()}
+            for part, rows in datasets.load_dataset(path, name, streaming=streaming).items():
+                splits[part] = rows.select_columns(column) if column else rows
         return splits if split is None else select_split(splits, split)
 
 
 def select_split(splits: dict[str, Any], split: str) -> Any:
-    """Returns one of the splits, or what "train+unsupervised" and "train[:10%]" mean."""
-    if split in splits:
-        return splits[split]
+    """Returns what "train", "train+unsupervised" or "train[:10%]" means."""
     sizes = {part: len(rows) for part, rows in splits.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
     return datasets.concatenate_datasets(
@@ -855,302 +764,279 @@ def select_split(splits: dict[str, Any], split: str) -> Any:
     )
 
 
-KINDS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+StampedFile = tuple[str, int, int]  # its path, its size, and when it was changed
+PAGES = ("README.md", "LICENSE")  # of a data set, beside its files
 
 
-def list_files(where: Path) -> dict[str, list[tuple[str, int, int]]]:
-    """Returns the files of each split of a local data set, with their sizes and times: they are
-    part of the names under which `datasets` stores what it has read.
+def list_files(where: Path) -> dict[str, list[StampedFile]]:
+    """Returns the files of each split of a local data set, with their sizes and times: `datasets`
+    stores what it has read under a name that depends on these.
 
-    A .txt file is one document; .json, .jsonl and .parquet files have a row for each. Of a
-    directory, all files in it and below are read, except hidden ones and pages (.md, LICENSE). If
-    the first word of a file's name is train, validation or test, it belongs to that split; all
-    others are train. Files of any other kind are rejected: they might hold text that would be
-    missed.
+    In a directory, and in those below it, a file whose name starts with the word train, validation
+    or test belongs to that split, and all others are train. Files of other kinds are rejected,
+    since their text would be missed, except hidden ones and `PAGES`.
     """
-    files = sorted(where.rglob("*.*")) if where.is_dir() else [where]
-    files = [file for file in files if file.is_file() and file.suffix != ".md"]
-    files = [file for file in files if not is_hidden(file.relative_to(where))]
-    kinds = {KINDS.get(file.suffix.lower()): file.name for file in files}
-    if not files or None in kinds or len(kinds) > 1:
-        found = ", ".join(sorted(kinds.values())) or "no file"
-        raise ValueError(f"{found}: not files of one kind, .txt, .json(l) or .parquet")
-    splits: dict[str, list[tuple[str, int, int]]] = {}
-    for file in files:
+    splits: dict[str, list[StampedFile]] = {}
+    for file in sorted(where.rglob("*")) if where.is_dir() else [where]:
+        is_hidden = any(part.startswith(".") for part in file.relative_to(where).parts)
+        if is_hidden or not file.is_file() or file.name in PAGES:
+            continue
+        if file.suffix.lower() not in {".txt", ".json", ".jsonl", ".parquet"}:
+            raise ValueError(f"{file.name} is not a .txt, .json, .jsonl or .parquet file")
         first_word = re.match(r"(train|validation|test)(?![a-z])", file.name)
         split = first_word[1] if first_word and where.is_dir() else "train"
         about = file.stat()
         stamped = (str(file.absolute()), about.st_size, about.st_mtime_ns)
         splits.setdefault(split, []).append(stamped)
+    if not splits:
+        raise ValueError("no .txt, .json, .jsonl or .parquet file is there")
     return splits
 
 
-def is_hidden(file: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in file.parts)
-
-
-def read_files(
-    files: list[tuple[str, int, int]], columns: tuple[str, ...] | None
-) -> Iterator[dict]:
+def read_files(files: list[StampedFile], column: str | None) -> Iterator[dict]:
     """Yields the rows of files, one after another. Other columns may differ between files."""
     for file, _, _ in files:
         with reading(file):
-            for row in read_rows(Path(file), columns):
-                missing = set(columns or ()) - set(row)
-                if missing:
-                    raise ValueError(f"no column {', '.join(missing)} among {', '.join(row)}")
-                yield {column: row[column] for column in columns or row}
+            for row in read_rows(Path(file)):
+                if column and column not in row:
+                    raise ValueError(f"no column {column} among {', '.join(row)}")
+                yield {column: row[column]} if column else row
 
 
-def read_rows(file: Path, columns: tuple[str, ...] | None) -> Iterator[dict]:
-    """Yields the rows of a file, possibly with more columns than these."""
+def read_rows(file: Path) -> Iterator[dict]:
+    """Yields the rows of a file. A .txt file is one row, and so one document."""
     if file.suffix.lower() == ".txt":
         yield {"text": file.read_text(encoding="utf-8")}
     elif file.suffix.lower() == ".parquet":
-        for batch in ParquetFile(file).iter_batches(100, columns=columns):
+        for batch in ParquetFile(file).iter_batches(100):
             yield from batch.to_pylist()
     else:
         with file.open(encoding="utf-8") as lines:
             is_list = lines.read(1) == "["
             lines.seek(0)
-            yield from json.load(lines) if is_list else map(json.loads, lines)
+            rows = (json.loads(line) for line in lines if line.strip())
+            yield from json.load(lines) if is_list else rows
 
 
 @contextlib.contextmanager
-def reading(path: str) -> Iterator[None]:
+def reading(path: str | Path) -> Iterator[None]:
     """Turns what the libraries raise when they cannot read into a ValueError of one line."""
     try:
         yield
-    except Exception as error:  # of datasets, pyarrow, codecs, gzip, fsspec: they share no base
-        is_ours = str(error).startswith("cannot ")
+    except Exception as error:  # of datasets, tokenizers, pyarrow, gzip, fsspec: they share no base
+        is_ours = str(error).startswith("cannot read ")
         cause = error if is_ours else error.__cause__ or error
-        reason = (str(cause) or type(cause).__name__).splitlines()[0]
-        if getattr(cause, "errno", None) == errno.ENOSPC:
-            reason = f"cannot write to {datasets.config.HF_DATASETS_CACHE}: {reason}"
-        if not reason.startswith("cannot "):
+        reason = str(cause).partition("\n")[0] or type(cause).__name__
+        if not reason.startswith("cannot read "):
             reason = f"cannot read {path}: {reason}"
+        if getattr(cause, "errno", None) == errno.ENOSPC:
+            reason = f"{reason}; the cache is {datasets.config.HF_DATASETS_CACHE}"
         raise ValueError(reason) from error
 
 
 # ---- The stream --------------------------------------------------------------
 
 STREAM_BLOCK = 1_000_000  # tokens, about 8,000 examples of 128
-HELD_OUT_DOCUMENTS = 64
 
 
 @dataclass(eq=False)
 class Stream(IterableDataset):
-    """Batches, without end, of a corpus that is not stored because it exceeds the disk.
+    """Examples, without end, of a corpus that is not stored because it exceeds the disk.
 
     Each worker reads shards of its own and treats one block of documents at a time as a corpus:
-    tokens, pairs, masks, every example once, in a random order. So only the documents of a block
-    are shuffled among each other. There are no bookmarks: a resumed run reads again what it has
-    trained on, and skips it, with the same numbers of ranks and workers.
+    tokens, pairs, masks, every example once, in a random order.
 
-    holds_out: whether one document in a hundred is for evaluation.
-    make_dataset: makes the examples of a block. `get_stream_dataloader` sets this and the rest.
+    make_dataset: makes the examples of a block. train_split: one whole split. Without a split
+    "validation", or if it is trained on, one document in a hundred is held out.
     """
 
     path: str
-    rows: datasets.IterableDataset
-    text_column: str
-    rows_per_document: int
-    holds_out: bool
     tokenizer: Tokenizer
-    make_dataset: Any = None
-    batch_size: int = 1
+    make_dataset: Callable[[TokenizedCorpus], PretrainDataset]
+    name: str | None = None
+    train_split: str = "train"
+    text_column: str = "text"
+    rows_per_document: int = 1
     rank: int = 0
     world_size: int = 1
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __post_init__(self) -> None:
+        self.padding_idx = self.tokenizer.get_vocab()[PAD]
+        self.splits = get_dataset(self.path, self.name, None, self.text_column, streaming=True)
+        if self.train_split not in self.splits:
+            raise ValueError(f"{self.train_split} is not one of the splits {[*self.splits]}")
+        self.holds_out = "validation" not in self.splits or self.train_split == "validation"
+
+    def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # The index of a block, among those of all workers, is the epoch of its random numbers.
         indices = count(self.rank * workers + worker, self.world_size * workers)
-        examples: list[dict[str, np.ndarray]] = []
         for block, corpus in zip(indices, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
             for index in permutation(dataset.seed, block, len(dataset)).tolist():
-                examples.append(dataset[block * len(dataset) + index])
-                if len(examples) == self.batch_size:
-                    yield collate(examples, dataset.padding_idx)
-                    examples = []
+                yield dataset[block * len(dataset) + index]
 
     def blocks(self) -> Iterator[TokenizedCorpus]:
         """Yields blocks, epoch after epoch. A block ends after `STREAM_BLOCK` tokens or with its
         epoch, but not before it has two documents.
         """
-        dtype = token_dtype(self.tokenizer)
-        block: list[list[list[int]]] = []
+        block: list[Document] = []
         while True:
-            usable = 0
-            size = 0
+            usable = size = 0
             for document in encode_documents(self.documents(), self.tokenizer, Counter()):
                 block.append(document)
                 usable += 1
                 size += sum(map(len, document))
                 if size >= STREAM_BLOCK and len(block) > 1:
-                    yield TokenizedCorpus(pack(block, dtype))
+                    yield pack(block, self.tokenizer)
                     block = []
                     size = 0
             if usable < 2:
-                raise ValueError(f"a reader of {self.path} has no two documents of two sentences")
+                raise ValueError(f"{self.path}: fewer than two documents with two sentences")
             if len(block) > 1:
-                yield TokenizedCorpus(pack(block, dtype))
+                yield pack(block, self.tokenizer)
                 block = []
 
     def documents(self, held_out: bool = False) -> Iterator[str]:
-        """Yields the documents to train on, or those that are held out, once."""
+        """Yields this rank's documents to train on, or those for evaluation, once."""
+        split = "validation" if held_out and not self.holds_out else self.train_split
+        rows = split_dataset_by_node(self.splits[split], self.rank, self.world_size)
         with reading(self.path):
-            for text in join_rows(self.rows, self.text_column, self.rows_per_document):
-                is_held_out = self.holds_out and zlib.crc32(text.encode()) % 100 == 0
-                if is_held_out == held_out:
+            for text in join_rows(rows, self.text_column, self.rows_per_document):
+                is_held_out = zlib.crc32(text.encode()) % 100 == 0
+                if text and (not self.holds_out or is_held_out == held_out):
                     yield text
 
-
-def open_stream(
-    path: str,
-    tokenizer: Tokenizer,
-    name: str | None = None,
-    train_split: str = "train",
-    text_column: str = "text",
-    rows_per_document: int = 1,
-) -> tuple[Stream, TokenizedCorpus]:
-    """Returns the stream to train on, and 64 documents to evaluate on.
-
-    The latter are of the split "validation". Without such a split, or if it is trained on, they are
-    held out of `train_split`, which must be one whole split.
-    """
-    splits = get_dataset(path, name, None, streaming=True, columns=(text_column,))
-    if train_split not in splits:
-        raise ValueError(f"a stream is one whole split of {', '.join(splits)}, not {train_split}")
-    holds_out = "validation" not in splits or train_split == "validation"
-    rows = splits[train_split]
-    stream = Stream(path, rows, text_column, rows_per_document, holds_out, tokenizer)
-    evaluated = stream if holds_out else replace(stream, rows=splits["validation"])
-    texts = islice(evaluated.documents(held_out=holds_out), HELD_OUT_DOCUMENTS)
-    documents = list(encode_documents(texts, tokenizer, Counter()))
-    return stream, TokenizedCorpus(pack(documents, token_dtype(tokenizer)))
+    def validation(self) -> TokenizedCorpus:
+        """Returns 64 documents to evaluate on."""
+        documents = encode_documents(self.documents(held_out=True), self.tokenizer, Counter())
+        return pack(list(islice(documents, 64)), self.tokenizer)
 
 
-def get_stream_dataloader(
-    stream: Stream,
-    make_dataset: Callable[[TokenizedCorpus], PretrainDataset],
+# ---- Loaders -----------------------------------------------------------------
+
+# Seconds to wait for a batch. A worker that cannot send its batch, because /dev/shm is full or the
+# path of TMPDIR is too long, becomes an error; without a limit, the loader would wait for ever.
+WORKER_TIMEOUT = 120
+
+
+def get_split_dataloader(
+    dataset: PretrainDataset | Stream,
     batch_size: int,
+    start: int = 0,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Returns the endless loader of one rank's batches. make_dataset: see `Stream`."""
-    shards = stream.rows.num_shards
+    """Returns an endless loader of one rank's batches: they are dealt to the ranks in turn. Of a
+    stream, the files are dealt, to ranks and workers.
+
+    start: how many batches of this rank to skip; a stream always starts at its beginning.
+    workers: two should feed a fast GPU, and more only hold more memory: 4 batches each.
+    """
+    how: dict[str, Any] = {
+        "num_workers": workers,
+        "prefetch_factor": 4 if workers else None,
+        "timeout": WORKER_TIMEOUT if workers else 0,
+        "pin_memory": torch.cuda.is_available(),
+        "collate_fn": partial(collate, padding_idx=dataset.padding_idx),
+    }
+    if isinstance(dataset, PretrainDataset):
+        sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
+        return DataLoader(dataset, batch_sampler=sampler, **how)
+    shards = dataset.splits[dataset.train_split].num_shards
     readers = world_size * max(1, workers)  # without workers, the rank itself reads
     if readers > shards:
-        raise ValueError(f"{readers} workers of all ranks read {shards} files: use fewer workers")
-    rows = split_dataset_by_node(stream.rows, rank, world_size)
-    dataset = replace(
-        stream,
-        rows=rows,
-        make_dataset=make_dataset,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-    )
-    return DataLoader(dataset, batch_size=None, **loader_options(workers))
+        raise ValueError(f"{readers} workers of all ranks read {shards} files: use fewer readers")
+    if shards % world_size and dataset.rows_per_document > 1:  # ranks would share files, by row
+        raise ValueError(f"rows_per_document: {world_size} ranks cannot share {shards} files")
+    stream = copy.copy(dataset)
+    stream.rank = rank
+    stream.world_size = world_size
+    return DataLoader(stream, batch_size, **how)
 
 
 # ---- Reading tokenizers ------------------------------------------------------
 
+# What tokenizer_config.json calls an option, what `wordpiece` calls it, and what it changes.
+NORMALIZER_OPTIONS = [
+    ("do_lower_case", "lowercase", "A"),
+    ("strip_accents", "strip_accents", "é"),
+    ("tokenize_chinese_chars", "handle_chinese_chars", "中"),
+]
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory, or a hub id. In a
-    directory, tokenizer.json counts, and the other files must not contradict it.
-    """
-    path = Path(path)
-    try:
-        if not path.exists() and path.suffix not in {".txt", ".json"}:
+    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory, or a hub id."""
+    file = Path(path)
+    with reading(path):
+        if not file.exists() and file.suffix not in {".txt", ".json"}:
             files = ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
-            path = Path(snapshot_download(str(path), allow_patterns=files))
-        if path.is_dir():
-            names = [name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
+            file = Path(snapshot_download(str(path), allow_patterns=files))
+        if file.is_dir():
+            names = [name for name in ("tokenizer.json", "vocab.txt") if (file / name).exists()]
             if not names:
                 raise ValueError("put vocab.txt or tokenizer.json there")
-            path = path / names[0]
-        about_path = path.with_name("tokenizer_config.json")
-        about = json.loads(about_path.read_text(encoding="utf-8")) if about_path.exists() else {}
-        if path.suffix == ".txt":
-            tokenizer = wordpiece(read_vocabulary(path), **read_normalizer(about))
+            file = file / names[0]
+        about_file = file.with_name("tokenizer_config.json")
+        about = json.loads(about_file.read_text(encoding="utf-8")) if about_file.exists() else {}
+        if file.suffix == ".txt":
+            kind = about.get("tokenizer_class") or "BertTokenizer"
+            if kind not in ("BertTokenizer", "BertTokenizerFast"):
+                raise ValueError(f"its tokenizer_class is {kind}, which needs a tokenizer.json")
+            options = {ours: about[name] for name, ours, _ in NORMALIZER_OPTIONS if name in about}
+            tokenizer = wordpiece(read_vocabulary(file), **options)
         else:
-            tokenizer = Tokenizer.from_file(str(path))
-        if path.name == "tokenizer.json":
-            check_files_agree(tokenizer, path, about)
-        check_casing(tokenizer)
-    except Exception as error:  # the library raises nothing more precise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"no tokenizer at {path}: {reason}") from error
-    missing = set(SPECIAL_TOKENS) - set(tokenizer.get_vocab())
-    if missing:
-        raise ValueError(f"the tokenizer at {path} lacks {', '.join(sorted(missing))}")
+            tokenizer = Tokenizer.from_file(str(file))
+        if file.name == "tokenizer.json":
+            check_files_agree(tokenizer, about, file.with_name("vocab.txt"))
+        check_tokens(tokenizer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # "[MASK]" in a text is that token
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def read_vocabulary(path: Path) -> dict[str, int]:
+def read_vocabulary(file: Path) -> dict[str, int]:
     """Returns the tokens of a vocab.txt: the id of a token is the number of its line, from 0."""
-    tokens = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    tokens = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     return {token: i for i, token in enumerate(tokens)}
 
 
-NORMALIZER_OPTIONS = {  # ours: the name in a published tokenizer_config.json
-    "lowercase": "do_lower_case",
-    "strip_accents": "strip_accents",
-    "handle_chinese_chars": "tokenize_chinese_chars",
-}
+def changes(tokenizer: Tokenizer, character: str) -> bool:
+    """Returns whether the normalizer of a tokenizer changes a character."""
+    normalizer = tokenizer.normalizer
+    return normalizer is not None and normalizer.normalize_str(character) != character
 
 
-def read_normalizer(about: dict[str, Any]) -> dict[str, bool | None]:
-    """Returns how a tokenizer_config.json says that text is normalized; a vocab.txt alone does not
-    tell. Raises ValueError if the tokenizer is not BERT's.
-    """
-    kind = about.get("tokenizer_class") or "BertTokenizer"
-    if kind not in ("BertTokenizer", "BertTokenizerFast"):
-        raise ValueError(f"its tokenizer_class is {kind}, which needs a tokenizer.json")
-    return {ours: about[name] for ours, name in NORMALIZER_OPTIONS.items() if name in about}
-
-
-def check_files_agree(tokenizer: Tokenizer, path: Path, about: dict[str, Any]) -> None:
+def check_files_agree(tokenizer: Tokenizer, about: dict[str, Any], vocab_txt: Path) -> None:
     """Raises ValueError if the vocab.txt or the tokenizer_config.json beside a tokenizer.json says
     something else. The model was trained with one of them, and nobody knows with which.
     """
-    for ours, name in NORMALIZER_OPTIONS.items():
-        said = about.get(name)
-        if said is None or not hasattr(tokenizer.normalizer, ours):
-            continue
-        found = getattr(tokenizer.normalizer, ours)
-        if found is None:  # strip_accents that is left open is the same as lowercase
-            found = tokenizer.normalizer.lowercase
-        if found != said:
-            raise ValueError(f"{name} is {said} in tokenizer_config.json, not in {path.name}")
-    beside = path.with_name("vocab.txt")
-    if beside.exists():
-        vocabulary = tokenizer.get_vocab()
-        for token, token_id in read_vocabulary(beside).items():
-            if vocabulary.get(token) != token_id:
-                raise ValueError(f"{token} is id {token_id} in vocab.txt, not in {path.name}")
+    for name, _, character in NORMALIZER_OPTIONS:
+        if about.get(name) not in (None, changes(tokenizer, character)):
+            said = about[name]
+            raise ValueError(f"{name} is {said} in tokenizer_config.json, not in tokenizer.json")
+    if vocab_txt.exists():
+        differing = read_vocabulary(vocab_txt).items() - tokenizer.get_vocab().items()
+        if differing:
+            raise ValueError(f"vocab.txt differs from tokenizer.json: {sorted(differing)[:3]}")
 
 
-def check_casing(tokenizer: Tokenizer) -> None:
-    """Raises ValueError if text is lowercased and a token has upper case, which no text can match.
-
-    Tokens like [MASK] may have upper case, and <S> in Google's Chinese vocabulary.
+def check_tokens(tokenizer: Tokenizer) -> None:
+    """Raises ValueError if a special token is missing, or if text is lowercased and a token has
+    upper case, which no text can match. (<S> may, in Google's Chinese vocabulary.)
     """
-    if tokenizer.normalizer is None or tokenizer.normalizer.normalize_str("A") == "A":
-        return
+    vocabulary = tokenizer.get_vocab()
+    missing = set(SPECIAL_TOKENS) - set(vocabulary)
+    if missing:
+        raise ValueError(f"the tokenizer lacks {', '.join(sorted(missing))}")
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for token in tokenizer.get_vocab().keys() - added:
-        if token != token.lower() and not token.startswith(("[", "<")):
-            raise ValueError(
-                f"text is lowercased, but {token} is a token: keep vocab.txt alone, beside a"
-                ' tokenizer_config.json with {"do_lower_case": false}'
-            )
+    ordinary = [token for token in vocabulary.keys() - added if token[:1] not in ("[", "<")]
+    cased = sorted(token for token in ordinary if token != token.lower())
+    if cased and changes(tokenizer, "A"):
+        raise ValueError(
+            f"text is lowercased, but {cased[0]} is a token: keep vocab.txt alone, beside a"
+            ' tokenizer_config.json with {"do_lower_case": false}'
+        )

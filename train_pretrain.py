@@ -551,48 +551,43 @@ def make_model(cls: Any, options: Any, tokenizer: Tokenizer, positions: int) -> 
     return model
 
 
-def load_corpora(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the text to train on, which may be a stream, and the text to evaluate on."""
+def load_examples(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the examples to train on, which may be a stream, and those to evaluate on."""
     where: dict[str, Any] = {
         "name": options.dataset_name,
         "train_split": options.split,
         "text_column": options.text_column,
         "rows_per_document": options.rows_per_document,
     }
-    if options.streaming:
-        stream, validation = data.open_stream(options.dataset, tokenizer, **where)
-        return {"train": stream, "validation": validation}
-    splits = ("train", "validation")
-    return {split: data.get_corpus(options.dataset, split, tokenizer, **where) for split in splits}
-
-
-def make_dataset(
-    options: PretrainOptions, corpus: data.TokenizedCorpus, tokenizer: Tokenizer
-) -> data.PretrainDataset:
-    """Returns the examples of a corpus."""
-    return data.PretrainDataset(
-        corpus, tokenizer, options.max_seq_length, options.seed, options.whole_word_masking
+    examples_of = partial(
+        data.PretrainDataset,
+        tokenizer=tokenizer,
+        max_seq_length=options.max_seq_length,
+        seed=options.seed,
+        whole_word_masking=options.whole_word_masking,
     )
+    if options.streaming:
+        stream = data.Stream(options.dataset, tokenizer, examples_of, **where)
+        return {"train": stream, "validation": examples_of(stream.validation())}
+    corpora = {
+        split: data.get_corpus(options.dataset, split, tokenizer, **where)
+        for split in ("train", "validation")
+    }
+    return {split: examples_of(corpus) for split, corpus in corpora.items()}
 
 
 def make_validation(
-    options: PretrainOptions,
-    corpus: data.TokenizedCorpus,
-    tokenizer: Tokenizer,
-    device: torch.device,
+    options: PretrainOptions, examples: data.PretrainDataset, device: torch.device
 ) -> list[Batch]:
     """Returns the batches of an evaluation: the same ones in all evaluations of a run."""
-    dataset = make_dataset(options, corpus, tokenizer)
     # The loader is endless: stop after one epoch, or earlier.
-    batches_per_epoch = math.ceil(len(dataset) / options.batch_size)
+    batches_per_epoch = math.ceil(len(examples) / options.batch_size)
     count = min(EVALUATION_BATCHES, batches_per_epoch)
-    loader = data.get_split_dataloader(dataset, options.batch_size, workers=0)
+    loader = data.get_split_dataloader(examples, options.batch_size, workers=0)
     return [to_device(batch, device) for batch in itertools.islice(loader, count)]
 
 
-def make_batches(
-    options: PretrainOptions, corpus: Any, tokenizer: Tokenizer, start: int
-) -> Iterator[Batch]:
+def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterator[Batch]:
     """Returns this rank's micro-batches from step `start` on.
 
     A stream cannot start anywhere: it is read from its beginning once more, and the batches that
@@ -602,21 +597,18 @@ def make_batches(
     # into all objects that it visits, and it does not visit frozen ones.
     gc.freeze()
     rank, ranks = rank_and_ranks()
-    skipped = start * options.accumulate // ranks
-    share = {"rank": rank, "world_size": ranks, "workers": options.workers}
-    if options.streaming:
-        make_examples = partial(make_dataset, options, tokenizer=tokenizer)
-        loader = data.get_stream_dataloader(corpus, make_examples, options.batch_size, **share)
-    else:
-        dataset = make_dataset(options, corpus, tokenizer)
-        loader = data.get_split_dataloader(dataset, options.batch_size, skipped, **share)
+    trained_on = start * options.accumulate // ranks
+    first = 0 if options.streaming else trained_on
+    loader = data.get_split_dataloader(
+        examples, options.batch_size, first, rank, ranks, options.workers
+    )
     loader.worker_init_fn = leave_group
-    return itertools.islice(loader, skipped if options.streaming else 0, None)
+    return itertools.islice(loader, trained_on - first, None)
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
-    """Returns tokenizer, model, and the corpus of each split: everything that bad options can make
-    fail. The model comes before the corpus, which may take hours.
+    """Returns tokenizer, model, and the examples of each split: everything that bad options can
+    make fail. The model comes before the corpus, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
     where = (options.dataset, options.split, options.dataset_name, options.text_column)
@@ -626,12 +618,12 @@ def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dic
     if options.positions not in (None, model.config.max_seq_length):
         rows = model.config.max_seq_length
         raise ValueError(f"--positions {options.positions}, but the weights have {rows}")
-    corpora = load_corpora(options, tokenizer)
+    examples = load_examples(options, tokenizer)
     rank, _ = rank_and_ranks()
-    for split, corpus in corpora.items():
-        if rank == 0 and isinstance(corpus, data.TokenizedCorpus):
-            show(f"{split}: {corpus.describe()}")
-    return tokenizer, model, corpora
+    for split, dataset in examples.items():
+        if rank == 0 and isinstance(dataset, data.PretrainDataset):
+            show(f"{split}: {dataset.corpus.describe()}")
+    return tokenizer, model, examples
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -650,20 +642,20 @@ def pretrain(options: PretrainOptions) -> None:
     on_rank_0(partial(check_folder, out, options.resume))
 
     prepared = on_rank_0(partial(prepare, options))
-    tokenizer, model, corpora = prepared or prepare(options)
+    tokenizer, model, examples = prepared or prepare(options)
     model.to(device).train()
     optimizer = make_optimizer(model)
-    validation = make_validation(options, corpora["validation"], tokenizer, device)
+    validation = make_validation(options, examples["validation"], device)
     # Two losses to compare with: of a model that knows nothing, and of one that knows how often
     # each token occurs. (A stream has not been read yet: its validation documents stand in.)
-    counted = corpora["validation" if options.streaming else "train"]
+    counted = examples["validation" if options.streaming else "train"].corpus
     baselines = {
         "ln_vocab_size": math.log(model.config.vocab_size),
         "unigram_entropy": counted.unigram_entropy(),
     }
 
     lock = on_rank_0(partial(lock_folder, out, options.resume))  # noqa: F841, held to the end
-    identity = what_identifies(options, corpora)
+    identity = what_identifies(options, examples)
     state: dict[str, Any] = {"progress": {}, "metrics_bytes": 0}
     if options.resume:
         state = on_rank_0(partial(load_checkpoint, out, identity))
@@ -696,7 +688,7 @@ def pretrain(options: PretrainOptions) -> None:
 
     signals = note_signals()  # before data workers start, which inherit the handlers
     on_rank_0(begin)
-    batches = make_batches(options, corpora["train"], tokenizer, progress.step)
+    batches = make_batches(options, examples["train"], progress.step)
     is_done = train(options, model, optimizer, batches, progress, signals, log, report, save)
 
     if is_done:
@@ -873,18 +865,18 @@ def write_line(out: Path, **values: Any) -> None:
         file.write(json.dumps(values) + "\n")
 
 
-def what_identifies(options: PretrainOptions, corpora: dict[str, Any]) -> dict[str, Any]:
+def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
     """Returns what a resumed run must share with the one before: the text, and all options except
     those that change no line of its metrics. A stream also depends on who reads it.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
-    identity["validation"] = corpora["validation"].key
+    identity["validation"] = examples["validation"].corpus.key
     if options.streaming:
         _, ranks = rank_and_ranks()
         identity["readers"] = f"{options.workers} workers of {ranks} ranks"
     else:
-        identity["train"] = corpora["train"].key
+        identity["train"] = examples["train"].corpus.key
     return identity
 
 

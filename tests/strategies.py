@@ -171,7 +171,7 @@ def corpus_of(documents: list[list[list[int]]]) -> data.TokenizedCorpus:
     two sentences.
     """
     usable = [sentences for sentences in documents if len(sentences) > 1]
-    return data.TokenizedCorpus(data.pack(usable, "uint16"))
+    return data.pack(usable, small_tokenizer())
 
 
 @st.composite

@@ -77,7 +77,7 @@ def test_three_arrays_hold_every_document_sentence_and_token(docs):
 @pytest.mark.parametrize("docs", [[], [[[5], [6]]], [[[5], [6]], [[7]]]])
 def test_a_corpus_needs_two_documents_of_two_sentences(docs):
     with pytest.raises(ValueError, match="two documents"):
-        TokenizedCorpus(data.pack(docs, "uint16"))
+        data.pack(docs, small_tokenizer())
 
 
 @given(documents(), st.sampled_from(["train", "validation"]))
@@ -85,7 +85,7 @@ def test_the_parts_of_a_corpus_are_its_first_and_its_last_documents(docs, part):
     """One in a hundred is held out, and at least two."""
     usable = [sentences for sentences in docs if len(sentences) > 1] * 120
     held_out = max(2, len(usable) // 100)
-    found = TokenizedCorpus(data.pack(usable, "uint16"), part)
+    found = TokenizedCorpus(data.pack(usable, small_tokenizer()).source, part)
     expected = {"train": usable[:-held_out], "validation": usable[-held_out:]}
     assert documents_of(found) == expected[part]
 
@@ -153,13 +153,11 @@ def test_a_corpus_on_disk_is_what_its_documents_are_in_memory(texts):
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "in-memory"
     shutil.rmtree(folder, ignore_errors=True)
     on_disk = data.tokenize_corpus(iter(texts), small_tokenizer(), folder)
-    for one, other in zip(data.pack(encoded, "uint16"), vars_of(on_disk), strict=True):
+    in_memory = data.pack(encoded, small_tokenizer())
+    for name in CorpusArrays._fields:
+        one, other = getattr(in_memory, name), getattr(on_disk, name)
         assert one.dtype == other.dtype
         assert np.array_equal(one, other)
-
-
-def vars_of(corpus: TokenizedCorpus) -> CorpusArrays:
-    return CorpusArrays(corpus.tokens, corpus.sentence_starts, corpus.document_starts)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +218,7 @@ def test_a_poisoned_document_surfaces_with_its_index(tmp_path):
         with pytest.raises(ValueError, match=f"document 60 is {kind}"):
             data.tokenize_corpus([*texts, poison], small_tokenizer(), tmp_path / "arrays")
         assert not (tmp_path / "arrays").exists()
-        assert list(tmp_path.glob("unfinished-*")) == []
+        assert not (tmp_path / "arrays.unfinished").exists()
 
 
 def test_a_poisoned_row_surfaces_with_its_index_where_rows_are_joined():
@@ -247,7 +245,7 @@ def test_a_column_of_lists_of_numbers_is_named(tmp_path):
 def test_a_missing_column_is_rejected_with_the_file_and_the_columns_that_exist(streaming, tmp_path):
     path = write_texts(tmp_path / "corpus.jsonl", TEXTS)
     with pytest.raises(ValueError, match=r"corpus\.jsonl: no column body among text$"):
-        list(data.get_dataset(path, columns=("body",), streaming=streaming))
+        list(data.get_dataset(path, None, None, "body", streaming)["train"])
 
 
 # ---- Written once, whole ------------------------------------------------------------------------
@@ -278,26 +276,26 @@ def test_a_killed_process_leaves_no_corpus_and_the_next_one_removes_what_it_has_
     for moment in (0.2, 0.5, 0.8):
         process = start(slowly, folder, 2000, 20.0)
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("unfinished-*/tokens.*")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob("corpus.unfinished/tokens.*")) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(moment)
         process.kill()
         assert wait(process) == [-signal.SIGKILL]
         assert not folder.exists()
-        assert len(list(tmp_path.glob("unfinished-*"))) == 1
+        assert (tmp_path / "corpus.unfinished").exists()
     corpus = data.tokenize_corpus(TEXTS, small_tokenizer(), folder)
-    assert list(tmp_path.glob("unfinished-*")) == []
+    assert not (tmp_path / "corpus.unfinished").exists()
     assert len(corpus.document_starts) - 1 == 3
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_new_corpus_at_once(tmp_path):
-    """Neither removes the other's unfinished folder, and both end well with one folder."""
+    """One waits for the other, and both end well with one folder."""
     folder = tmp_path / "corpus"
     both = [start(slowly, folder, 300, 2.0) for _ in range(2)]
     assert wait(*both) == [0, 0]
     assert len(TokenizedCorpus(folder).document_starts) - 1 == 300
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "lock"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "corpus.lock"]
 
 
 @pytest.mark.slow
@@ -321,7 +319,7 @@ def test_a_full_disk_is_one_message_that_names_the_place(tmp_path):
     assert (
         ended.stderr.splitlines()[-1] == "ValueError: cannot write to disk: No space left on device"
     )
-    assert ended.stdout == "lock\n"
+    assert ended.stdout == "corpus.lock\n"
 
 
 # ---- The cache ----------------------------------------------------------------------------------
@@ -385,10 +383,13 @@ def test_every_kind_of_file_gives_one_document_per_row_and_a_text_is_one(kind, s
         (tmp_path / "a.json").write_text(json.dumps(rows))
     else:
         write_rows(tmp_path / "a.jsonl", rows)
-    found = data.get_dataset(str(tmp_path), streaming=streaming)
-    assert [row["text"] for row in found] == texts
-    last = sorted(tmp_path.iterdir())[-1]
-    in_file = [row["text"] for row in data.get_dataset(str(last), streaming=streaming)]
+
+    def read(path: Path) -> list[str]:
+        rows = data.get_dataset(str(path), split=None, streaming=streaming)["train"]
+        return [row["text"] for row in rows]
+
+    assert read(tmp_path) == texts
+    in_file = read(sorted(tmp_path.iterdir())[-1])
     assert in_file == (texts[1:] if kind == "txt" else texts)
 
 
@@ -399,8 +400,8 @@ def test_files_may_differ_in_columns_that_nobody_needs(kind, streaming, tmp_path
         rows = datasets.Dataset.from_list([{"text": name, **other}] * 2)
         write = rows.to_json if kind == "jsonl" else rows.to_parquet
         write(str(tmp_path / f"{name}.{kind}"))
-    found = data.get_dataset(str(tmp_path), streaming=streaming, columns=("text",))
-    assert list(found) == [{"text": name} for name in "aabbcc"]
+    found = data.get_dataset(str(tmp_path), None, None, "text", streaming)
+    assert list(found["train"]) == [{"text": name} for name in "aabbcc"]
 
 
 def test_the_first_word_of_a_file_names_its_split_and_all_others_are_train(tmp_path):
@@ -420,15 +421,13 @@ def test_the_first_word_of_a_file_names_its_split_and_all_others_are_train(tmp_p
     assert list(data.get_dataset(f"{path}/test-0-of-1.txt")["text"]) == ["test-0-of-1.txt"]
 
 
-@pytest.mark.parametrize("name", ["b.csv", "b.tsv", "b.txt.gz", "b.jsonl", "b.arrow", "b.zip"])
+@pytest.mark.parametrize("name", ["b.csv", "b.tsv", "b.txt.gz", "b.arrow", "b.zip"])
 def test_files_of_other_kinds_are_rejected_by_name(name, tmp_path):
     """Beside texts, nobody would miss what they hold."""
     path = write_all(tmp_path, {"a.txt": "a", name: "b"})
-    with pytest.raises(ValueError, match=re.escape(name)):
-        data.get_dataset(path)
-    if not name.endswith("jsonl"):
+    for where in (path, f"{path}/{name}"):
         with pytest.raises(ValueError, match=re.escape(name)):
-            data.get_dataset(f"{path}/{name}")
+            data.get_dataset(where)
 
 
 @pytest.mark.parametrize("name", ["corpus[1].jsonl", "a*b.jsonl", "what?.jsonl", "[train].jsonl"])
@@ -483,11 +482,11 @@ def test_a_file_that_cannot_be_read_is_one_line_with_its_path(kind, streaming, t
         shutil.copy(tmp_path / f"a.{kind}", bad)
         cut_in_half(bad)
     with pytest.raises(ValueError, match=f"^cannot read .*{re.escape(bad.name)}: ") as caught:
-        list(data.get_dataset(str(tmp_path), streaming=streaming))
+        list(data.get_dataset(str(tmp_path), split=None, streaming=streaming)["train"])
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_what_the_hub_sends_half_is_one_line_with_its_id(tmp_path):
+def test_what_the_hub_sends_half_is_one_line_with_its_id(tmp_path, monkeypatch):
     """A .jsonl.gz that ends too early raises an EOFError while it is streamed."""
 
     def rows():
@@ -498,7 +497,11 @@ def test_what_the_hub_sends_half_is_one_line_with_its_id(tmp_path):
     content = "".join(json.dumps({"text": f"a{i} b. c d."}) + "\n" for i in range(9999))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content.encode()))
     cut_in_half(tmp_path / "a.jsonl.gz")
-    stream = data.Stream("owner/name", rows(), "text", 1, False, small_tokenizer())
+    splits = {
+        split: datasets.IterableDataset.from_generator(rows) for split in ("train", "validation")
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda *what, **how: splits)
+    stream = data.Stream("owner/name", small_tokenizer(), PretrainDataset)
     with pytest.raises(ValueError, match="^cannot read owner/name: ") as caught:
         list(stream.documents())
     assert len(str(caught.value).splitlines()) == 1
@@ -520,7 +523,7 @@ def test_the_hub_is_asked_for_what_is_not_a_path(monkeypatch):
         return datasets.DatasetDict(train=rows, more=rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = data.get_dataset("owner/name", "plain", "train+more", columns=("body",))
+    rows = data.get_dataset("owner/name", "plain", "train+more", column="body")
     assert asked == [(("owner/name", "plain"), {"streaming": False})]
     assert rows.column_names == ["body"]
     assert list(rows["body"]) == TEXTS * 2
@@ -584,7 +587,7 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):
     for read in (
         lambda: data.get_corpus(path, "train", small_tokenizer(), train_split="test"),
         lambda: data.get_texts(path, "test"),
-        lambda: data.open_stream(path, small_tokenizer(), train_split="test"),
+        lambda: data.Stream(path, small_tokenizer(), PretrainDataset, train_split="test"),
     ):
         with pytest.raises(ValueError, match="train.*validation"):
             read()

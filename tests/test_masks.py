@@ -149,7 +149,7 @@ def test_special_tokens_may_have_any_ids_and_the_vocabulary_may_have_holes(ids, 
     examples = []
     for tokenizer in (usual, moved):
         documents = list(data.encode_documents(texts, tokenizer, Counter()))
-        corpus = data.TokenizedCorpus(data.pack(documents, "uint16"))
+        corpus = data.pack(documents, tokenizer)
         examples.append(PretrainDataset(corpus, tokenizer, 16, seed)[3])
     expected, found = (example["mlm_labels"] for example in examples)
     at_labels = expected != IGNORED_LABEL

@@ -140,9 +140,9 @@ def shards(tmp_path_factory) -> Path:
 
 def streamed(folder: Path) -> DataLoader:
     data.STREAM_BLOCK = 25_000  # tokens, so that many blocks are read
-    stream, _ = data.open_stream(str(folder), small_tokenizer())
     make = partial(data.PretrainDataset, tokenizer=small_tokenizer(), max_seq_length=64)
-    return data.get_stream_dataloader(stream, make, 8, workers=2)
+    stream = data.Stream(str(folder), small_tokenizer(), make)
+    return data.get_split_dataloader(stream, 8, workers=2)
 
 
 def test_the_loader_does_not_grow(slope_in_a_new_process):

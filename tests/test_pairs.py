@@ -134,14 +134,14 @@ class Coins:
 
     def __init__(self, seed: int, coins: tuple[int, int]) -> None:
         self.rng = np.random.default_rng(seed)
-        self.coins = list(coins)
+        self.given = [None, *coins]  # the place in another document is drawn before the coins
 
     def random(self) -> float:
         return self.rng.random()
 
     def integers(self, low: int, high: int | None = None):
-        is_coin = low == 2 and high is None
-        return self.coins.pop(0) if is_coin else self.rng.integers(low, high)
+        given = self.given.pop(0) if high is None else None
+        return self.rng.integers(low, high) if given is None else given
 
 
 @given(documents(), rooms, seeds)
@@ -339,8 +339,9 @@ def test_every_token_within_reach_of_a_seam_is_drawn_and_no_other(lengths):
         if seam.document_start != other.document_start:
             before = min(s.offset - s.document_start for s in (seam, other))
             after = min(s.document_end - s.offset for s in (seam, other))
-            first = seam.offset - min(before, room - 1)
-            last = seam.offset + min(after, room - 1)
+            length = min(room, max(2, before + after - 1))
+            first = seam.offset - min(before, length - 1)
+            last = seam.offset + min(after, length - 1)
             within_reach.update(range(first, last))
     assert found == within_reach
 

@@ -60,14 +60,17 @@ def texts_in(folder: Path) -> Counter:
     return Counter(json.loads(line)["text"] for f in files for line in f.read_text().splitlines())
 
 
-def loader(folder: Path, batch_size: int = 4, **how) -> DataLoader:
-    stream, _ = data.open_stream(str(folder), small_tokenizer())
+def open_stream(folder: Path, **how) -> data.Stream:
     make_dataset = partial(data.PretrainDataset, tokenizer=small_tokenizer(), max_seq_length=16)
-    return data.get_stream_dataloader(stream, make_dataset, batch_size, **how)
+    return data.Stream(str(folder), small_tokenizer(), make_dataset, **how)
+
+
+def loader(folder: Path, batch_size: int = 4, **how) -> DataLoader:
+    return data.get_split_dataloader(open_stream(folder), batch_size, **how)
 
 
 class Documents(data.Stream):
-    """Yields the documents of one epoch instead of batches."""
+    """Yields the documents of one epoch instead of examples."""
 
     def __iter__(self):
         return self.documents()
@@ -101,7 +104,8 @@ def test_one_document_in_a_hundred_is_held_out_where_there_is_no_validation_spli
     """None of these is trained on."""
     texts = [f"{word(i % 200)} {i} aa. {i} bb." for i in range(4000)]
     write_texts(tmp_path / "train.jsonl", texts)
-    stream, validation = data.open_stream(str(tmp_path), small_tokenizer())
+    stream = open_stream(tmp_path)
+    validation = stream.validation()
     trained, held_out = list(stream.documents()), list(stream.documents(held_out=True))
     assert sorted(trained + held_out) == sorted(texts)
     assert 15 <= len(held_out) <= 70  # 40 expected; outside is less likely than 1e-4
@@ -112,19 +116,20 @@ def test_the_validation_split_is_held_out_unless_it_is_trained_on(tmp_path):
     texts = [f"{word(i % 200)} {i} aa. {i} bb." for i in range(400)]
     write_texts(tmp_path / "train.jsonl", texts)
     write_texts(tmp_path / "validation.jsonl", texts[::-1])
-    stream, validation = data.open_stream(str(tmp_path), small_tokenizer())
+    stream = open_stream(tmp_path)
+    validation = stream.validation()
     assert list(stream.documents()) == texts
     assert len(validation.document_starts) - 1 == 64
-    stream, other = data.open_stream(str(tmp_path), small_tokenizer(), train_split="validation")
+    stream = open_stream(tmp_path, train_split="validation")
     assert 380 < len(list(stream.documents())) < 400
-    assert other.key != validation.key
+    assert stream.validation().key != validation.key
 
 
 def test_rows_are_joined_to_documents(tmp_path):
     texts = ["aa ba. ca da.", "ea fa. ga ha.", "ia ja."] * 200
     for split in ("train", "validation"):
         write_texts(tmp_path / f"{split}.jsonl", texts)
-    stream, _ = data.open_stream(str(tmp_path), small_tokenizer(), rows_per_document=2)
+    stream = open_stream(tmp_path, rows_per_document=2)
     assert next(stream.documents()) == "\n\n".join(texts[:2])
 
 
@@ -134,8 +139,8 @@ def test_rows_are_joined_to_documents(tmp_path):
 def sizes_of_blocks(texts: list[str], tmp_path: Path, count: int) -> list[int]:
     write_texts(tmp_path / "train.jsonl", texts)
     write_texts(tmp_path / "validation.jsonl", TEXTS)
-    stream, _ = data.open_stream(str(tmp_path), small_tokenizer())
-    return [len(block.document_starts) - 1 for block in islice(stream.blocks(), count)]
+    blocks = islice(open_stream(tmp_path).blocks(), count)
+    return [len(block.document_starts) - 1 for block in blocks]
 
 
 def test_a_block_ends_after_so_many_tokens_or_with_its_epoch(tmp_path, monkeypatch):
@@ -153,17 +158,16 @@ def test_a_block_has_two_documents(tmp_path, monkeypatch):
             sizes_of_blocks(texts, tmp_path, 1)
 
 
-def test_every_example_of_a_block_comes_once_in_a_random_order(folder, monkeypatch):
+def test_every_example_of_a_block_comes_once_in_a_random_order(folder):
     """Each block draws its order and its examples as an epoch of its own."""
-    monkeypatch.setattr(data, "collate", lambda examples, padding_idx: examples)
-    stream = loader(folder, batch_size=1, workers=0).dataset
+    stream = open_stream(folder)
     for block, corpus in enumerate(islice(stream.blocks(), 2)):
         dataset = stream.make_dataset(corpus)
         order = data.permutation(0, block, len(dataset)).tolist()
         assert order != sorted(order)
         expected = [dataset[block * len(dataset) + index] for index in order]
         found = list(islice(stream, block * len(dataset), (block + 1) * len(dataset)))
-        for (one,), other in zip(found, expected, strict=True):
+        for one, other in zip(found, expected, strict=True):
             assert all((one[name] == other[name]).all() for name in other)
 
 
@@ -249,9 +253,12 @@ def stopped_after(steps: int):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_reads_a_stream_again_and_skips_what_it_has_trained_on(
-    workers, options, tmp_path
+    workers, options, folder, tmp_path
 ):
-    told = replace(options, out=str(tmp_path / "run"), steps=6, workers=workers)
+    told = replace(
+        options, dataset=str(folder), streaming=True, out=str(tmp_path / "run"), steps=6,
+        workers=workers,
+    )  # fmt: skip
     whole = replace(told, out=str(tmp_path / "whole"))
     run(whole)
     with stopped_after(3), pytest.raises(SystemExit):

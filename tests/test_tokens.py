@@ -141,7 +141,7 @@ def test_a_vocabulary_without_a_special_token_is_rejected(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(kept))
     with pytest.raises(ValueError, match=r"lacks \[MASK\], \[PAD\]$"):
         data.load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="no tokenizer at .*nowhere"):
+    with pytest.raises(ValueError, match="cannot read .*nowhere"):
         data.load_tokenizer(tmp_path / "nowhere.txt")
 
 

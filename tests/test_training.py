@@ -8,6 +8,7 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -314,13 +315,13 @@ def test_a_line_has_the_loss_of_its_update_and_an_evaluation_the_weights_after_i
     pretrain(options)
     train, validation = (read_lines(Path(options.out), split) for split in ("train", "validation"))
 
-    tokenizer, model, corpora = train_pretrain.prepare(options)
-    batches = train_pretrain.make_batches(options, corpora["train"], tokenizer, 0)
+    _, model, examples = train_pretrain.prepare(options)
+    batches = train_pretrain.make_batches(options, examples["train"], 0)
     first = evaluate(model, [to_device(next(batches), CPU) for _ in range(2)])
     assert train["mlm_loss"][0] == pytest.approx(first["mlm_loss"], rel=1e-5)
     assert train["nsp_loss"][0] == pytest.approx(first["nsp_loss"], rel=1e-5)
 
-    held_out = train_pretrain.make_validation(options, corpora["validation"], tokenizer, CPU)
+    held_out = train_pretrain.make_validation(options, examples["validation"], CPU)
     trained = BertPretrainModel.from_pretrained(f"{options.out}/model")
     found = [evaluate(each, held_out)["mlm_loss"] for each in (model, trained)]
     assert validation["mlm_loss"] == pytest.approx(found, rel=1e-5)
@@ -348,16 +349,15 @@ def test_an_evaluation_is_the_first_batches_of_the_validation_part_or_all_of_the
 ):
     """Each pair of an epoch comes once before any comes again: 6 pairs fill a batch of 4, then half
     of one, which the next epoch completes."""
-    tokenizer = small_tokenizer()
-    corpus = train_pretrain.load_corpora(options, tokenizer)["validation"]
+    examples = train_pretrain.load_examples(options, small_tokenizer())["validation"]
 
     def sizes(batch_size: int, most: int) -> list[int]:
         monkeypatch.setattr(train_pretrain, "EVALUATION_BATCHES", most)
         told = replace(options, batch_size=batch_size)
-        found = train_pretrain.make_validation(told, corpus, tokenizer, CPU)
+        found = train_pretrain.make_validation(told, examples, CPU)
         return [len(batch["input_ids"]) for batch in found]
 
-    assert len(train_pretrain.make_dataset(options, corpus, tokenizer)) == 6
+    assert len(examples) == 6
     assert sizes(2, 1) == [2]
     assert sizes(2, 2) == [2, 2]
     assert sizes(4, 16) == [4, 4]
@@ -365,24 +365,32 @@ def test_an_evaluation_is_the_first_batches_of_the_validation_part_or_all_of_the
 
 def test_each_corpus_is_read_as_the_options_say(options, monkeypatch):
     asked = []
-    monkeypatch.setattr(data, "get_corpus", lambda *what, **how: asked.append((*what, how)))
+    corpus = corpus_of([[[7] * 9] * 40] * 2)
+    monkeypatch.setattr(
+        data, "get_corpus", lambda *what, **how: asked.append((*what, how)) or corpus
+    )
     told = replace(
         options, dataset="a", dataset_name="b", split="c+d", text_column="e", rows_per_document=4
     )
     tokenizer = small_tokenizer()
-    assert train_pretrain.load_corpora(told, tokenizer).keys() == {"train", "validation"}
+    found = train_pretrain.load_examples(told, tokenizer)
+    assert [dataset.corpus for dataset in found.values()] == [corpus, corpus]
     how = {"name": "b", "train_split": "c+d", "text_column": "e", "rows_per_document": 4}
     assert asked == [("a", split, tokenizer, how) for split in ("train", "validation")]
 
-    monkeypatch.setattr(data, "open_stream", lambda *what, **how: ((*what, how), "texts"))
-    found = train_pretrain.load_corpora(replace(told, streaming=True), tokenizer)
-    assert found == {"train": ("a", tokenizer, how), "validation": "texts"}
+    stream = mock.Mock()
+    stream().validation.return_value = corpus
+    monkeypatch.setattr(data, "Stream", stream)
+    found = train_pretrain.load_examples(replace(told, streaming=True), tokenizer)
+    stream.assert_called_with("a", tokenizer, mock.ANY, **how)
+    assert found["train"] == stream()
+    assert found["validation"].corpus == corpus
 
 
 def test_the_loss_is_compared_with_the_frequencies_of_the_text_that_is_trained_on(options):
     pretrain(options)
-    _, _, corpora = train_pretrain.prepare(options)
-    entropies = {split: corpus.unigram_entropy() for split, corpus in corpora.items()}
+    _, _, examples = train_pretrain.prepare(options)
+    entropies = {split: found.corpus.unigram_entropy() for split, found in examples.items()}
     assert entropies["train"] != entropies["validation"]
     lines = read_lines(Path(options.out), "validation")
     assert set(lines["unigram_entropy"]) == {entropies["train"]}
@@ -391,11 +399,12 @@ def test_the_loss_is_compared_with_the_frequencies_of_the_text_that_is_trained_o
 def test_each_rank_gets_micro_batches_of_its_own(options, monkeypatch):
     """Together they are those of one rank, in turn."""
     corpus = corpus_of([[[7] * 9] * 40] * 2)
+    examples = data.PretrainDataset(corpus, small_tokenizer(), 16)
 
     def first_batches(rank: int, ranks: int, count: int) -> list[dict]:
         monkeypatch.setattr(train_pretrain, "rank_and_ranks", lambda: (rank, ranks))
         told = replace(options, accumulate=2)
-        batches = train_pretrain.make_batches(told, corpus, small_tokenizer(), 1)
+        batches = train_pretrain.make_batches(told, examples, 1)
         return list(itertools.islice(batches, count))
 
     alone = first_batches(0, 1, 4)
@@ -427,8 +436,7 @@ def test_masked_tokens_pairs_and_tokens_without_padding_are_counted():
 
 def test_the_examples_of_a_run_obey_its_options(options):
     told = replace(options, seed=3, whole_word_masking=True)
-    corpus = train_pretrain.load_corpora(told, small_tokenizer())["train"]
-    found = train_pretrain.make_dataset(told, corpus, small_tokenizer())
+    found = train_pretrain.load_examples(told, small_tokenizer())["train"]
     assert (found.max_seq_length, found.seed, found.whole_word_masking) == (16, 3, True)
 
 
