@@ -948,7 +948,7 @@ def get_split_dataloader(
     shards = dataset.splits[dataset.train_split].num_shards
     readers = world_size * max(1, workers)  # without workers, the rank itself reads
     if readers > shards:
-        raise ValueError(f"{readers} workers of all ranks read {shards} files: use fewer readers")
+        raise ValueError(f"{readers} workers of all ranks read {shards} files: use fewer of them")
     if shards % world_size and dataset.rows_per_document > 1:  # ranks would share files, by row
         raise ValueError(f"rows_per_document: {world_size} ranks cannot share {shards} files")
     stream = copy.copy(dataset)
