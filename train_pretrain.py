@@ -1034,15 +1034,15 @@ def run_script(main: Callable, cls: type) -> None:
         return
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RuntimeError, ConnectionResetError, EOFError) as error:  # a worker, also while it sends
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
+            raise
+        reason = str(error).rstrip(". ") or "a data worker has ended"
+        message = f"{reason}: it died or cannot send its batch; try fewer --workers, and --resume"
     except (ValueError, OSError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # An error of a data worker has the worker's traceback in its message.
         message = lines[-1] if "DataLoader worker" in lines[0] else " ".join(lines)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):
-            raise
-        reason = str(error).rstrip(". ")
-        message = f"{reason}: it died or cannot send its batch; try fewer --workers, and --resume"
     print(f"\nerror: {message}", file=sys.stderr)
     sys.exit(2)
 

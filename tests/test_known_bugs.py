@@ -210,7 +210,7 @@ BUGS = {
     ),
     "19 the model is pickled": (
         bert, "write_pretrained",
-        '(directory / "model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))',
+        '(directory / "model.safetensors").write_bytes(weights)',
         'torch.save(model, directory / "model.safetensors")',
         test_weights.test_what_is_saved_is_what_is_loaded, {"cls": bert.Bert},
     ),
@@ -220,7 +220,8 @@ BUGS = {
         {"cls": bert.Bert},
     ),
     "21 another tokenizer for fine-tuning": (
-        train_sst2.SST2Options, "__post_init__", "if self.weights and self.tokenizer:", "if False:",
+        train_pretrain, "check_options", "if None not in (options.weights, options.tokenizer):",
+        "if False:",
         test_weights.test_a_tokenizer_beside_the_weights_is_the_only_one,
         {"of_script": train_sst2.SST2Options},
     ),
