@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/sample
 # The whole of `make run` in a few seconds, as CI does it: make run STEPS=20 EPOCHS=1 SEEDS=1
-STEPS ?= 2400
+STEPS ?= 3000
 EPOCHS ?= 10
 SEEDS ?= 3
 FINE = --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS)
