@@ -159,8 +159,7 @@ def attention(
     d_head = q.size(-1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(d_head)  # (..., seq, seq)
 
-    # Masked scores get the lowest finite number. With -inf, a row without any key would become
-    # 0 / 0 = NaN.
+    # Not -inf, but the lowest finite number: a row without any key would be 0 / 0 = NaN.
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(dim=-1)
