@@ -177,7 +177,7 @@ class MultiHeadAttention(nn.Module):
     the queries of all heads: the first d_head of its outputs are the query of head 1, and so on.
     Every product also adds a bias ([Code]), which the formula leaves out.
 
-    d_k and d_v may differ from d_model: queries and keys only have to have the same width, because
+    d_k and d_v may differ from d_model: only queries and keys must match in width, because
     they meet in a dot product, and W^O (`output`) brings the concatenated heads, d_v wide, back to
     d_model, so that the layer can add its input to its output.
     """
@@ -268,7 +268,7 @@ class PretrainedModel(nn.Module):
 
         Why so small? The logit of a token is the dot product of its embedding and a hidden state,
         which LayerNorm gives the length sqrt(d_model). So logits start near 0, and the first MLM
-        loss is about ln(vocab). With PyTorch's own deviation of 1 it would be far above.
+        loss is about ln(vocab). With nn.Embedding's default of 1 it would be far above.
 
         Differs: [Code] cuts the distribution off at two standard deviations.
         """
@@ -342,7 +342,7 @@ class Bert(PretrainedModel):
 class BertPretrainModel(PretrainedModel):
     """The encoder with the two heads of pretraining. [BERT] §3.1.
 
-    Masked language model (MLM): which token stood where one is masked? dense, GELU and LayerNorm
+    Masked language model (MLM): which token was masked here? dense, GELU and LayerNorm
     transform the hidden state ([Code]); the decoder then scores every token of the vocabulary.
     Next sentence prediction (NSP): does segment B follow segment A in the corpus?
 

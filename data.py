@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# From "BERT in four files", a BERT in plain PyTorch whose tests are its specification.
+# From "BERT in four files", copyright (c) 2026 the bert-in-four-files authors.
 """BERT's data: tokenize once, build examples on the fly, each a function of (seed, epoch, index).
 
     once          text -> sentences -> tokens -> three arrays on disk, memory-mapped
@@ -123,9 +123,9 @@ LARGEST_ALPHABET = 1000
 def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     """Returns an uncased WordPiece tokenizer that is learned from texts.
 
-    The 1,000 most frequent characters are tokens, and the rest become [UNK]: without a limit, stray
-    characters would fill the vocabulary. Then the trainer joins pieces until there are `vocab_size`
-    tokens. `texts` is iterated twice, so it may be larger than memory.
+    The 1,000 most frequent characters are tokens; a word with another one is [UNK]. Without a
+    limit, stray characters would fill the vocabulary. Then the trainer joins pieces until there are
+    `vocab_size` tokens. `texts` is iterated twice, so it may be larger than memory.
 
     The same texts give the same ids, in any order. The trainer alone would order equally frequent
     characters anew each time. So each character, alone and as a ## piece, is a fixed token.
@@ -198,7 +198,7 @@ class TokenizedCorpus:
 
     def __init__(self, source: str | Path | CorpusArrays, part: str | None = None) -> None:
         self.source, self.part = source, part
-        self.notes: dict[str, float] = {}  # what there is to say about the documents that were read
+        self.notes: dict[str, float] = {}  # statistics from tokenizing
         if isinstance(source, CorpusArrays):
             arrays = source
         else:
@@ -210,7 +210,7 @@ class TokenizedCorpus:
 
         sentences = np.diff(self.sentence_starts.searchsorted(self.document_starts))  # (documents,)
         if len(sentences) < 2 or sentences.min() < 2:
-            raise ValueError("a corpus needs two documents, and each document two sentences")
+            raise ValueError("a corpus needs two documents of two sentences, each part of it, too")
 
     def __reduce__(self) -> tuple:
         """Pickles the folder's name: a worker that is not forked maps the files itself."""
@@ -222,8 +222,8 @@ class TokenizedCorpus:
 
     @property
     def key(self) -> str:
-        """Returns what tells this corpus from others. A folder in the cache is named after all that
-        its content depends on; see `get_corpus`.
+        """Returns a string that identifies this corpus. A folder in the cache is named after all
+        that its content depends on; see `get_corpus`.
         """
         if isinstance(self.source, CorpusArrays):
             return make_key(*(array.tobytes() for array in self.source), self.part)
@@ -269,7 +269,7 @@ def make_key(*parts: Any) -> str:
 
 
 def span_around(starts: np.ndarray, offset: int) -> tuple[int, int]:
-    """Returns the last of the sorted `starts` up to `offset`, and the one after it."""
+    """Returns the largest of the sorted `starts` up to `offset`, and the one after it."""
     after = starts.searchsorted(offset, side="right")
     return starts.item(after - 1), starts.item(after)
 
@@ -319,9 +319,9 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Tokenizes documents into a new folder, and returns them as a corpus.
 
-    The folder is written under another name, and renamed when it is complete: half of it is never
-    used. Raises ValueError if it is there already, since it may hold other documents. A second
-    process that wants the same folder waits for the first, and reuses its result.
+    The folder is written under another name, and renamed when it is complete: a killed process
+    leaves no half of it. If it exists already, raises ValueError: it may hold other documents. If
+    another process is writing it, waits for that one and reuses its result.
     """
     folder = Path(folder)
     if folder.exists():
@@ -376,7 +376,7 @@ def write_corpus(documents: Iterable[str | None], tokenizer: Tokenizer, folder: 
 
 # ---- A pair of segments ------------------------------------------------------
 
-# Every example and every order has random numbers of its own: those of
+# Every example and the order of every epoch has random numbers of its own: those of
 # np.random.default_rng((seed, purpose, epoch, index)). So it does not matter who draws them, or
 # what was drawn before. (train_sst2.py uses purpose 2.)
 PURPOSE_EXAMPLE, PURPOSE_ORDER = 0, 1
@@ -416,11 +416,11 @@ def draw_pair(
 ) -> Pair:
     """Draws segment A and segment B of one example. [BERT] §3.1 task 2, A.2.
 
-    start, end: the part of the corpus that the example is for. room: tokens of both segments.
+    start, end: a slice of the corpus. room: how many tokens both segments may have together.
 
     1. Draw the length: `room` tokens, or with probability 0.1 any number up to it, because
        fine-tuning meets short texts too.
-    2. Take the seam after a random offset of the part, and one in another document.
+    2. Take the seam after a random offset of the slice, and one in another document.
     3. Draw how long each segment is. Both seams must have room for segment A before them, and for
        segment B after them, so that each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
@@ -429,9 +429,9 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    A pair has one token less than there is room for. If it had all, segment A could start its
-    document and segment B end its own; where one seam limits A and the other limits B, only a
-    random pair does both.
+    Where the seams limit the length, one token is left over. Otherwise segment A could start its
+    document and segment B end its own, and where one seam limits A and the other limits B, only a
+    random pair would do both.
 
     Differs: [Code] draws a random segment B by another rule than a true one.
     """
@@ -570,7 +570,7 @@ class PretrainDataset(Dataset):
         size = len(self)
         epoch, index_in_epoch = divmod(index, size)
         rng = np.random.default_rng((self.seed, PURPOSE_EXAMPLE, epoch, index_in_epoch))
-        # The examples of an epoch divide the corpus among them.
+        # Each example of an epoch draws its first seam from its own slice of the corpus.
         part_start = index_in_epoch * len(self.corpus) // size
         part_end = (index_in_epoch + 1) * len(self.corpus) // size
         pair = draw_pair(self.corpus, rng, part_start, part_end, self.room)
@@ -893,7 +893,9 @@ class Stream(IterableDataset):
                     block = []
                     size = 0
             if usable < 2:
-                raise ValueError(f"{self.path}: fewer than two documents with two sentences")
+                raise ValueError(
+                    f"{self.path}: a reader has fewer than two documents of two sentences"
+                )
             if len(block) > 1:
                 yield pack(block, self.tokenizer)
                 block = []
@@ -948,7 +950,9 @@ def get_split_dataloader(
     shards = dataset.splits[dataset.train_split].num_shards
     readers = world_size * max(1, workers)  # without workers, the rank itself reads
     if readers > shards:
-        raise ValueError(f"{readers} workers of all ranks read {shards} files: use fewer of them")
+        raise ValueError(
+            f"{readers} workers over all ranks, but only {shards} files: use fewer workers"
+        )
     if shards % world_size and dataset.rows_per_document > 1:  # ranks would share files, by row
         raise ValueError(f"rows_per_document: {world_size} ranks cannot share {shards} files")
     stream = copy.copy(dataset)

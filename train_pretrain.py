@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-# From "BERT in four files", the file that pretrains; it needs bert.py and data.py beside it.
+# From "BERT in four files", copyright (c) 2026 the bert-in-four-files authors.
 """Pretrain BERT: masked language model + next sentence prediction.
 
     python train_pretrain.py                                      # the sample, on any machine
     python train_pretrain.py --dataset DIR --tokenizer vocab.txt --size base \
         --learning-rate 1e-4 --accumulate 4 --out runs/base
-    torchrun --nproc_per_node=4 train_pretrain.py ...    # the same line on 4 GPUs: the same steps
+    torchrun --nproc_per_node=4 train_pretrain.py ...    # on 4 GPUs, the same batches and updates
 
 Writes into the folder --out:
     config.json    the options
     metrics.jsonl  a line for every log and every evaluation; losses in nats. "step": N means after
-                   N updates; a training line has the loss of update N
+                   N updates; a training line has the loss whose gradient made update N
     checkpoint.pt  the latest checkpoint: --resume continues from there
     model/         at the end, weights and tokenizer in the published format
     curves.png     losses and accuracies over the steps
@@ -93,8 +93,8 @@ class PretrainOptions:
     streaming: bool = False
     """Read the corpus without storing it, instead of tokenizing it once to disk."""
     tokenizer: str | None = None
-    """vocab.txt, tokenizer.json, directory or hub id. With --weights, the tokenizer beside them
-    takes precedence. Without both, a vocabulary is learned, for lowercased text without accents."""
+    """vocab.txt, tokenizer.json, directory or hub id. Not allowed with --weights, whose own
+    tokenizer is used. Without both, one is learned, for lowercased text without accents."""
     vocab_size: int = 2000
     """Size of the vocabulary that is learned without --tokenizer and --weights."""
 
@@ -148,6 +148,8 @@ class PretrainOptions:
         check_options(self, 1, "rows_per_document", "vocab_size", "batch_size", "accumulate")
         check_options(self, 1, "log_every", "eval_every", "save_every")
         check_options(self, 5, "max_seq_length")  # [CLS] a [SEP] b [SEP]
+        if self.positions is not None:
+            check_options(self, self.max_seq_length, "positions")
         if self.streaming and self.tokenizer is None and self.weights is None:
             raise ValueError("--streaming needs a --tokenizer: none can be learned from a stream")
         if not 0 <= self.warmup <= self.steps:
@@ -169,7 +171,7 @@ def check_options(options: Any, smallest: int, *names: str) -> None:
     if not 0 <= options.dropout < 1:
         raise ValueError(f"--dropout must lie in [0, 1), got {options.dropout}")
     if None not in (options.weights, options.tokenizer):
-        raise ValueError("--tokenizer with --weights: the one beside the weights takes precedence")
+        raise ValueError("--tokenizer with --weights: the weights' own tokenizer is used")
     for rate in np.atleast_1d(options.learning_rate):
         if not 0 < rate < math.inf:
             raise ValueError(f"--learning-rate must be positive and finite, got {rate}")
@@ -203,7 +205,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns mlm_logits (masked, vocab) and nsp_logits (batch, 2).
 
-    With bfloat16, the logits become float32: a loss needs more digits than bfloat16 has.
+    With bfloat16, the logits become float32, so that the loss does not lose more digits.
     """
     with autocast(precision, batch["input_ids"].device.type):
         mlm_logits, nsp_logits = model(
@@ -244,10 +246,9 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     because Adam's first estimates of the moments are poor, and because the gradients of a post-LN
     model are large at the start.
 
-    A rate that is too large is a trap. At 1e-2 a model of the size mini cannot overfit even one
-    pair: after the first huge steps every token has the same hidden state, the model predicts the
-    same token everywhere, and the loss stays at ln n for n masked tokens that all differ
-    (WALKTHROUGH.md, section 12).
+    A rate that is too large is a trap: at 1e-2 the first steps make all hidden states equal. The
+    model then predicts one token everywhere, and cannot overfit even one pair: with n different
+    masked tokens, the loss stays at ln n.
 
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
@@ -607,8 +608,8 @@ def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterato
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
-    """Returns tokenizer, model, and the examples of each split: everything that bad options can
-    make fail. The model comes before the corpus, which may take hours.
+    """Returns tokenizer, model, and the examples of each split: everything that can fail
+    because of bad options. The model comes before the corpus, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
     where = (options.dataset, options.split, options.dataset_name, options.text_column)
@@ -794,7 +795,7 @@ def join_ranks(device: str | None, accumulate: int) -> None:
         backend = "cpu:gloo,cuda:nccl"
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
-            raise ValueError(f"--nproc_per_node: there are {gpus} GPUs, one is needed for a rank")
+            raise ValueError(f"--nproc_per_node: each rank needs a GPU, and there are {gpus}")
         torch.cuda.set_device(local_rank)
     dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenize for hours
 
@@ -867,7 +868,8 @@ def write_line(out: Path, **values: Any) -> None:
 
 def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
     """Returns what a resumed run must share with the one before: the text, and all options except
-    those that change no line of its metrics. A stream also depends on who reads it.
+    those that do not change what is computed, except for rounding and, on another device or
+    compiled, dropout. A stream also depends on who reads it.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
@@ -883,7 +885,7 @@ def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[
 def save_checkpoint(
     out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, **state: Any
 ) -> None:
-    """Writes checkpoint.pt. After a kill or a power cut, the old one or the new one is there.
+    """Writes checkpoint.pt. After a kill or a power cut, the old one or the new one is intact.
 
     It has the length of metrics.jsonl, too: a resumed run cuts off what was written later.
     """
@@ -902,7 +904,7 @@ def save_checkpoint(
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's own error, for a full disk
         unfinished.unlink(missing_ok=True)
-        raise OSError(f"{out}/checkpoint.pt is the one before: {error}") from error
+        raise OSError(f"{out}/checkpoint.pt not written, the old one is kept: {error}") from error
     unfinished.replace(out / "checkpoint.pt")
     force_to_disk(out)
 
@@ -962,14 +964,16 @@ def progress_bar(steps: int, **more: Any) -> tqdm:
 
 
 def show(text: str) -> None:
-    """Prints above the progress bar. A terminal that is closed or cannot show it ends no run."""
+    """Prints above the progress bar. A closed terminal, or one that cannot display the text, does
+    not end the run.
+    """
     with contextlib.suppress(OSError, UnicodeError):
         tqdm.write(text)
 
 
 def draw_curves(out: Path) -> None:
-    """Draws curves.png from the metrics.jsonl of a run: losses and accuracies over the steps, in a
-    colour for each learning rate of fine-tuning. Needs matplotlib, and does nothing without it.
+    """Draws curves.png from the metrics.jsonl of a run: losses and accuracies over the steps, with
+    curves for each model of fine-tuning. Needs matplotlib, and does nothing without it.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# From "BERT in four files", the file that fine-tunes; it needs the other three beside it.
+# From "BERT in four files", copyright (c) 2026 the bert-in-four-files authors.
 """Fine-tune BERT on SST-2, the sentiment of film reviews, with or without pretrained weights.
 
     python train_sst2.py --dataset DIR --weights runs/base/model --out runs/sst2
@@ -92,8 +92,8 @@ class SST2Options:
     test_dataset: str | None = None
     """Data set whose test split has labels: SetFit/sst2."""
     tokenizer: str | None = None
-    """vocab.txt, tokenizer.json, directory or hub id. By default that of --weights, or one that is
-    learned from the sentences."""
+    """vocab.txt, tokenizer.json, directory or hub id. Not allowed with --weights, whose own
+    tokenizer is used. Without both, one is learned from the sentences."""
     vocab_size: int = 2000
     """Size of a vocabulary that is learned."""
     max_seq_length: int | None = None
@@ -175,7 +175,7 @@ class SST2Batches:
 
     1. Shuffle the sentences, by (`seed`, `epoch`). The training loop sets both attributes.
     2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
-       is padding (67% in a plain random order), and every epoch still groups other sentences.
+       is padding (67% in a plain random order), and every epoch still groups different sentences.
     3. Cut the pools into batches, and shuffle the batches.
 
     Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is

@@ -89,7 +89,7 @@ WRONG_TOGETHER = [
     ("train_pretrain.py", "--dataset corpus.jsonl --vocab-size 9", "vocab_size 9"),
     ("train_pretrain.py", "--dataset corpus.jsonl --weights few", "20"),
     ("train_pretrain.py", "--weights model --max-seq-length 17", "--max-seq-length 17"),
-    ("train_pretrain.py", "--positions 9 --max-seq-length 16", "--max-seq-length 16"),
+    ("train_pretrain.py", "--positions 9 --max-seq-length 16", "--positions"),
     ("train_pretrain.py", "--dataset corpus.jsonl --streaming", "--tokenizer"),
     ("train_sst2.py", "--max-seq-length 2", "--max-seq-length"),
     ("train_sst2.py", "--weights model --max-seq-length 17", "--max-seq-length 17"),

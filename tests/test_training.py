@@ -475,7 +475,7 @@ def test_the_position_table_has_as_many_rows_as_asked_for(options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"positions": 12}, "--max-seq-length 16 .*12"),
+        ({"positions": 12}, "--positions .* 16, got 12"),
         ({"positions": 20, "weights": "W", "tokenizer": None}, "--positions 20.* 16"),
     ],
 )
