@@ -991,7 +991,9 @@ def draw_curves(out: Path) -> None:
     losses, accuracies = figure.subplots(1, 2)
     for (name, split, model), points in curves.items():
         axes = losses if "loss" in name else accuracies
-        label = f"{split} {name}" + (f", learning rate {model[0]:g}" if model else "")
+        label = f"{split} {name}"
+        if model:
+            label += ", learning rate {:g}, seed {}".format(*model)
         axes.plot(*zip(*points, strict=True), alpha=0.4 if split == "train" else 1, label=label)
     losses.set(xlabel="step", ylabel="loss, nats")
     accuracies.set(xlabel="step", ylabel="share", ylim=(0, 1.02))
