@@ -145,6 +145,7 @@ def streamed(folder: Path) -> DataLoader:
     return data.get_split_dataloader(stream, 8, workers=2)
 
 
+@pytest.mark.slow
 def test_the_loader_does_not_grow(slope_in_a_new_process):
     """A leak of 2,000 bytes in each batch of 8, as a control, is noticed."""
     clean = slope_in_a_new_process(map_style)
@@ -154,6 +155,7 @@ def test_the_loader_does_not_grow(slope_in_a_new_process):
     assert leaks > 200  # of about 270, with what malloc adds to each piece
 
 
+@pytest.mark.slow
 def test_the_streaming_loader_does_not_grow(slope_in_a_new_process, shards):
     """It reads many blocks and epochs."""
     grown = slope_in_a_new_process(streamed, shards)
