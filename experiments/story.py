@@ -21,18 +21,14 @@ from experiments.curves import (
     read_lines,
 )
 
-SAMPLE = HERE.parent / "sample/corpus"
 VOCAB_SIZE = 2000  # the default of train_pretrain.py
 
 
 def accuracy_of_most_frequent_token() -> float:
     """Returns the MLM accuracy, in percent, of always predicting the most frequent token."""
-    train = read_lines(SAMPLE / "train.jsonl")["text"].tolist()
-    validation = read_lines(SAMPLE / "validation.jsonl")["text"].tolist()
-    tokenizer = data.train_tokenizer(train, VOCAB_SIZE)
-    encoded = tokenizer.encode_batch(validation, add_special_tokens=False)
-    counts = np.bincount(np.concatenate([text.ids for text in encoded]))
-    return 100 * counts.max() / counts.sum()
+    tokenizer = data.train_tokenizer(data.get_texts("sample"), VOCAB_SIZE)
+    corpus = data.get_corpus("sample", "validation", tokenizer)
+    return 100 * np.bincount(corpus.tokens).max() / len(corpus)
 
 
 def table(folder: Path) -> str:
