@@ -1043,6 +1043,7 @@ def run_script(main: Callable, cls: type) -> None:
     except (RuntimeError, ConnectionResetError, EOFError) as error:  # a worker, also while it sends
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         reason = str(error).rstrip(". ") or "a data worker has ended"
         message = f"{reason}: it died or cannot send its batch; try fewer --workers, and --resume"
     except (ValueError, OSError) as error:
