@@ -824,14 +824,12 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of datasets, tokenizers, pyarrow, gzip, fsspec: they share no base
-        is_ours = str(error).startswith("cannot read ")
-        cause = error if is_ours else error.__cause__ or error
+        wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        cause = error.__cause__ if wrapped else error
         reason = str(cause).partition("\n")[0] or type(cause).__name__
-        if not reason.startswith("cannot read "):
-            reason = f"cannot read {path}: {reason}"
         if getattr(cause, "errno", None) == errno.ENOSPC:
             reason = f"{reason}; the cache is {datasets.config.HF_DATASETS_CACHE}"
-        raise ValueError(reason) from error
+        raise ValueError(f"cannot read {path}: {reason}") from error
 
 
 # ---- The stream --------------------------------------------------------------
