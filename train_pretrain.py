@@ -71,7 +71,7 @@ class PretrainOptions:
 
     # The run
     out: str = "runs/pretrain"
-    """Folder of the run: a new one, or with --resume the one of the run to resume."""
+    """Folder of the run: a new one, or with --resume that of the stopped run."""
     resume: bool = False
     """Resume from the last checkpoint in --out."""
     steps: int = 4000
