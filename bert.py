@@ -20,7 +20,7 @@ Names in comments on shapes:
     seq      tokens in a sequence, padding included
     d_model  width of a hidden state
     heads    attention heads; d_head is the width of one (d_k / heads, and d_v / heads for values)
-    d_k      width of queries and of keys, all heads together; d_v the same of values
+    d_k      width of queries and of keys, all heads together; d_v is that of the values
     vocab    tokens in the vocabulary
     masked   masked tokens of the whole batch, those to be predicted
 """
@@ -242,7 +242,7 @@ class EncoderLayer(nn.Module):
         """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
-        # With another function than GELU, change hidden_act in FIXED_FIELDS, too.
+        # If you replace GELU, change hidden_act in FIXED_FIELDS, too.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 
@@ -482,8 +482,8 @@ def missing_prefix(tensors: dict[str, Tensor]) -> str:
 
 def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, changes: dict) -> Any:
     """Returns a model of class `cls` into which each tensor of the same published name and shape is
-    copied. An encoder that is not complete is an error. Pooler and heads that the files lack keep
-    their initial weights: `model.missing_parameters` lists them, and a warning names them.
+    copied. An incomplete encoder is an error. A pooler or heads that the files lack keep their
+    initial weights: `model.missing_parameters` lists them, and a warning names them.
     """
     directory = fetch(source)
     try:
@@ -493,7 +493,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
     except Exception as error:  # json, pickle, safetensors and torch have errors of their own
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"no BERT can be read from {directory}: {reason}") from error
+        raise ValueError(f"cannot read a BERT from {directory}: {reason}") from error
     if padding_idx is None:
         padding_idx = published.get("pad_token_id") or 0  # it may be absent, or null
     model = cls(replace(config, **changes), padding_idx)
@@ -537,8 +537,8 @@ def fetch(source: str | Path) -> Path:
         directory = Path(snapshot_download(str(source), allow_patterns=files))
         if not (directory / "model.safetensors").exists():  # then there is the older file
             snapshot_download(str(source), allow_patterns=[*files, "pytorch_model.bin"])
-    except (OSError, ValueError) as error:  # no network, no such id, or not the form of an id
-        raise ValueError(f"{source} is not a directory, and the hub does not give it") from error
+    except (OSError, ValueError) as error:  # no network, no such id, or not a valid id
+        raise ValueError(f"{source} is not a directory, and not found on the hub") from error
     return directory
 
 
@@ -597,7 +597,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     if tokenizer is None and any((directory / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(f"{directory} has a tokenizer: pass the model's own, to replace it")
     if {model.config.attention_d_k, model.config.attention_d_v} != {model.config.d_model}:
-        warnings.warn("d_k, d_v and d_model differ: only bert.py opens this", stacklevel=3)
+        warnings.warn("d_k, d_v and d_model differ: only bert.py can open this", stacklevel=3)
 
     published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(model.config).items()}
     published |= FIXED_FIELDS
@@ -624,14 +624,14 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     (directory / "vocab.txt").unlink(missing_ok=True)  # of a tokenizer that was there before
 
 
-# ---- Filling masks, with a tokenizer of the library tokenizers ---------------
+# ---- Filling masks, with a tokenizer from the tokenizers library -------------
 
 
 def check_tokenizer(model: PretrainedModel, tokenizer: Any) -> None:
     """Raises ValueError if an id of the tokenizer has no embedding, or if it has no [PAD]."""
     vocabulary = tokenizer.get_vocab()
     if max(vocabulary.values()) >= model.config.vocab_size:
-        raise ValueError(f"the tokenizer has ids beyond the weights' {model.config.vocab_size}")
+        raise ValueError(f"the tokenizer has ids beyond vocab_size={model.config.vocab_size}")
     if "[PAD]" not in vocabulary:
         raise ValueError("the tokenizer has no [PAD]")
 
@@ -659,7 +659,7 @@ def fill_masks(
 
 
 def main() -> None:
-    """Prints the number of a model's parameters, and its guesses for each [MASK] in a text."""
+    """Prints how many parameters a model has, and its guesses for each [MASK] in a text."""
     from tokenizers import Tokenizer
 
     _, source, text = sys.argv

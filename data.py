@@ -6,9 +6,9 @@
     in workers    two segments -> an example with masks -> a batch
 
     tokenizer = train_tokenizer(texts, vocab_size=2000)  # or load_tokenizer("vocab.txt")
-    corpus = tokenize_corpus(texts, tokenizer, "corpus")  # the next time: TokenizedCorpus("corpus")
+    corpus = tokenize_corpus(texts, tokenizer, "corpus")  # next time: TokenizedCorpus("corpus")
     dataset = PretrainDataset(corpus, tokenizer, max_seq_length=64)
-    for batch in get_split_dataloader(dataset, batch_size=32):  # without end
+    for batch in get_split_dataloader(dataset, batch_size=32):  # endless
         ...
 
 Differs: [Code] writes ten differently masked copies of the corpus to disk before training.
@@ -71,15 +71,15 @@ SENTENCE_END = re.compile(
     r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
     r"""|[。！？।॥۔؟።។]+["'”’)\]」』）】]*|\n\s*\n"""
 )
-# Up to 400 characters that white space or the end follows; or 400 where there is no white space.
+# Up to 400 characters before white space or the end; or exactly 400 if there is no white space.
 PIECE = re.compile(r".{1,400}(?:\s|\Z)|.{400}", re.DOTALL)
 
 
 def split_sentences(text: str, counts: Counter[str] | None = None) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
-    A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). One of more
-    than 400 characters is cut at white space, or after 400 characters if there is none. (A pair
+    A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
+    over 400 characters, it is cut at white space, or after 400 characters if there is none. (A pair
     begins near the start of a sentence, and would not reach the middle of a longer one.)
     counts: counts these under "sentences cut".
 
@@ -108,10 +108,10 @@ def as_text(text: Any, name: str) -> str:
 def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> Tokenizer:
     """Returns a WordPiece tokenizer. [Code] tokenization.py.
 
-    vocabulary: the id of each token, or None for a tokenizer that is to be trained. normalizer:
+    vocabulary: the id of each token, or None for a tokenizer to be trained. normalizer:
     `lowercase`, by default True; `strip_accents`, by default the same; `handle_chinese_chars`.
 
-    Differs: words of more than 100 characters are [UNK], as in transformers; in [Code], of 200.
+    Differs: words of more than 100 characters are [UNK], as in transformers; [Code] allows 200.
     """
     # BertWordPieceTokenizer wraps a Tokenizer and hides most of its methods: return a plain copy.
     return Tokenizer.from_str(BertWordPieceTokenizer(vocabulary, **normalizer).to_str())
@@ -121,14 +121,14 @@ LARGEST_ALPHABET = 1000
 
 
 def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
-    """Returns an uncased WordPiece tokenizer that is learned from texts.
+    """Returns an uncased WordPiece tokenizer learned from texts.
 
-    The 1,000 most frequent characters are tokens; a word with another one is [UNK]. Without a
+    The 1,000 most frequent characters are tokens; a word with any other is [UNK]. Without a
     limit, stray characters would fill the vocabulary. Then the trainer joins pieces until there are
     `vocab_size` tokens. `texts` is iterated twice, so it may be larger than memory.
 
     The same texts give the same ids, in any order. The trainer alone would order equally frequent
-    characters anew each time. So each character, alone and as a ## piece, is a fixed token.
+    characters differently each time. So each character, alone and as a ## piece, is a fixed token.
     """
     if isinstance(texts, Iterator):  # which can be read only once
         texts = list(texts)
@@ -142,12 +142,12 @@ def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     pieces = ["##" + letter for letter in letters]
     fixed_tokens = [*SPECIAL_TOKENS, *letters, *pieces]
     if vocab_size < len(fixed_tokens):
-        raise ValueError(f"vocab_size {vocab_size}: the characters are {len(fixed_tokens)} tokens")
+        raise ValueError(f"vocab_size {vocab_size} is below the {len(fixed_tokens)} fixed tokens")
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=fixed_tokens, limit_alphabet=0, show_progress=False
     )
     learner.train_from_iterator((text for text in texts if text), trainer)
-    # `learner` takes all fixed tokens for special ones. Only its vocabulary is needed.
+    # `learner` treats all fixed tokens as special. Only its vocabulary is needed.
     return wordpiece(learner.get_vocab())
 
 
@@ -191,7 +191,7 @@ class TokenizedCorpus:
 
     (The token 1 is the full stop here.)
 
-    source: a folder that `tokenize_corpus` has written, or three arrays. The arrays of a folder are
+    source: a folder written by `tokenize_corpus`, or three arrays. The arrays of a folder are
     mapped, not read: all processes share their pages.
     part: "validation" is the last 1% of the documents, but at least two; "train" is the rest.
     """
@@ -210,7 +210,7 @@ class TokenizedCorpus:
 
         sentences = np.diff(self.sentence_starts.searchsorted(self.document_starts))  # (documents,)
         if len(sentences) < 2 or sentences.min() < 2:
-            raise ValueError("a corpus needs two documents of two sentences, each part of it, too")
+            raise ValueError("a corpus, and each part of it, needs two documents of two sentences")
 
     def __reduce__(self) -> tuple:
         """Pickles the folder's name: a worker that is not forked maps the files itself."""
@@ -332,7 +332,7 @@ def tokenize_corpus(
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process loses it, too
         try:
             if not folder.exists():
-                shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+                shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process
                 unfinished.mkdir()
                 write_corpus(documents, tokenizer, unfinished)
                 unfinished.rename(folder)
@@ -365,7 +365,7 @@ def write_corpus(documents: Iterable[str | None], tokenizer: Tokenizer, folder: 
     usable = len(document_starts) - 1
     if usable < 2:
         raise ValueError(
-            f"{usable} documents have two sentences, 2 are needed; {dict(notes)}"
+            f"only {usable} documents have two sentences, but 2 are needed; {dict(notes)}"
             " (rows_per_document joins rows)"
         )
     (folder / "sentence_starts.int64").write_bytes(sentence_starts)
@@ -465,7 +465,7 @@ def draw_pair(
 def choose_words(
     continues_word: np.ndarray, masked_count: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Returns which tokens are masked if whole words are, bool (n,): at least `masked_count`.
+    """Returns which tokens whole-word masking masks, bool (n,): at least `masked_count`.
 
     continues_word: bool (n,), True for a token of the same word as the one before it.
 
@@ -490,7 +490,7 @@ def mask_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the input and the labels of the masked language model for one row, int64 (seq,).
 
-    [BERT] §3.1 task 1 and A.1. Each token at the masked columns, by a draw of its own,
+    [BERT] §3.1 task 1 and A.1. Each token at a masked column, independently of the others,
     - becomes [MASK] with probability 0.8. (Fine-tuning has no [MASK]; hence the other two.)
     - becomes one of `ordinary_ids` with probability 0.1: the model cannot trust any token it reads.
     - stays with probability 0.1, which biases the representation towards the actual token.
@@ -736,7 +736,7 @@ def get_dataset(
     column: str | None = None,
     streaming: bool = False,
 ) -> Any:
-    """Returns a split of a data set, or with split=None a dict of all. A stream needs split=None.
+    """Returns a split of a data set, or with split=None a dict of them. A stream needs split=None.
 
     path: "sample", a hub id, or a file or directory (see `list_files`). column: the only one to
     read.
@@ -789,7 +789,7 @@ def list_files(where: Path) -> dict[str, list[StampedFile]]:
         stamped = (str(file.absolute()), about.st_size, about.st_mtime_ns)
         splits.setdefault(split, []).append(stamped)
     if not splits:
-        raise ValueError("no .txt, .json, .jsonl or .parquet file is there")
+        raise ValueError("there is no .txt, .json, .jsonl or .parquet file")
     return splits
 
 
@@ -839,7 +839,7 @@ STREAM_BLOCK = 1_000_000  # tokens, about 8,000 examples of 128
 
 @dataclass(eq=False)
 class Stream(IterableDataset):
-    """Examples, without end, of a corpus that is not stored because it exceeds the disk.
+    """Endless examples from a corpus that is not stored because it exceeds the disk.
 
     Each worker reads shards of its own and treats one block of documents at a time as a corpus:
     tokens, pairs, masks, every example once, in a random order.
@@ -917,7 +917,7 @@ class Stream(IterableDataset):
 # ---- Loaders -----------------------------------------------------------------
 
 # Seconds to wait for a batch. A worker that cannot send its batch, because /dev/shm is full or the
-# path of TMPDIR is too long, becomes an error; without a limit, the loader would wait for ever.
+# path of TMPDIR is too long, becomes an error; without a limit, the loader would wait forever.
 WORKER_TIMEOUT = 120
 
 
@@ -929,11 +929,11 @@ def get_split_dataloader(
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Returns an endless loader of one rank's batches: they are dealt to the ranks in turn. Of a
-    stream, the files are dealt, to ranks and workers.
+    """Returns an endless loader of one rank's batches: they are dealt to the ranks in turn. For a
+    stream, files are dealt instead, to ranks and workers.
 
     start: how many batches of this rank to skip; a stream always starts at its beginning.
-    workers: two should feed a fast GPU, and more only hold more memory: 4 batches each.
+    workers: two should feed a fast GPU. Each one more only holds 4 more batches in memory.
     """
     how: dict[str, Any] = {
         "num_workers": workers,

@@ -71,32 +71,32 @@ class PretrainOptions:
 
     # The run
     out: str = "runs/pretrain"
-    """Folder of the run: a new one, or with --resume the one of the run to resume."""
+    """Folder of the run: a new one, or with --resume that of the stopped run."""
     resume: bool = False
     """Resume from the last checkpoint in --out."""
     steps: int = 4000
-    """Updates of the weights. With 0, the model is evaluated and written, and not trained."""
+    """Updates of the weights. With 0, the model is evaluated and written, but not trained."""
     seed: int = 0
-    """Seed of everything that is random."""
+    """Seed for everything random."""
 
     # The corpus
     dataset: str = "sample"
     """Corpus: sample, a file, a directory, or a hub id."""
     dataset_name: str | None = None
-    """Configuration of the corpus, where a hub id has several."""
+    """Configuration of the corpus, if a hub id has several."""
     split: str = "train"
     """Split to train on, or several: train+unsupervised."""
     text_column: str = "text"
     """Column of the corpus that holds its text."""
     rows_per_document: int = 1
-    """Rows that are joined into one document: > 1 for a corpus with a sentence per row."""
+    """Rows to join into one document: > 1 for a corpus with a sentence per row."""
     streaming: bool = False
     """Read the corpus without storing it, instead of tokenizing it once to disk."""
     tokenizer: str | None = None
     """vocab.txt, tokenizer.json, directory or hub id. Not allowed with --weights, whose own
-    tokenizer is used. Without both, one is learned, for lowercased text without accents."""
+    tokenizer is used. Without either, one is learned, for lowercased text without accents."""
     vocab_size: int = 2000
-    """Size of the vocabulary that is learned without --tokenizer and --weights."""
+    """Size of the vocabulary that is learned without --tokenizer or --weights."""
 
     # The examples
     max_seq_length: int = 64
@@ -108,7 +108,7 @@ class PretrainOptions:
     accumulate: int = 1
     """Micro-batches in a step, divided among the ranks."""
     workers: int = 2
-    """Processes of each rank that prepare batches."""
+    """Processes per rank that prepare batches."""
 
     # The model
     weights: str | None = None
@@ -157,7 +157,7 @@ class PretrainOptions:
 
     @property
     def warmup(self) -> int:
-        """Steps of rising learning rate."""
+        """Steps in which the learning rate rises."""
         return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
 
 
@@ -171,7 +171,7 @@ def check_options(options: Any, smallest: int, *names: str) -> None:
     if not 0 <= options.dropout < 1:
         raise ValueError(f"--dropout must lie in [0, 1), got {options.dropout}")
     if None not in (options.weights, options.tokenizer):
-        raise ValueError("--tokenizer with --weights: the weights' own tokenizer is used")
+        raise ValueError("--tokenizer is not allowed with --weights, whose own tokenizer is used")
     for rate in np.atleast_1d(options.learning_rate):
         if not 0 < rate < math.inf:
             raise ValueError(f"--learning-rate must be positive and finite, got {rate}")
@@ -195,7 +195,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     moved = {}
     for name, tensor in batch.items():
         if device.type == "cuda":
-            tensor = tensor.pin_memory()  # itself, if the loader has pinned it
+            tensor = tensor.pin_memory()  # does nothing if the loader has pinned it
         moved[name] = tensor.to(device, non_blocking=True)
     return moved
 
@@ -360,7 +360,7 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> T
 
 @dataclass
 class Progress:
-    """How far a run is. Every checkpoint has it, and a resumed run counts on."""
+    """How far a run is. Every checkpoint has it, and a resumed run goes on from it."""
 
     step: int = 0  # updates that have been made
     tokens: int = 0  # that all ranks have trained on, without padding
@@ -591,8 +591,8 @@ def make_validation(
 def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterator[Batch]:
     """Returns this rank's micro-batches from step `start` on.
 
-    A stream cannot start anywhere: it is read from its beginning once more, and the batches that
-    the run has been trained on are dropped. That is exact, and slow.
+    A stream cannot start anywhere: it is read again from its beginning, and the batches that
+    the run was trained on are dropped. That is exact, but slow.
     """
     # Workers share the memory of this process until it is written to. The garbage collector writes
     # into all objects that it visits, and it does not visit frozen ones.
@@ -717,7 +717,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_precision(name: Precision, device: torch.device) -> Precision:
-    """Returns a run's precision, which is not "auto", and sets torch up for it.
+    """Chooses the precision if it is "auto", sets torch up for it, and returns it.
 
     - float32: all matrix products in float32.
     - medium: float32 in memory, but matrix products may round their factors to bfloat16.
@@ -843,7 +843,7 @@ def check_folder(out: Path, resume: bool = False) -> None:
     for name in ("config.json", "metrics.jsonl", "checkpoint.pt", "model"):
         path = out / name
         if path.exists() and path.stat().st_size > 0:  # a run killed early leaves empty metrics
-            raise ValueError(f"--out {out} holds the {name} of another run: name a new folder")
+            raise ValueError(f"--out {out} holds the {name} of another run: choose a new folder")
 
 
 def lock_folder(out: Path, resume: bool = False) -> IO:
@@ -867,9 +867,9 @@ def write_line(out: Path, **values: Any) -> None:
 
 
 def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a resumed run must share with the one before: the text, and all options except
-    those that do not change what is computed, except for rounding and, on another device or
-    compiled, dropout. A stream also depends on who reads it.
+    """Returns what a resumed run must share with the one before: the text, and all options that
+    change what is computed. (Another device, or compiling, only changes rounding and dropout.) A
+    stream also depends on who reads it.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
@@ -887,7 +887,7 @@ def save_checkpoint(
 ) -> None:
     """Writes checkpoint.pt. After a kill or a power cut, the old one or the new one is intact.
 
-    It has the length of metrics.jsonl, too: a resumed run cuts off what was written later.
+    It also holds the length of metrics.jsonl: a resumed run cuts off what was written later.
     """
     for name, parameter in model.named_parameters():  # an update may overflow
         check_is_finite(name, parameter)
@@ -910,7 +910,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Returns the checkpoint of a run. Raises ValueError, with what differs, if it is another."""
+    """Returns a run's checkpoint. Raises ValueError, with what differs, if it is another run's."""
     try:
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -957,7 +957,7 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
 
 def progress_bar(steps: int, **more: Any) -> tqdm:
     """Returns a bar of the steps done, steps per second and time left. In a log file, or wherever
-    there is no terminal, it is drawn at most once in 30 seconds.
+    there is no terminal, it is drawn at most every 30 seconds.
     """
     interval = 0.5 if sys.stderr.isatty() else 30.0
     return tqdm(total=steps, unit="step", dynamic_ncols=True, mininterval=interval, **more)

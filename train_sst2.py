@@ -88,17 +88,17 @@ class SST2Options:
     dataset: str = "sample"
     """Sentences with labels: sample, or a directory or hub id with the columns of SST-2."""
     dataset_name: str | None = None
-    """Configuration of the data set, where a hub id has several."""
+    """Configuration of the data set, if a hub id has several."""
     test_dataset: str | None = None
-    """Data set whose test split has labels: SetFit/sst2."""
+    """Data set whose test split has labels, such as SetFit/sst2."""
     tokenizer: str | None = None
     """vocab.txt, tokenizer.json, directory or hub id. Not allowed with --weights, whose own
-    tokenizer is used. Without both, one is learned from the sentences."""
+    tokenizer is used. Without either, one is learned from the sentences."""
     vocab_size: int = 2000
-    """Size of a vocabulary that is learned."""
+    """Size of the vocabulary, if one is learned."""
     max_seq_length: int | None = None
     """Tokens of a sentence with [CLS] and [SEP]; the rest is cut off. By default 128, or as many as
-    the position table of --weights has rows, if these are fewer."""
+    the position table of --weights has rows, if that is fewer."""
 
     # The model
     weights: str | None = None
@@ -128,7 +128,7 @@ class SST2Options:
         check_options(self, 0, "seed")
         check_options(self, 1, "seeds", "vocab_size", "batch_size", "epochs", "log_every")
         if not self.learning_rate:
-            raise ValueError("--learning-rate needs a value, or several")
+            raise ValueError("--learning-rate needs at least one value")
         if self.max_seq_length is not None and self.max_seq_length < 3:
             raise ValueError("--max-seq-length must be at least 3: [CLS] a [SEP]")
         if self.predict is not None and self.weights is None:
