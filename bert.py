@@ -501,9 +501,9 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     state = model.state_dict()
     our_names = {missing_prefix(state) + published_name(name): name for name in state}
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
-    # A classifier of tokens has the same name as ours and, with as many labels, the same shape.
-    architectures = published.get("architectures") or []
-    if isinstance(model, SST2BertModel) and "BertForTokenClassification" in architectures:
+    # Classifiers of sentences and of tokens have one name and, with as many labels, one shape.
+    architectures = {model.architecture, *(published.get("architectures") or [])}
+    if architectures >= {"BertForSequenceClassification", "BertForTokenClassification"}:
         found -= {"classifier.weight", "classifier.bias"}
 
     unused = sorted(tensors.keys() - found - REDUNDANT)
