@@ -591,8 +591,9 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     from safetensors.torch import save
 
     state = model.state_dict()
+    config = replace(model.config, num_labels=len(model.label_names))  # as it will be read
     with torch.device("meta"):  # shapes without memory
-        as_configured = type(model)(model.config, model.padding_idx)
+        as_configured = type(model)(config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # an error that names what does not fit
     if tokenizer is None and any((directory / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(f"{directory} has a tokenizer: pass the model's own, to replace it")
