@@ -501,9 +501,9 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     state = model.state_dict()
     our_names = {missing_prefix(state) + published_name(name): name for name in state}
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
-    # A classifier of tokens has the same name as ours and, with as many labels, the same shape.
-    architectures = published.get("architectures") or []
-    if isinstance(model, SST2BertModel) and "BertForTokenClassification" in architectures:
+    # Classifiers of sentences and of tokens have one name and, with as many labels, one shape.
+    architectures = {model.architecture, *(published.get("architectures") or [])}
+    if architectures >= {"BertForSequenceClassification", "BertForTokenClassification"}:
         found -= {"classifier.weight", "classifier.bias"}
 
     unused = sorted(tensors.keys() - found - REDUNDANT)
@@ -591,8 +591,9 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     from safetensors.torch import save
 
     state = model.state_dict()
+    config = replace(model.config, num_labels=len(model.label_names))  # as it will be read
     with torch.device("meta"):  # shapes without memory
-        as_configured = type(model)(model.config, model.padding_idx)
+        as_configured = type(model)(config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # an error that names what does not fit
     if tokenizer is None and any((directory / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(f"{directory} has a tokenizer: pass the model's own, to replace it")

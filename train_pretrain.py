@@ -527,7 +527,9 @@ def choose_tokenizer(options: Any, read_texts: Callable[[], Iterable[str | None]
     return data.train_tokenizer(read_texts(), options.vocab_size)
 
 
-def make_model(cls: Any, options: Any, tokenizer: Tokenizer, positions: int) -> Any:
+def make_model(
+    cls: Any, options: Any, tokenizer: Tokenizer, positions: int, num_labels: int = 2
+) -> Any:
     """Returns the model of --weights, or a new one with initial weights from torch's seed.
 
     The dropout in the config of the weights does not count: a model that was pretrained without
@@ -535,15 +537,15 @@ def make_model(cls: Any, options: Any, tokenizer: Tokenizer, positions: int) -> 
     positions: rows of the position table of a new model. Position embeddings are learned, so no
     sequence can have more tokens than the table has rows.
     """
-    dropouts = {"dropout": options.dropout, "attention_dropout": options.dropout}
+    changes: dict[str, Any] = {"num_labels": num_labels}
+    changes |= {"dropout": options.dropout, "attention_dropout": options.dropout}
     vocabulary = tokenizer.get_vocab()
     padding_idx = vocabulary[data.PAD]
     if options.weights is not None:
-        changes = {"num_labels": 2, **dropouts}
         model = cls.from_pretrained(options.weights, padding_idx, **changes)
     else:
         sizes = {"vocab_size": max(vocabulary.values()) + 1, "max_seq_length": positions}
-        config = BertConfig.named(options.size, **sizes, **dropouts)
+        config = BertConfig.named(options.size, **sizes, **changes)
         model = cls(config, padding_idx)
     check_tokenizer(model, tokenizer)
     rows = model.config.max_seq_length
