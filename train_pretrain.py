@@ -913,7 +913,7 @@ def load_checkpoint(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Returns the checkpoint of a run. Raises ValueError, with what differs, if it is another."""
     try:
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{out}/checkpoint.pt is damaged: {error}") from error
     before = state["identity"]
     changed = [
