@@ -467,8 +467,9 @@ def evaluate(
     Losses are in nats. Perplexity is exp(MLM loss), without the NSP loss.
     `most_frequent_prediction` is the share of masked tokens that get the most frequent prediction.
     It is 1.0 when the model predicts the same token everywhere, as it does early in
-    training. The model is in training mode afterwards.
+    training. The model keeps its mode.
     """
+    was_training = model.training
     model.eval()
     found: defaultdict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
@@ -481,7 +482,7 @@ def evaluate(
         found["mlm_accuracy"].append((predicted == targets).float())
         found["nsp_loss"].append(F.cross_entropy(nsp_logits, nsp_labels, reduction="none"))
         found["nsp_accuracy"].append((nsp_predicted == nsp_labels).float())
-    model.train()
+    model.train(was_training)
 
     predictions = torch.cat(found.pop("prediction"))
     metrics = {name: torch.cat(parts).mean().item() for name, parts in found.items()}
@@ -497,9 +498,10 @@ def probe(
     model: BertPretrainModel, batch: Batch, tokenizer: Tokenizer, precision: str = "float32"
 ) -> str:
     """Returns three lines on the batch's first pair: input, target and predicted tokens."""
+    was_training = model.training
     model.eval()
     predicted = forward(model, batch, precision)[0].argmax(dim=-1)  # (masked,)
-    model.train()
+    model.train(was_training)
 
     first_row = batch["input_ids"][0]
     is_in_first_row = batch["masked_indices"] < len(first_row)  # they count through all rows
