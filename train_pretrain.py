@@ -809,7 +809,9 @@ def total(*numbers: float) -> list[float]:
     sums = torch.tensor(numbers, dtype=torch.float64)
     try:
         dist.all_reduce(sums)
-    except RuntimeError:
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader"):  # a data worker has died meanwhile
+            raise
         raise SystemExit(2) from None  # another rank has ended; it or torchrun says why
     return sums.tolist()
 
@@ -906,6 +908,8 @@ def save_checkpoint(
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's own error, for a full disk
         unfinished.unlink(missing_ok=True)
+        if str(error).startswith("DataLoader"):  # a data worker has died meanwhile
+            raise
         raise OSError(f"{out}/checkpoint.pt not written, the old one is kept: {error}") from error
     unfinished.replace(out / "checkpoint.pt")
     force_to_disk(out)
