@@ -311,6 +311,7 @@ def turn_labels(dataset: str, split: str) -> None:
     write_rows(file, [{**row, "label": 1 - row["label"]} for row in rows])
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_scores_the_best_model_on_the_test_split_once(options, tmp_path, capsys):
     """Two learning rates have two seeds each. The model that is left predicts as it was scored."""
     dataset = write_reviews(tmp_path / "reviews", train=120, validation=30, test=30)
@@ -358,6 +359,7 @@ def test_the_labels_of_the_test_split_change_nothing_but_its_own_score(options, 
     assert scores[0] == pytest.approx(1 - scores[1])
 
 
+@pytest.mark.slow
 def test_each_split_is_read_from_its_own_data_set(options, tmp_path, monkeypatch):
     """--dataset-name belongs to --dataset. Without --test-dataset, only the sample has a test
     split."""
@@ -411,7 +413,8 @@ def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
 
 
 def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, monkeypatch):
-    """In this vocabulary [PAD] is the last token."""
+    """In this vocabulary [PAD] is the last token. Labels are those of SST-2: class 0 of somebody's
+    model may be the positive one."""
     ids = {token: i for i, token in enumerate(reversed(VOCABULARY))}
     data.wordpiece(ids).save(str(tmp_path / "tokenizer.json"))
     seen = []
@@ -426,7 +429,12 @@ def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, 
     scratch = tmp_path / "scratch"
     main(SST2Options(out=str(scratch), tokenizer=tokenizer, size="mini", **how))
     weights = str(scratch / "model")
+    config = json.loads((scratch / "model/config.json").read_text())
+    config["id2label"] = {"0": "good", "1": "bad"}
+    (scratch / "model/config.json").write_text(json.dumps(config))
     main(SST2Options(out=str(tmp_path / "cut"), weights=weights, max_seq_length=4, **how))
+    left = SST2BertModel.from_pretrained(tmp_path / "cut/model")
+    assert left.label_names == ["negative", "positive"]
     (model, whole), (loaded, cut) = seen
     assert model.config.max_seq_length == 128  # unless --max-seq-length says otherwise
     assert model.config.d_model == loaded.config.d_model == 256

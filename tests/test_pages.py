@@ -141,6 +141,7 @@ def test_the_samples_files_are_those_that_the_generator_writes(tmp_path):
         assert (tmp_path / path).read_bytes() == (ROOT / "sample" / path).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_recorded_run_shows_what_make_run_promises():
     """The raw lines of that run are what the README's table and figure are made of."""
     folder = HERE / "story"

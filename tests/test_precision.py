@@ -139,6 +139,7 @@ def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(tmp_path, 
     assert used == ["bfloat16"] * 4  # training, validation, test, prediction
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
 )

@@ -419,6 +419,7 @@ def test_another_text_is_rejected(corpus, tmp_path):
             run(replace(options, resume=True))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_change_what_changes_no_result(corpus, uninterrupted, tmp_path):
     """Its folder, how many workers there are, and how often it is saved."""
     options = replace(OPTIONS, dataset=corpus, out=str(tmp_path / "run"), save_every=1000)

@@ -425,6 +425,7 @@ def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
 # ---- The picture of a run -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_kinds_of_runs_are_drawn_from_their_metrics(tmp_path):
     pytest.importorskip("matplotlib")
     for who in ({}, {"learning_rate": 1e-3, "seed": 0}):

@@ -59,5 +59,6 @@ def check(page: Path) -> int:
     return len(examples)
 
 
+@pytest.mark.slow
 def test_every_number_of_the_walkthrough_is_what_the_code_computes():
     assert check(WALKTHROUGH) == TEXT.count("```python\n") + TEXT.count("```text\n")
