@@ -467,8 +467,9 @@ def evaluate(
     Losses are in nats. Perplexity is exp(MLM loss), without the NSP loss.
     `most_frequent_prediction` is the share of masked tokens that get the most frequent prediction.
     It is 1.0 when the model predicts the same token everywhere, as it does early in
-    training. The model is in training mode afterwards.
+    training. The model keeps its mode.
     """
+    was_training = model.training
     model.eval()
     found: defaultdict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
@@ -481,7 +482,7 @@ def evaluate(
         found["mlm_accuracy"].append((predicted == targets).float())
         found["nsp_loss"].append(F.cross_entropy(nsp_logits, nsp_labels, reduction="none"))
         found["nsp_accuracy"].append((nsp_predicted == nsp_labels).float())
-    model.train()
+    model.train(was_training)
 
     predictions = torch.cat(found.pop("prediction"))
     metrics = {name: torch.cat(parts).mean().item() for name, parts in found.items()}
@@ -497,9 +498,10 @@ def probe(
     model: BertPretrainModel, batch: Batch, tokenizer: Tokenizer, precision: str = "float32"
 ) -> str:
     """Returns three lines on the batch's first pair: input, target and predicted tokens."""
+    was_training = model.training
     model.eval()
     predicted = forward(model, batch, precision)[0].argmax(dim=-1)  # (masked,)
-    model.train()
+    model.train(was_training)
 
     first_row = batch["input_ids"][0]
     is_in_first_row = batch["masked_indices"] < len(first_row)  # they count through all rows
@@ -809,7 +811,9 @@ def total(*numbers: float) -> list[float]:
     sums = torch.tensor(numbers, dtype=torch.float64)
     try:
         dist.all_reduce(sums)
-    except RuntimeError:
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader"):  # a data worker has died meanwhile
+            raise
         raise SystemExit(2) from None  # another rank has ended; it or torchrun says why
     return sums.tolist()
 
@@ -906,6 +910,8 @@ def save_checkpoint(
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch's own error, for a full disk
         unfinished.unlink(missing_ok=True)
+        if str(error).startswith("DataLoader"):  # a data worker has died meanwhile
+            raise
         raise OSError(f"{out}/checkpoint.pt not written, the old one is kept: {error}") from error
     unfinished.replace(out / "checkpoint.pt")
     force_to_disk(out)
@@ -915,7 +921,7 @@ def load_checkpoint(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Returns a run's checkpoint. Raises ValueError, with what differs, if it is another run's."""
     try:
         state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{out}/checkpoint.pt is damaged: {error}") from error
     before = state["identity"]
     changed = [

@@ -239,8 +239,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns the loss in nats and the accuracy, both means over all sentences.
 
-    The model is in training mode afterwards.
+    The model keeps its mode.
     """
+    was_training = model.training
     model.eval()
     loss = correct = sentences = 0.0
     for batch in batches:
@@ -249,7 +250,7 @@ def evaluate(
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         correct += (logits.argmax(dim=-1) == labels).sum().item()
         sentences += len(labels)
-    model.train()
+    model.train(was_training)
     return {"loss": loss / sentences, "accuracy": correct / sentences}
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -11,19 +12,23 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from bert import BertPretrainModel
+import train_pretrain
+from bert import SIZES, BertPretrainModel
 from train_pretrain import PretrainOptions, make_model, pretrain
 
 ROOT = Path(__file__).parents[1]
+SMALLEST = (1, 16)  # layers and width of the size "tiny" in the processes that are started here
 
 
 def python(
@@ -31,17 +36,7 @@ def python(
 ) -> subprocess.CompletedProcess:
     """Runs Python with these arguments, and keeps what it prints."""
     line = [sys.executable, *arguments]
-    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True)
-
-
-def torchrun(ranks: int, *arguments: str, **options) -> subprocess.Popen:
-    """Starts so many ranks of a script, whose output is one pipe."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    line += [f"--nproc_per_node={ranks}", *arguments]
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(line, env=environment, **pipes, **options)
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 # ---- Processes that need not import -------------------------------------------------------------
@@ -85,6 +80,7 @@ def redirected(
     os.chdir(cwd)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of its data workers
+    SIZES["tiny"] = SMALLEST
     function(*arguments)
 
 
@@ -113,14 +109,77 @@ def start_ranks(count: int, function: Callable, *arguments, **how) -> list:
     ]
 
 
-def wait(*started: multiprocessing.Process, seconds: float = 120) -> list[int]:
-    """Waits until these processes have ended, and returns their exit statuses."""
+def torchrun(ranks: int, *line: str) -> None:
+    """Does as the command torchrun does, in a process that leads its group."""
+    os.setpgrp()
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run_as_main("torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *line)
+
+
+def kill(*started: multiprocessing.Process) -> None:
+    """Ends these processes at once, unless they have ended."""
     for process in started:
-        process.join(seconds)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(f"a process has not ended within {seconds} s")
+        process.kill()
+    for process in started:
+        process.join()
+
+
+def wait(*started: multiprocessing.Process, seconds: float = 300) -> list[int]:
+    """Waits until these processes have ended, and returns their exit statuses."""
+    deadline = time.monotonic() + seconds
+    for process in started:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [process for process in started if process.exitcode is None]
+    kill(*late)
+    assert not late, f"{len(late)} processes have not ended within {seconds} s"
     return [process.exitcode for process in started]
+
+
+def wait_until(
+    happened: Callable[[], bool], *started: multiprocessing.Process, seconds: float = 300
+) -> None:
+    """Waits for something that these processes do. They are killed if it does not happen."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > deadline or not all(process.is_alive() for process in started):
+            kill(*started)
+            raise AssertionError("a process has ended too early, or takes too long")
+        time.sleep(0.005)
+
+
+def before_call(owner: object, name: str, number: int, event: Callable) -> Any:
+    """Returns a patch: `event` happens before a function is called for this time, counted from 0.
+    The event gets the arguments of the call.
+    """
+    real, calls = getattr(owner, name), itertools.count()
+
+    def noted(*arguments, **named):
+        if next(calls) == number:
+            event(*arguments)
+        return real(*arguments, **named)
+
+    return mock.patch.object(owner, name, noted)
+
+
+def before_update(number: int, event: Callable) -> Any:
+    return before_call(train_pretrain, "update", number, event)
+
+
+class CrashError(Exception):
+    """Ends a run as a bug would."""
+
+
+def crash(*_) -> None:
+    raise CrashError
+
+
+def die(*_) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_soon(seconds: float) -> None:
+    """Kills this process after so many seconds."""
+    threading.Timer(seconds, die).start()
 
 
 # ---- A small run, and what it leaves -----------------------------------------------------------
@@ -201,7 +260,7 @@ def assert_same(one, other, path: str = "") -> None:
         assert one == other, path
 
 
-# ---- A run in a process that may be killed -----------------------------------------------------
+# ---- A run in a process of its own -------------------------------------------------------------
 
 OPTIONS = PretrainOptions(
     vocab_size=60, max_seq_length=32, batch_size=2, accumulate=2, steps=30, save_every=1,
@@ -209,18 +268,17 @@ OPTIONS = PretrainOptions(
 )  # fmt: skip
 
 
-def die(*_) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def run_with_event(options: PretrainOptions, number: int, event: Callable, *arguments) -> None:
+    """Pretrains as the script does; before this update, counted from 0, something happens."""
+    os.setpgrp()  # so that a signal to the group does not reach the tests
+    with (
+        before_update(number, lambda *_: event(*arguments)),
+        mock.patch("tyro.cli", return_value=options),
+    ):
+        train_pretrain.run_script(pretrain, PretrainOptions)
 
 
-def child(options: PretrainOptions, seconds: float | None = None) -> None:
-    """Pretrains, in a process that dies after so many seconds, or not at all."""
-    if seconds is not None:
-        threading.Timer(seconds, die).start()
-    run(options)
-
-
-def in_process(options: PretrainOptions, seconds: float | None = None) -> int:
+def in_process(options: PretrainOptions, number: int = -1, event=die, *arguments) -> int:
     """Pretrains in a process of its own; returns its exit status, which is -9 if it was killed."""
-    (status,) = wait(start(child, options, seconds), seconds=600)
+    (status,) = wait(start(run_with_event, options, number, event, *arguments))
     return status

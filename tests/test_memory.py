@@ -7,17 +7,18 @@ with copies of shared pages, and with what the kernel does.
 
 import ctypes
 import gc
+import json
 import multiprocessing
 import os
 import re
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, python
 from strategies import LETTERS, corpus_of, small_tokenizer, write_texts
 from torch.utils.data import DataLoader
 
@@ -27,10 +28,11 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33"),
 ]
-EVERY = 100  # batches from one measurement to the next
-WARM_UP, BATCHES = 1000, 2500  # caches are filled during the warm-up
-LIMIT = 16  # KiB in a hundred batches
-SHARED_LIMIT = 4  # MiB: through it the workers hand over the batches, 12 KiB each
+EVERY = 50  # batches from one measurement to the next
+WARM_UP, BATCHES = 500, 1000  # caches are filled during the warm-up
+LIMIT = 12  # KiB in fifty batches
+SHARED_LIMIT = 4  # MiB: through it the workers hand over the batches, 5 KiB each
+LEAK = 200  # bytes of each example
 
 
 class MallocInfo(ctypes.Structure):
@@ -56,6 +58,7 @@ def bytes_in_use() -> int:
 def collate_and_measure(*arguments, collate=data.collate, **keywords) -> dict:
     """Returns the batch of `data.collate`, and the memory of the worker that makes it."""
     batch = collate(*arguments, **keywords)
+    gc.collect()
     return {**batch, "memory": torch.tensor([os.getpid(), bytes_in_use()])}
 
 
@@ -67,13 +70,9 @@ def shared_memory() -> float:
     return int(kib) / 1024
 
 
-def slope(make_loader: Callable[..., DataLoader], *arguments, warm_up=WARM_UP, batches=BATCHES):
-    """Returns the KiB by which a hundred batches make all processes grow: the median over pairs of
+def slope(loader: DataLoader, warm_up: int = WARM_UP, batches: int = BATCHES) -> float:
+    """Returns the KiB by which fifty batches make all processes grow: the median over pairs of
     measurements (Theil-Sen), which a single jump does not move."""
-    multiprocessing.set_start_method("fork", force=True)  # for the workers; this one is spawned
-    torch.cuda.is_available = lambda: False  # pinned memory would be counted as shared
-    data.collate = collate_and_measure
-    loader = make_loader(*arguments)
     gc.freeze()  # as the training script does, before the workers are forked
     iterator, of_worker, sizes = iter(loader), {}, []
     for index in range(batches + 1):
@@ -89,28 +88,9 @@ def slope(make_loader: Callable[..., DataLoader], *arguments, warm_up=WARM_UP, b
     return float(np.median(pairs))
 
 
-@pytest.fixture
-def slope_in_a_new_process(monkeypatch) -> Callable[..., float]:
-    """Returns `slope`, run in a fresh process: what other tests leave behind is not in it.
-
-    Its environment lets Python and Arrow take all memory from malloc, and lets malloc itself keep
-    no freed pieces, which it counts as given away.
-    """
-    monkeypatch.setenv("PYTHONMALLOC", "malloc")
-    monkeypatch.setenv("ARROW_DEFAULT_MEMORY_POOL", "system")
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0")
-
-    def run(*arguments, **keywords) -> float:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as executor:
-            return executor.submit(slope, *arguments, **keywords).result()
-
-    return run
-
-
 def map_style(leak: int = 0) -> DataLoader:
-    documents = [[[5 + (i * j + k) % 26 for k in range(12)] for j in range(20)] for i in range(200)]
-    dataset = data.PretrainDataset(corpus_of(documents), small_tokenizer(), 64)
+    documents = [[[5 + (i * j + k) % 26 for k in range(12)] for j in range(20)] for i in range(20)]
+    dataset = data.PretrainDataset(corpus_of(documents), small_tokenizer(), 24)
     return data.get_split_dataloader(leaking(dataset, leak), 8, workers=2)
 
 
@@ -128,36 +108,57 @@ def leaking(dataset, size: int):
     return dataset
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
+def write_shards(folder: Path) -> Path:
     for shard in range(2):
         texts = [" ".join(LETTERS[i % 20 :][:5]) + "ab. " for i in range(400)]
-        write_texts(folder / f"train-{shard}.jsonl", [text * 40 for text in texts])
-    write_texts(folder / "validation.jsonl", [text * 40 for text in texts[:2]])
+        write_texts(folder / f"train-{shard}.jsonl", [text * 4 for text in texts])
+    write_texts(folder / "validation.jsonl", [text * 4 for text in texts[:2]])
     return folder
 
 
 def streamed(folder: Path) -> DataLoader:
-    data.STREAM_BLOCK = 25_000  # tokens, so that many blocks are read
-    make = partial(data.PretrainDataset, tokenizer=small_tokenizer(), max_seq_length=64)
+    data.STREAM_BLOCK = 500  # tokens, so that many blocks are read
+    make = partial(data.PretrainDataset, tokenizer=small_tokenizer(), max_seq_length=24)
     stream = data.Stream(str(folder), small_tokenizer(), make)
     return data.get_split_dataloader(stream, 8, workers=2)
 
 
-@pytest.mark.slow
-def test_the_loader_does_not_grow(slope_in_a_new_process):
-    """A leak of 2,000 bytes in each batch of 8, as a control, is noticed."""
-    clean = slope_in_a_new_process(map_style)
-    leaks = slope_in_a_new_process(map_style, 250, warm_up=500, batches=1000)
-    print(f"KiB in 100 batches: {clean:.1f}, with a leak {leaks:.1f}")
-    assert clean < LIMIT
-    assert leaks > 200  # of about 270, with what malloc adds to each piece
+def main(folder: str) -> None:
+    """Prints the slopes of a loader, of one with a leak, and of one of a stream."""
+    multiprocessing.set_start_method("fork")
+    torch.cuda.is_available = lambda: False  # pinned memory would be counted as shared
+    data.collate = collate_and_measure
+    found = {
+        "clean": slope(map_style()),
+        "leaking": slope(map_style(LEAK), warm_up=100, batches=400),
+        "stream": slope(streamed(Path(folder))),
+    }
+    print(json.dumps(found))
 
 
-@pytest.mark.slow
-def test_the_streaming_loader_does_not_grow(slope_in_a_new_process, shards):
-    """It reads many blocks and epochs."""
-    grown = slope_in_a_new_process(streamed, shards)
-    print(f"KiB in 100 batches: streaming {grown:.1f}")
-    assert grown < LIMIT
+def test_the_loader_does_not_grow(tmp_path):
+    """Of a corpus on disk, and of a stream that is read in many blocks and epochs. A leak of 200
+    bytes in each example, as a control, is noticed.
+
+    They are measured in a process of their own, in which Python and Arrow take all memory from
+    malloc, and malloc itself keeps no freed pieces, which it counts as given away.
+    """
+    write_shards(tmp_path)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        "PYTHONMALLOC": "malloc",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",
+        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
+    }
+    ended = python(__file__, str(tmp_path), env=environment)
+    assert ended.returncode == 0, ended.stderr
+    grown = json.loads(ended.stdout)
+    print("KiB in 50 batches:", grown)
+    assert grown["clean"] < LIMIT
+    assert grown["stream"] < LIMIT
+    assert grown["leaking"] > 0.7 * EVERY * 8 * LEAK / 1024  # and what malloc adds to each piece
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,9 +1,9 @@
-"""The pages are true: what they link to and name exists, and their commands and Python work."""
+"""The pages are true: what they link to and name exists, and their commands and Python work. The
+sample and the tables of the experiments are what their scripts make.
+"""
 
-import configparser
 import importlib
 import importlib.util
-import inspect
 import re
 import shlex
 from itertools import pairwise
@@ -12,8 +12,11 @@ import pytest
 import torch
 import tyro
 from helpers import ROOT
-from strategies import publish
+from strategies import publish, write_rows
 
+from experiments import afternoon, story
+from experiments.curves import HERE, best_accuracies, read_lines
+from sample import generate
 from train_pretrain import PretrainOptions
 from train_sst2 import SST2Options
 
@@ -46,34 +49,26 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def parse(words: list[str]) -> None:
-    """Parses the flags of a training script, if the command runs one."""
+# ---- Commands -----------------------------------------------------------------------------------
+
+
+def parse(words: list[str]) -> object:
+    """Returns the options of a training script, if a command runs one, and else None."""
     for script in OPTIONS.keys() & set(words):
-        tyro.cli(OPTIONS[script], args=words[words.index(script) + 1 :])
+        return tyro.cli(OPTIONS[script], args=words[words.index(script) + 1 :])
+    return None
 
 
-# ---- Commands --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("page", OF_TODAY)
-def test_the_scripts_understand_every_training_command(page):
-    for words in commands(read(page)):
-        parse(words)
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "python train_pretrain.py --stepz 5",
-        "torchrun train_pretrain.py --steps",
-        "python train_sst2.py 5",
-    ],
-)
-def test_a_command_that_a_script_does_not_understand_is_noticed(line):
-    (words,) = commands(f"    {line}\n")
-    with pytest.raises(SystemExit) as error:
-        parse(words)
-    assert error.value.code == 2
+def test_the_scripts_understand_the_commands_of_the_pages_and_no_others():
+    """Every script is in some command, with some option that is not its default."""
+    told = [parse(words) for page in OF_TODAY for words in commands(read(page))]
+    for cls in OPTIONS.values():
+        assert any(isinstance(options, cls) and options != cls() for options in told)
+    for line in ("python train_pretrain.py --stepz 5", "python train_sst2.py 5"):
+        (words,) = commands(f"    {line}\n")
+        with pytest.raises(SystemExit) as error:
+            parse(words)
+        assert error.value.code == 2
 
 
 @pytest.mark.parametrize("page", OF_TODAY)
@@ -90,48 +85,26 @@ def test_every_module_target_and_script_of_a_command_exists(page):
                 assert (ROOT / following).exists(), following
 
 
-@pytest.mark.parametrize("page", OF_TODAY)
-def test_every_experiment_takes_the_words_that_a_command_gives_it(page):
-    for words in commands(read(page)):
-        if "-m" not in words:
-            continue
-        name, *arguments = words[words.index("-m") + 1 :]
-        main = getattr(importlib.import_module(name), "main", None)
-        # Without arguments, or with this one, a script draws what was recorded.
-        if name.startswith("experiments.") and main and arguments not in ([], ["draw"]):
-            inspect.signature(main).bind(*arguments)
-
-
-# ---- Names -----------------------------------------------------------------------------------
+# ---- Names --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_to_a_file(page):
+def test_every_link_leads_to_a_file_and_so_does_every_name_of_one(page):
+    folders = [ROOT, (ROOT / page).parent]
     for link in re.findall(r"\]\((?!http)([^)#]+)", read(page)):
         assert (ROOT / page).parent.joinpath(link).exists(), link
-
-
-@pytest.mark.parametrize("page", OF_TODAY)
-def test_every_python_file_and_page_that_is_named_exists(page):
-    folders = [ROOT, (ROOT / page).parent]
-    for name in re.findall(r"[\w./-]+\.(?:py|md|mk)\b", read(page)):
+    for name in re.findall(r"[\w./-]+\.(?:py|md|mk)\b", read(page) if page in OF_TODAY else ""):
         assert any((folder / name).exists() for folder in folders), name
 
 
 @pytest.mark.parametrize("page", OF_TODAY)
 def test_every_name_and_flag_in_backticks_is_in_the_code(page):
-    """A dotted name is looked up, a flag is one of the scripts', other names occur in the code."""
+    """A flag is one of the scripts', other names occur in the code."""
     sources = [source.read_text(encoding="utf-8") for source in SOURCES]
     words = set(re.findall(r"\w+", "\n".join([*sources, *python_blocks(page)])))
     fields = {name for options in OPTIONS.values() for name in options.__dataclass_fields__}
     for quoted in re.findall(r"`([^`\n]+)`", read(page)):
-        if re.fullmatch(r"(bert|data|train_pretrain|train_sst2)(\.(?!py\b)\w+)+", quoted):
-            module, *attributes = quoted.split(".")
-            thing = importlib.import_module(module)
-            for attribute in attributes:
-                assert hasattr(thing, attribute), quoted
-                thing = getattr(thing, attribute)
-        elif re.fullmatch(r"[A-Za-z]\w*_\w+", quoted):
+        if re.fullmatch(r"[A-Za-z]\w*_\w+", quoted):
             assert quoted in words, quoted
         elif re.fullmatch(r"--[a-z-]+( .*)?", quoted):
             flag = quoted.split()[0].removeprefix("--").replace("-", "_")
@@ -157,30 +130,52 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(vector, expected)
 
 
-# ---- Versions --------------------------------------------------------------------------------
+# ---- The sample and the experiments -------------------------------------------------------------
 
 
-def test_every_lower_bound_is_at_most_the_version_that_is_tested():
-    """constraints.txt has the versions that the tests are run with."""
-
-    def numbers(version: str) -> list[int]:
-        return [int(number) for number in version.split(".")]
-
-    lines = read("constraints.txt").splitlines()
-    tested = dict(line.split("==") for line in lines if "==" in line)
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    groups = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
-    for line in " ".join(groups).split():
-        name, *lowest = line.split(">=")
-        assert name in tested
-        for bound in lowest:
-            assert numbers(bound) <= numbers(tested[name])
+def test_the_samples_files_are_those_that_the_generator_writes(tmp_path):
+    generate.main(tmp_path)
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("**/*.jsonl"))
+    assert len(written) == 5
+    for path in written:
+        assert (tmp_path / path).read_bytes() == (ROOT / "sample" / path).read_bytes()
 
 
-def test_the_version_is_the_same_everywhere():
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    version = setup["metadata"]["version"]
-    assert f"version: {version}\n" in read("CITATION.cff")
-    assert f"## {version}" in read("CHANGELOG.md")
+@pytest.mark.slow
+def test_the_recorded_run_shows_what_make_run_promises():
+    """The raw lines of that run are what the README's table and figure are made of."""
+    folder = HERE / "story"
+    pretrain = read_lines(folder / "pretrain", split="validation")
+    assert max(pretrain["most_frequent_prediction"]) > 0.9  # the same token everywhere,
+    assert pretrain["most_frequent_prediction"][-1] < 0.3  # and not any more
+    assert 100 * pretrain["mlm_accuracy"][-1] >= story.accuracy_of_most_frequent_token() + 30
+    assert pretrain["nsp_accuracy"][-1] >= 0.85
+    pretrained, scratch = (best_accuracies(folder / run) for run in ("pretrained", "scratch"))
+    assert len(pretrained) == len(scratch) == 3
+    assert sum(pretrained) / 3 >= sum(scratch) / 3 + 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["afternoon", "mistakes", "phases", "speed", "sst2", "story"])
+def test_every_figure_is_drawn_from_the_lines_beside_its_script(name, tmp_path):
+    pytest.importorskip("matplotlib")
+    module = importlib.import_module(f"experiments.{name}")
+    folders = [HERE / name] if name in ("afternoon", "story") else []
+    module.draw(*folders).savefig(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_learning_rate_is_chosen_by_the_mean_of_the_seeds_and_not_by_the_best_one(tmp_path):
+    accuracies = {
+        (1e-4, 0): [0.5, 0.96],  # a lucky seed
+        (1e-4, 1): [0.5, 0.5],
+        (3e-4, 0): [0.8, 0.5],
+        (3e-4, 1): [0.7, 0.78],
+    }
+    rows = [
+        {"split": "validation", "learning_rate": rate, "seed": seed, "accuracy": accuracy}
+        for (rate, seed), of_epochs in accuracies.items()
+        for accuracy in of_epochs
+    ]
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    assert afternoon.at_best_rate(tmp_path) == pytest.approx([80, 78])

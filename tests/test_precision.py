@@ -1,21 +1,26 @@
-"""Devices and precision: which ones are chosen. A step mixes no devices, and bfloat16 learns as
-float32 does.
+"""Devices, precision and speed: a step waits for no device, bfloat16 learns as float32 does, and
+forward, losses and backward are one graph. No clock is needed here: experiments/speed.py takes the
+times.
 """
 
 import json
+import platform
+import resource
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from helpers import start, wait
-from strategies import CPU, PADDING, STILL, some_batches, write_reviews
-from torch._subclasses.fake_tensor import FakeTensorMode
+import torch._dynamo
+from helpers import checkpoint_of, read_lines, run, start, wait
+from strategies import CPU, PADDING, SMALL, STILL, small_tokenizer, some_batches, write_reviews
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 import train_sst2
-from bert import BertConfig, BertPretrainModel, SST2BertModel
+from bert import BertConfig, BertPretrainModel
 from train_pretrain import (
     PretrainLosses,
     add_gradients,
@@ -32,7 +37,7 @@ from train_pretrain import (
 # ---- Devices ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cuda:", "cuda:99", ""])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", ""])
 def test_a_device_that_is_not_there_is_named(name):
     with pytest.raises(ValueError, match=f"--device {name}"):
         choose_device(name)
@@ -45,20 +50,6 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
         assert choose_device(None) == expected
 
 
-def test_freed_memory_is_kept_by_the_two_numbers_of_mallopt(monkeypatch):
-    """malloc.h: M_MMAP_MAX is -4, M_TRIM_THRESHOLD is -1, whose value -1 means never."""
-    library = mock.Mock()
-    monkeypatch.setattr(train_pretrain.ctypes, "CDLL", lambda name: library)
-    keep_freed_memory()
-    assert library.mallopt.mock_calls == [mock.call(-4, 0), mock.call(-1, -1)]
-
-
-def test_without_mallopt_the_process_goes_on(monkeypatch):
-    """Another C library than glibc may have none."""
-    monkeypatch.setattr(train_pretrain.ctypes, "CDLL", lambda name: object())
-    keep_freed_memory()
-
-
 # ---- Precision ----------------------------------------------------------------------------------
 
 
@@ -67,7 +58,7 @@ def test_without_mallopt_the_process_goes_on(monkeypatch):
     [
         ({"amx_bf16": True, "avx512_bf16": True}, "cpu", "medium"),
         ({"amx_bf16": False, "avx512_bf16": True}, "cpu", "bfloat16"),
-        ({"amx_bf16": False, "avx512_bf16": False}, "cpu", "float32"),
+        ({}, "cpu", "float32"),
         ({"amx_bf16": True}, "cuda", "bfloat16"),
     ],
 )
@@ -81,61 +72,50 @@ def test_a_torch_that_cannot_tell_its_cpu_trains_in_float32(monkeypatch):
     assert choose_precision("auto", CPU) == "float32"
 
 
-@pytest.mark.parametrize(
-    ("precision", "products"),
-    [("float32", "highest"), ("medium", "medium"), ("bfloat16", "highest")],
-)
-def test_a_precision_sets_how_torch_multiplies(precision, products):
+def test_a_precision_sets_how_torch_multiplies():
     """It also undoes what another run in this process has set."""
-    torch.set_float32_matmul_precision("high")
-    assert choose_precision(precision, CPU) == precision
-    assert torch.get_float32_matmul_precision() == products
+    for precision in ("medium", "float32", "medium", "bfloat16"):
+        assert choose_precision(precision, CPU) == precision
+        expected = "medium" if precision == "medium" else "highest"
+        assert torch.get_float32_matmul_precision() == expected
 
 
-def products_of(precision: str) -> set[torch.dtype]:
-    """Returns the types that the linear layers return in a forward pass of pretraining."""
-    config = BertConfig.named("tiny", vocab_size=60, max_seq_length=40)
-    model = BertPretrainModel(config, 0)
-    found: set[torch.dtype] = set()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda module, inputs, output: found.add(output.dtype))
-    (batch,) = some_batches(1)
-    for logits in train_pretrain.forward(model, to_device(batch, CPU), precision):
-        assert logits.dtype == torch.float32
-    return found
-
-
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [("float32", torch.float32), ("medium", torch.float32), ("bfloat16", torch.bfloat16)],
-)
-def test_bfloat16_is_the_type_of_all_products_and_of_no_logits(precision, dtype):
-    assert products_of(precision) == {dtype}
-
-
-def test_fine_tuning_obeys_the_precision():
-    config = BertConfig.named("tiny", vocab_size=60, max_seq_length=16)
-    model = SST2BertModel(config, 0).eval()
-    input_ids = torch.arange(5, 15)[None]
-    exact, rounded = (train_sst2.forward(model, input_ids, p) for p in ("float32", "bfloat16"))
-    assert rounded.dtype == torch.float32
-    assert torch.equal(rounded, rounded.bfloat16().float())
-    assert not torch.equal(rounded, exact)
-    torch.testing.assert_close(rounded, exact, atol=0.05, rtol=0.05)
-
-
-def test_every_forward_pass_of_pretraining_obeys_the_precision(options, monkeypatch):
-    used, forward = [], train_pretrain.forward
+def test_bfloat16_is_the_type_of_all_products_and_of_no_logits_weights_or_moments(
+    options, monkeypatch
+):
+    """Every forward pass of pretraining obeys the precision, in evaluations, too."""
+    products, logits, forward = set(), set(), train_pretrain.forward
 
     def noted(model, batch, precision="float32"):
-        used.append((model.training, precision))
-        return forward(model, batch, precision)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda *call: products.add(call[-1].dtype))
+        found = forward(model, batch, precision)
+        logits.update((model.training, tensor.dtype) for tensor in found)
+        return found
 
     monkeypatch.setattr(train_pretrain, "forward", noted)
-    told = replace(options, precision="bfloat16")
-    pretrain(told)
-    assert set(used) == {(True, "bfloat16"), (False, "bfloat16")}
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        products.clear()
+        told = replace(options, precision=precision, out=f"{options.out}-{precision}")
+        pretrain(told)
+        assert products == {dtype}
+        assert logits == {(True, torch.float32), (False, torch.float32)}
+        found = checkpoint_of(Path(told.out))
+        moments = [state["exp_avg"] for state in found["optimizer"]["state"].values()]
+        assert {tensor.dtype for tensor in [*found["model"].values(), *moments]} == {torch.float32}
+
+
+def test_the_precision_is_resolved_and_kept(options, monkeypatch):
+    """config.json has the resolved precision, and a resumed run must share it: `auto` may mean
+    another one elsewhere."""
+    capabilities = {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    pretrain(replace(options, precision="auto"))
+    assert json.loads(Path(options.out, "config.json").read_text())["precision"] == "bfloat16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    with pytest.raises(ValueError, match="precision .*bfloat16.*float32"):
+        pretrain(replace(options, precision="auto", resume=True))
 
 
 def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(tmp_path, monkeypatch):
@@ -159,26 +139,7 @@ def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(tmp_path, 
     assert used == ["bfloat16"] * 4  # training, validation, test, prediction
 
 
-def test_weights_and_gradients_stay_float32(options):
-    pretrain(replace(options, precision="bfloat16"))
-    checkpoint = torch.load(f"{options.out}/checkpoint.pt", weights_only=True)
-    moments = [state["exp_avg"] for state in checkpoint["optimizer"]["state"].values()]
-    assert {tensor.dtype for tensor in [*checkpoint["model"].values(), *moments]} == {torch.float32}
-
-
-@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
-def test_the_precision_is_resolved_and_kept(precision, options, monkeypatch):
-    """config.json has the resolved precision, and a resumed run must share it: `auto` may mean
-    another one elsewhere."""
-    capabilities = {"avx512_bf16": True}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    pretrain(replace(options, precision=precision))
-    assert json.loads(Path(options.out, "config.json").read_text())["precision"] == "bfloat16"
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    with pytest.raises(ValueError, match="precision .*bfloat16.*float32"):
-        pretrain(replace(options, precision="auto", resume=True))
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
 )
@@ -204,78 +165,158 @@ def test_bfloat16_learns_as_float32_does(device):
     torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.0)
 
 
-# ---- A step on a device that is not there -------------------------------------------------------
+# ---- To the device ------------------------------------------------------------------------------
 
 
-def move(module: torch.nn.Module, device: str) -> None:
-    """`module.to(device)` cannot swap fake parameters."""
-    for part in module.modules():
-        for name, parameter in list(part._parameters.items()):
-            if parameter is not None:
-                part._parameters[name] = torch.nn.Parameter(parameter.detach().to(device))
+def test_a_batch_for_a_gpu_is_pinned_and_copied_without_waiting(monkeypatch):
+    (batch,), calls = some_batches(1), []
+
+    def pin_memory(tensor):
+        calls.append("pinned")
+        return tensor
+
+    def to(tensor, device, non_blocking=False):
+        calls.append((device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    to_device(batch, torch.device("cuda"))
+    assert calls == ["pinned", ("cuda", True)] * 6
 
 
-def two_pretended_steps(left_behind: str) -> None:
-    """Takes two steps of pretraining on a registered device, which stays registered."""
-    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-    _setup_privateuseone_for_python_backend("pretended")
-    with FakeTensorMode():
-        config = BertConfig.named("tiny", vocab_size=50, max_seq_length=16)
-        model = BertPretrainModel(config, 0).train()
-        move(model, "pretended:0")
-        optimizer = make_optimizer(model)
-        largest_norm = torch.zeros((), device="pretended:0")
-        batch = {
-            "input_ids": torch.ones(2, 8, dtype=torch.int64),
-            "token_type_ids": torch.zeros(2, 8, dtype=torch.int64),
-            "masked_indices": torch.tensor([1, 9]),
-            "mlm_targets": torch.tensor([5, 6]),
-            "nsp_labels": torch.tensor([0, 1]),
-        }
-        batch = {
-            name: values if name == left_behind else values.to("pretended:0")
-            for name, values in batch.items()
-        }
-        for _ in range(2):
-            losses = add_gradients(PretrainLosses(model), [batch, batch], masked=4, pairs=4)
-            norm = update(model, optimizer, 1e-3)
-            largest_norm = torch.maximum(largest_norm, norm)
-            if left_behind == "a value is read":
-                norm.item()
-        assert losses.device.type == norm.device.type == "pretended"
-        assert largest_norm.device.type == "pretended"
-    print("two steps")
-
-
-@pytest.fixture
-def steps(tmp_path):
-    """Runs `two_pretended_steps` in a process of its own; returns its exit status and output."""
-    if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"):
-        pytest.skip("this torch has no device that is registered from Python")
-
-    def run(left_behind: str) -> tuple[int, str]:
-        output = tmp_path / "output"
-        (status,) = wait(start(two_pretended_steps, left_behind, output=output))
-        return status, output.read_text()
-
-    return run
+# ---- One graph ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_step_mixes_no_devices_and_reads_no_value(steps):
-    """Fake tensors have shapes, types and devices, but no values. They go through forward,
-    backward, clipping, the fused optimizer and the largest norm. They do not notice an index on the
-    CPU into a tensor on the device (`masked_indices`), a CPU tensor without dimensions, or
-    `.to("cpu")`."""
-    assert steps("nothing") == (0, "two steps\n")
+def test_a_compiled_run_is_one_graph_with_the_losses_and_weights_of_an_eager_run(
+    options, monkeypatch
+):
+    """It has no break (fullgraph). After the second number of masked tokens no number needs another
+    graph. --compile is a flag of the script, and off without it."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_real = torch.compile
+
+    def noted(losses_of, **how):
+        assert isinstance(losses_of, PretrainLosses)
+        assert how == {"fullgraph": True}
+        return compile_real(losses_of, **how, backend=counter)
+
+    monkeypatch.setattr(torch, "compile", noted)
+    eager = replace(options, steps=6, dropout=0.0)
+    run(eager)
+    assert counter.frame_count == 0
+    compiled = replace(eager, out=f"{options.out}-compiled", compile=True)
+    run(compiled)
+    assert 1 <= counter.frame_count <= 3
+    ours, theirs = (read_lines(Path(o.out), "train") for o in (compiled, eager))
+    assert ours["mlm_loss"] == pytest.approx(theirs["mlm_loss"], rel=1e-5)
+    ours, theirs = (checkpoint_of(Path(o.out))["model"] for o in (compiled, eager))
+    for name, tensor in theirs.items():
+        if "key.bias" not in name:  # its gradient is rounding alone
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+# ---- A GPU never waits for the CPU, nor the reverse ---------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.add(function._overloadpacket.__name__)
+        return function(*arguments, **(named or {}))
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal"}
+
+
+def test_nothing_in_a_step_waits_for_a_gpu():
+    """No value is read from the device, and no shape depends on values: both would stop the CPU
+    until the GPU has caught up. What does depend on them, `to_device` finds out before."""
+    model = BertPretrainModel(SMALL, PADDING).train()
+    optimizer, (batch, *_) = make_optimizer(model), some_batches(1)
+    with Recorder() as before:
+        ready = [to_device(batch, CPU)]
+    assert "nonzero" in before.names
+    masked, pairs, _ = count([batch], PADDING)
+    with Recorder() as step:
+        losses = add_gradients(PretrainLosses(model), ready, masked, pairs, [(0, 0)])
+        norm = update(model, optimizer, 1e-3)
+    assert "addmm" in step.names
+    assert not step.names & WAITING
+    with Recorder() as log:
+        assert norm.isfinite()
+        losses.tolist()
+    assert log.names & WAITING
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
+    """The batches are large enough for the kernels of real ones."""
+    sizes = {"vocab_size": small_tokenizer().get_vocab_size(), "max_seq_length": 128}
+    model = BertPretrainModel(BertConfig.named("tiny", **sizes), PADDING).to(device).train()
+    optimizer, batches = make_optimizer(model), some_batches(3, 64)
+    for batch in batches:
+        batch = {k: v.repeat(1, 3) if v.dim() == 2 else v for k, v in batch.items()}
+        ready = [to_device(batch, device)]
+        masked, pairs, _ = count([batch], PADDING)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            add_gradients(PretrainLosses(model), ready, masked, pairs, [(0, 0)])
+            update(model, optimizer, 1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- Memory -------------------------------------------------------------------------------------
+
+
+def print_page_faults(keep: bool) -> None:
+    """Prints the page faults of five large tensors, after thirty that were freed."""
+    if keep:
+        keep_freed_memory()
+    before = 0
+    for i in range(35):
+        torch.zeros(16_000_000)
+        if i == 29:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "left_behind", ["input_ids", "token_type_ids", "mlm_targets", "nsp_labels", "a value is read"]
-)
-def test_a_mixture_of_devices_or_a_value_that_is_read_would_be_noticed(left_behind, steps):
-    status, output = steps(left_behind)
-    assert status == 1
-    assert "two steps" not in output
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again_without_page_faults(tmp_path):
+    found = []
+    for keep in (True, False):
+        output = tmp_path / str(keep)
+        assert wait(start(print_page_faults, keep, output=output)) == [0]
+        found.append(int(output.read_text()))
+    kept, given_back = found
+    assert given_back > 5 * 15_000  # 64 MB are 15,625 pages of 4 KiB
+    assert kept < given_back / 2  # a block may wander in the heap once or twice more
+
+
+def test_both_scripts_keep_freed_memory_before_they_train(options, tmp_path, monkeypatch):
+    happened = []
+    for script, reached in ((train_pretrain, "train"), (train_sst2, "fine_tune")):
+        train = getattr(script, reached)
+
+        def noted(*arguments, train=train):
+            happened.append("train")
+            return train(*arguments)
+
+        monkeypatch.setattr(script, "keep_freed_memory", lambda: happened.append("keep"))
+        monkeypatch.setattr(script, reached, noted)
+    train_pretrain.pretrain(replace(options, steps=1))
+    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
+    train_sst2.train(
+        train_sst2.SST2Options(
+            out=str(tmp_path / "sst2"), dataset=dataset, vocab_size=60, epochs=1, device="cpu"
+        )
+    )
+    assert happened == ["keep", "train"] * 2

@@ -1,0 +1,103 @@
+"""The first thing to try with any BERT: one sample must be learned by heart. With a learning rate
+that is too large it never is, and the loss tells why: it sticks at ln n.
+
+    python -m pytest tests/test_overfit.py            # tiny, on the CPU
+    python -m pytest tests/test_overfit.py -m gpu     # base, on a GPU
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from strategies import PADDING
+
+import data
+from bert import BertConfig, BertPretrainModel
+from train_pretrain import (
+    PretrainLosses,
+    add_gradients,
+    evaluate,
+    forward,
+    make_optimizer,
+    to_device,
+    update,
+)
+
+MASKED = 10  # tokens, with as many different targets
+STEPS = 100
+
+pytestmark = pytest.mark.slow
+# A size, a learning rate that suits it, and one that is too large.
+SIZES = [
+    ("tiny", 1e-3, 2e-2, "cpu"),
+    pytest.param("base", 1e-4, 1e-2, "cuda", marks=pytest.mark.gpu),
+]
+on_each_device = pytest.mark.parametrize(
+    ("size", "rate", "too_large", "device"), SIZES, indirect=["device"]
+)
+
+
+def one_sample(device: torch.device, nsp_label: int) -> dict[str, torch.Tensor]:
+    """Returns a pair of 64 tokens, of which 10 are masked; their targets all differ."""
+    input_ids = torch.arange(100, 164)[None]
+    input_ids[0, 0], input_ids[0, 30], input_ids[0, 63] = 2, 3, 3
+    labels = torch.full((1, 64), data.IGNORED_LABEL)
+    masked = torch.arange(3, 63, 6)
+    labels[0, masked] = torch.arange(1000, 1000 + MASKED)
+    input_ids[0, masked] = 4
+    batch = {
+        "input_ids": input_ids,
+        "token_type_ids": (torch.arange(64) > 30).long()[None],
+        "mlm_labels": labels,
+        "nsp_labels": torch.tensor([nsp_label]),
+    }
+    return to_device(batch, device)
+
+
+class Learned(NamedTuple):
+    losses: dict[str, float]  # mlm_loss and nsp_loss, in nats
+    tokens: torch.Tensor  # that are predicted, (MASKED,)
+    nsp_label: int  # that is predicted
+
+
+@functools.cache  # two tests need the same
+def learn(size: str, rate: float, nsp_label: int, device: torch.device) -> Learned:
+    """Trains on one sample without dropout, and returns what was learned."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 2000, "max_seq_length": 64}
+    config = BertConfig.named(size, **sizes, dropout=0.0, attention_dropout=0.0)
+    model = BertPretrainModel(config, PADDING).to(device).train()
+    optimizer, batch = make_optimizer(model), one_sample(device, nsp_label)
+    for _ in range(STEPS):
+        add_gradients(PretrainLosses(model), [batch], masked=MASKED, pairs=1)
+        update(model, optimizer, rate)
+    losses = evaluate(model, [batch])
+    with torch.no_grad():
+        mlm_logits, nsp_logits = forward(model.eval(), batch)
+    return Learned(losses, mlm_logits.argmax(dim=-1), int(nsp_logits.argmax()))
+
+
+@on_each_device
+@pytest.mark.parametrize("nsp_label", [0, 1])
+def test_one_sample_is_overfitted(size, rate, too_large, device, nsp_label):
+    """Every prediction is right, and both losses are near 0: that of the masked tokens, and that of
+    the next sentence. A model that cannot overfit one sample has a bug."""
+    learned = learn(size, rate, nsp_label, device)
+    assert learned.losses["mlm_loss"] < 0.05
+    assert learned.losses["nsp_loss"] < 0.05
+    assert torch.equal(learned.tokens, one_sample(device, nsp_label)["mlm_targets"])
+    assert learned.nsp_label == nsp_label
+
+
+@on_each_device
+def test_a_large_learning_rate_sticks_at_ln_n_with_the_same_token_everywhere(
+    size, rate, too_large, device
+):
+    """The model learns which 10 tokens are targets, but never where: the loss stays at ln 10. With
+    a smaller rate it learns the same sample in as many steps."""
+    stuck = learn(size, too_large, 0, device)
+    assert stuck.losses["mlm_loss"] == pytest.approx(math.log(MASKED), abs=0.15)
+    assert stuck.tokens.bincount().max() >= MASKED - 1
+    assert learn(size, rate, 0, device).losses["mlm_loss"] < 0.05
