@@ -647,8 +647,10 @@ def fill_masks(
     input_ids = torch.tensor(ids, device=model.mlm_bias.device)  # (1, seq)
     every_token = torch.ones_like(input_ids)  # there is no padding
     masked_indices = (input_ids[0] == vocabulary["[MASK]"]).nonzero().flatten()
+    was_training = model.training
     model.eval()
     mlm_logits, _ = model(input_ids, attention_mask=every_token, masked_indices=masked_indices)
+    model.train(was_training)
 
     guesses = []
     for probs in mlm_logits.softmax(dim=-1).tolist():
