@@ -385,16 +385,6 @@ def test_a_file_is_read_whatever_its_name_and_that_of_its_folder(name, tmp_path)
     assert list(data.get_dataset(str(folder / name))["text"]) == TEXTS
 
 
-@pytest.mark.parametrize("name", ["text", "./csv", ".", "a/../json"])
-def test_a_folder_is_read_whatever_its_name(name, tmp_path, monkeypatch):
-    """The library takes some names for a kind of files, and read all of the current directory."""
-    write_texts(tmp_path / "elsewhere.jsonl", ["another"])
-    (tmp_path / "here/a").mkdir(parents=True)
-    write_texts(tmp_path / "here" / name / "corpus.jsonl", TEXTS)
-    monkeypatch.chdir(tmp_path / "here")
-    assert list(data.get_dataset(name)["text"]) == TEXTS
-
-
 # ---- What cannot be read is one line with its path ----------------------------------------------
 
 
@@ -414,22 +404,6 @@ def test_a_file_that_cannot_be_read_is_one_line_with_its_path(kind, streaming, t
     bad.write_bytes(content)
     with pytest.raises(ValueError, match=f"^cannot read .*{re.escape(bad.name)}: ") as caught:
         list(data.get_dataset(str(tmp_path), split=None, streaming=streaming)["train"])
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_what_the_hub_sends_half_is_one_line_with_its_id(monkeypatch):
-    """A .jsonl.gz that ends too early raises an EOFError while it is streamed."""
-
-    def rows():
-        yield {"text": "a b. c d."}
-        raise EOFError("Compressed file ended\nbefore its end")
-
-    rows = datasets.IterableDataset.from_generator(rows)
-    splits = {"train": rows, "validation": rows}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *what, **how: splits)
-    stream = data.Stream("owner/name", small_tokenizer(), PretrainDataset)
-    with pytest.raises(ValueError, match="^cannot read owner/name: ") as caught:
-        list(stream.documents())
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -528,13 +502,3 @@ def test_a_run_trains_its_model_and_its_tokenizer_on_its_split(tmp_path, options
     assert {token for token in vocabulary if token.isalpha() and len(token) == 1} == set(
         LETTERS[13:]
     )
-
-
-def test_texts_are_those_of_the_named_column_and_split(tmp_path):
-    write_rows(tmp_path / "train.jsonl", [{"text": "a", "body": "b"}])
-    write_rows(tmp_path / "test.jsonl", [{"text": "c", "body": "d"}])
-    assert list(data.get_texts(str(tmp_path))) == ["a"]
-    assert list(data.get_texts(str(tmp_path), "test", column="body")) == ["d"]
-    large = datasets.Features(text=datasets.Value("large_string"))
-    datasets.Dataset.from_dict({"text": ["e"]}, large).to_parquet(tmp_path / "large.parquet")
-    assert list(data.get_texts(str(tmp_path / "large.parquet"))) == ["e"]

@@ -127,7 +127,7 @@ BUGS = {
     ),
     "7 a blank line ends a document": Bug(
         data, "encode_documents", "enumerate(documents)",
-        "enumerate(p for d in documents for p in d.split('\n\n'))",
+        "enumerate(p for d in documents for p in d.split('\\n\\n'))",
         "test_blank_lines_do_not_end_a_document", caught_as=(ValueError,),
     ),
     "8 a random segment of the same document": Bug(

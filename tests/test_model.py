@@ -61,32 +61,6 @@ def test_sizes_are_positive_integers_that_heads_divide(name, value):
         dataclasses.replace(FIXED, **{name: value})
 
 
-def test_a_config_with_further_fields_checks_all_of_them():
-    """Someone who copies bert.py may add a field."""
-    wider = dataclasses.make_dataclass(
-        "Wider", [("experts", int, 2)], bases=(BertConfig,), frozen=True
-    )
-    for name in ("experts", "d_model"):
-        with pytest.raises(ValueError, match=f"{name} must be"):
-            wider(**{name: 0})
-
-
-def test_every_output_has_the_documented_shape(device):
-    """All sizes differ, so no axis can stand in for another."""
-    input_ids = torch.randint(1, FIXED.vocab_size, (5, 7), device=device)
-    encoder = Bert(FIXED, PADDING).to(device)
-    hidden_states = encoder(input_ids)
-    assert hidden_states.shape == (5, 7, FIXED.d_model)
-    assert encoder.pool(hidden_states).shape == (5, FIXED.d_model)
-    pretrain = BertPretrainModel(FIXED, PADDING).to(device)
-    mlm_logits, nsp_logits = pretrain(input_ids)
-    assert mlm_logits.shape == (5, 7, FIXED.vocab_size)
-    assert nsp_logits.shape == (5, 2)
-    masked_indices = torch.tensor([3, 34], device=device)
-    assert pretrain(input_ids, masked_indices=masked_indices)[0].shape == (2, 31)
-    assert SST2BertModel(FIXED, PADDING).to(device)(input_ids).shape == (5, 2)
-
-
 def test_a_sequence_that_is_too_long_is_rejected():
     with pytest.raises(ValueError, match="18 tokens exceeds max_seq_length=17"):
         Bert(FIXED, PADDING)(torch.ones(1, 18, dtype=torch.long))
@@ -201,27 +175,6 @@ def test_padding_is_hidden_under_bfloat16_autocast(fused, device):
         attended = model(longer, attention_mask=torch.ones_like(mask))[:, :9]
     assert torch.equal(found, under)
     assert (found - expected).norm() < 0.1 * (attended - expected).norm()
-
-
-@pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
-def test_a_model_hides_the_padding_id_that_it_was_given(cls):
-    """A model with heads does so, too; and an explicit mask reaches the encoder."""
-    torch.manual_seed(0)
-    model = cls(FIXED, 5).eval()
-    assert model.padding_idx == 5
-    input_ids = torch.tensor([[3, 4, 5]])
-
-    def first(**inputs):
-        outputs = model(input_ids, **inputs)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
-    every = torch.ones(1, 3, dtype=torch.bool)
-    hidden = torch.tensor([[True, True, False]])
-    for default, shown, masked in zip(
-        first(), first(attention_mask=every), first(attention_mask=hidden), strict=True
-    ):
-        assert not torch.allclose(default, shown)
-        assert torch.equal(default, masked)
 
 
 def test_the_default_is_segment_a_and_a_mask_that_hides_padding():

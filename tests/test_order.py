@@ -214,10 +214,3 @@ def test_a_worker_that_cannot_send_its_batch_is_an_error(monkeypatch):
     loader.worker_init_fn = lambda worker: time.sleep(3)
     with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
         next(iter(loader))
-
-
-def test_no_more_batches_wait_in_memory_than_documented():
-    """Four batches wait for each worker; memory is pinned only where there is a GPU."""
-    loader = data.get_split_dataloader(long_dataset(), 4)
-    assert (loader.num_workers, loader.prefetch_factor) == (2, 4)
-    assert loader.pin_memory == torch.cuda.is_available()

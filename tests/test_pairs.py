@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
-    PAD,
     corpora_of_all_kinds,
     corpus_of,
     documents,
@@ -353,10 +352,3 @@ def test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_35_times_the_mean
     for offsets in (firsts, lasts):
         by_distance = drawn[offsets].mean(axis=0) / drawn.mean()
         assert by_distance.min() >= 0.35
-
-
-def test_examples_are_full_where_documents_are_long():
-    """On text like novels, 93% of a batch's columns hold a token at T = 64."""
-    corpus = corpus_of(sentences_of_lengths(KINDS["novels"]))
-    batch = PretrainDataset(corpus, small_tokenizer(), ROOM + 3).batch(range(512))
-    assert (original(batch) != PAD).double().mean() > 0.93

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import run_as_main
 from safetensors.torch import load_file, save_file
-from strategies import FIXED, PADDING, PUBLISHABLE, VOCABULARY, Malicious, build, publish
+from strategies import FIXED, PUBLISHABLE, VOCABULARY, Malicious, build, publish
 from strategies import small_tokenizer
 
 import bert
@@ -98,15 +98,6 @@ def test_what_is_saved_is_what_is_loaded(cls, tmp_path):
     assert_same_weights(loaded, model)
 
 
-def test_the_encoder_survives_from_pretraining_to_fine_tuning(tmp_path):
-    """Only the classifier is new, and a warning names its tensors."""
-    pretrained = build(BertPretrainModel, FIXED).float()
-    pretrained.save_pretrained(tmp_path, small_tokenizer())
-    with pytest.warns(UserWarning, match=r"classifier\.weight, classifier\.bias$"):
-        model = SST2BertModel.from_pretrained(tmp_path)
-    assert_same_weights(model.bert, pretrained.bert)
-
-
 def test_the_files_of_a_model_are_the_published_ones(tmp_path):
     """Plain JSON and safetensors, nothing pickled, under the names that other programs look for."""
     folder = tmp_path / "new" / "model"
@@ -177,16 +168,6 @@ def test_saving_draws_no_random_number(tmp_path):
     before = torch.get_rng_state()
     model.save_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("changes", [{}, {"attention_d_k": 10}, {"attention_d_v": 14}])
-def test_a_shape_that_the_format_has_no_word_for_is_announced(changes, tmp_path):
-    config = dataclasses.replace(PUBLISHABLE, **changes)
-    with warnings.catch_warnings(record=True) as announced:
-        warnings.simplefilter("always")
-        Bert(config, PADDING).save_pretrained(tmp_path, small_tokenizer())
-    assert len(announced) == len(changes)
-    assert Bert.from_pretrained(tmp_path).config == config
 
 
 # ---- Which files --------------------------------------------------------------------------------
@@ -302,11 +283,12 @@ def test_a_decoder_that_is_no_copy_of_the_embeddings_is_rejected(published):
 
 
 def test_heads_that_are_missing_or_not_used_are_warned_of_and_listed(published):
-    """The list is for those who switch warnings off."""
+    """The list is for those who switch warnings off. The encoder is that of pretraining."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         model = SST2BertModel.from_pretrained(published)
     assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
+    assert_same_weights(model.bert, quietly(Bert.from_pretrained, published))
     missing, unused = (str(warning.message) for warning in found)
     assert all(name in missing for name in model.missing_parameters)
     for name in ("cls.predictions.bias", "cls.seq_relationship.weight"):
@@ -393,33 +375,12 @@ def test_the_labels_of_published_weights_are_counted_and_keep_their_names(tmp_pa
     assert again.label_names == [f"class {i}" for i in range(11)]
 
 
-def test_a_classifier_with_another_number_of_labels_is_not_used(tmp_path):
-    config = dataclasses.replace(PUBLISHABLE, num_labels=3)
-    SST2BertModel(config).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"classifier\.bias, classifier\.weight$"):
-        model = SST2BertModel.from_pretrained(tmp_path, num_labels=2)
-    assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
-    assert model.label_names == ["negative", "positive"]
-
-
 # ---- A head of one's own ------------------------------------------------------------------------
 
 
-class MeanPooled(PretrainedModel):
-    """What someone who copies bert.py may write; its head has the name of a module of the encoder."""
-
-    def __init__(self, config, padding_idx=0):
-        super().__init__(config, padding_idx)
-        self.bert = Bert(config, padding_idx)
-        self.pooler = torch.nn.Linear(config.d_model, config.d_model)
-
-    def forward(self, input_ids):
-        is_token = (input_ids != self.padding_idx)[..., None]
-        sums = (self.bert(input_ids) * is_token).sum(dim=1)
-        return self.pooler(sums / is_token.sum(dim=1))
-
-
 class Tagger(PretrainedModel):
+    """What someone who copies bert.py may write."""
+
     architecture = "BertForTokenClassification"
 
     def __init__(self, config, padding_idx=0):
@@ -431,27 +392,28 @@ class Tagger(PretrainedModel):
         return self.classifier(self.bert(input_ids))
 
 
-@pytest.mark.parametrize(("cls", "head"), [(MeanPooled, "pooler"), (Tagger, "classifier")])
-def test_a_head_of_ones_own_starts_from_published_weights_is_saved_and_reopened(
-    cls, head, published
-):
+def test_a_head_of_ones_own_starts_from_published_weights_is_saved_and_reopened(published):
     encoder = quietly(Bert.from_pretrained, published)
-    model = quietly(cls.from_pretrained, published)
-    assert model.missing_parameters == [f"{head}.weight", f"{head}.bias"]
+    model = quietly(Tagger.from_pretrained, published)
+    assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
     assert_same_weights(model.bert, encoder)
     model.save_pretrained(published.parent / "own", small_tokenizer())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again = cls.from_pretrained(published.parent / "own")
+        again = Tagger.from_pretrained(published.parent / "own")
     assert torch.equal(again(IDS), model(IDS))
 
 
-def test_a_classifier_of_tokens_is_not_used_as_one_of_sentences(tmp_path):
-    """It has the same name and, with as many labels, the same shape."""
-    Tagger(dataclasses.replace(PUBLISHABLE, num_labels=9)).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match=r"classifier\.bias, classifier\.weight$"):
-        model = SST2BertModel.from_pretrained(tmp_path)
+@pytest.mark.parametrize(("cls", "labels"), [(SST2BertModel, 3), (Tagger, 2)])
+def test_a_classifier_of_other_labels_or_of_tokens_is_not_used(cls, labels, tmp_path):
+    """That of tokens has the same name and, with as many labels, the same shape."""
+    cls(dataclasses.replace(PUBLISHABLE, num_labels=labels)).save_pretrained(tmp_path)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model = SST2BertModel.from_pretrained(tmp_path, num_labels=2)
     assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
+    assert str(found[-1].message).endswith("classifier.bias, classifier.weight")
+    assert model.label_names == ["negative", "positive"]
 
 
 # ---- The tokenizer lies beside the weights ------------------------------------------------------
