@@ -62,7 +62,7 @@ def plant(monkeypatch, bug: Bug) -> None:
     exec(source, real.__globals__, planted)
     monkeypatch.setattr(bug.owner, bug.name, planted[bug.name])
     for user in list(sys.modules.values()):  # modules that have imported it by name
-        if vars(user).get(bug.name) is function:
+        if getattr(user, "__dict__", {}).get(bug.name) is function:
             monkeypatch.setattr(user, bug.name, planted[bug.name])
 
 
