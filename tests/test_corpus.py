@@ -490,6 +490,7 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):
             read()
 
 
+@pytest.mark.slow
 def test_a_run_trains_its_model_and_its_tokenizer_on_its_split(tmp_path, options):
     """Of a split with the letters n to z, no other letter becomes a token."""
     texts = ["\n\n".join(f"{a} {b} {a} {a} {b}" for b in LETTERS[13:]) for a in LETTERS[13:]]

@@ -67,7 +67,9 @@ def alone():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrap", [as_it_is, compiled, distributed, loaded])
+@pytest.mark.parametrize(
+    "wrap", [as_it_is, pytest.param(compiled, marks=pytest.mark.slow), distributed, loaded]
+)
 def test_the_decoder_is_the_token_embedding_and_stays_tied(wrap, alone, tmp_path):
     """It is one parameter in one storage, with one entry in the optimizer. After a step, too,
     changing the embedding of a token changes its logit, and no other."""
