@@ -5,15 +5,18 @@ to the simplest case: one head, one layer, two tokens.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 import data
 from bert import BertConfig, BertPretrainModel, PretrainedModel
@@ -43,13 +46,14 @@ PADDING = 0
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 seeds = st.integers(0, 2**31)
+either = st.booleans()
 lengths = st.integers(5, 40)  # of an example: a pair needs five tokens
 
 
 @st.composite
 def configs(draw: st.DrawFn, published: bool = False) -> BertConfig:
-    """Draws a configuration without dropout; if `published`, d_k = d_v = d_model, which is all that
-    the published format has words for.
+    """Draws every field of a configuration; if `published`, d_k = d_v = d_model, which is all that
+    the published format has words for. Models are built in evaluation mode, without dropout.
     """
     heads = draw(st.integers(1, 3))
     d_k, d_v = (heads * draw(st.integers(1, 4)) for _ in "kv")
@@ -63,32 +67,65 @@ def configs(draw: st.DrawFn, published: bool = False) -> BertConfig:
         head_num=heads,
         d_feed_forward=draw(st.integers(1, 20)),
         encoder_layers=draw(st.integers(1, 3)),
-        dropout=0.0,
-        attention_dropout=0.0,
+        type_vocab_size=draw(st.integers(1, 4)),
+        dropout=draw(st.sampled_from([0.0, 0.3])),
+        attention_dropout=draw(st.sampled_from([0.0, 0.6])),
+        layer_norm_eps=draw(st.sampled_from([1e-12, 1e-3, 0.5])),
+        initializer_range=draw(st.sampled_from([0.02, 0.5])),
+        num_labels=draw(st.integers(1, 4)),
+        fused_attention=draw(st.booleans()),
     )
 
 
+class Case(NamedTuple):
+    """A model, and a batch of rows of at least one token and then padding."""
+
+    model: PretrainedModel
+    input_ids: torch.Tensor
+    token_type_ids: torch.Tensor
+    is_token: torch.Tensor
+
+
 @st.composite
-def batches(draw: st.DrawFn, config: BertConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws input_ids, rows of at least one token and then padding, and their token_type_ids."""
+def cases(draw: st.DrawFn, cls: type[PretrainedModel], published: bool = False, room: int = 0):
+    """Draws a model whose padding may be any id, and a batch for it. room: how many more tokens
+    than these the model takes.
+    """
+    config = draw(configs(published))
+    padding = draw(st.integers(0, config.vocab_size - 1))
     length = draw(st.integers(1, config.max_seq_length))
     rows = draw(st.lists(st.integers(1, length), min_size=1, max_size=3))
-    generator = torch.Generator().manual_seed(draw(seeds))
+    seed = draw(seeds)
+    longer = dataclasses.replace(config, max_seq_length=config.max_seq_length + room)
+    model = build(cls, longer, seed, padding)
     shape = (len(rows), length)
-    input_ids = torch.randint(1, config.vocab_size, shape, generator=generator)
-    token_type_ids = torch.randint(0, config.type_vocab_size, shape, generator=generator)
-    padded = torch.arange(length) >= torch.tensor(rows)[:, None]
-    return input_ids.masked_fill(padded, PADDING), token_type_ids.masked_fill(padded, 0)
+    input_ids = torch.randint(0, config.vocab_size - 1, shape)
+    input_ids += input_ids >= padding  # any id but that of padding
+    token_type_ids = torch.randint(0, config.type_vocab_size, shape)
+    is_token = torch.arange(length) < torch.tensor(rows)[:, None]
+    return Case(
+        model, input_ids.where(is_token, padding), token_type_ids.where(is_token, 0), is_token
+    )
 
 
-def build(cls: type[PretrainedModel], config: BertConfig, seed: int = 0):
+def build(
+    cls: type[PretrainedModel], config: BertConfig, seed: int = 0, padding_idx: int = PADDING
+):
     """Returns a model in float64 whose weights are so large that every part shows in the output."""
     torch.manual_seed(seed)
-    model = cls(dataclasses.replace(config, initializer_range=0.5), PADDING).double().eval()
-    for name, parameter in model.named_parameters():  # biases and norms, too
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=float("norm.weight" in name), std=0.5)
+    model = cls(config, padding_idx).double().eval()
+    for name, parameter in model.named_parameters():
+        is_norm = parameter.dim() == 1 and "norm.weight" in name
+        torch.nn.init.normal_(parameter, mean=float(is_norm), std=0.5)  # biases and norms, too
     return model
+
+
+def with_config(model: PretrainedModel, **changes) -> PretrainedModel:
+    """Returns a model of the same weights, with some fields of its config changed."""
+    config = dataclasses.replace(model.config, **changes)
+    other = type(model)(config, model.padding_idx).double().eval()
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 # ---- A small vocabulary: ordinary ids start at 5 ---------------------------------------------
@@ -101,8 +138,24 @@ any_words = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size
 familiar_words = st.text(alphabet=LETTERS[:12] + "ÀÉñ .,'-\u0301中文😀\t\x00\u200b", max_size=40)
 
 
-def small_tokenizer():
+def small_tokenizer() -> Tokenizer:
     return data.wordpiece({token: i for i, token in enumerate(VOCABULARY)})
+
+
+@st.composite
+def tokenizers(draw: st.DrawFn) -> Tokenizer:
+    """Draws the small tokenizer with other ids: the tokens, special ones too, are at any of twice
+    as many ids. It shrinks to the usual ones.
+    """
+    seed = draw(st.none() | seeds)
+    if seed is None:
+        return small_tokenizer()
+    ids = np.random.default_rng(seed).permutation(2 * len(VOCABULARY)).tolist()
+    return data.wordpiece(dict(zip(VOCABULARY, ids, strict=False)))
+
+
+def ids_of(tokenizer: Tokenizer, *tokens: str) -> list[int]:
+    return [tokenizer.token_to_id(token) for token in tokens]
 
 
 # ---- Small models with this vocabulary -------------------------------------------------------
@@ -166,12 +219,12 @@ def gradients(
 # ---- Small corpora ---------------------------------------------------------------------------
 
 
-def corpus_of(documents: list[list[list[int]]]) -> data.TokenizedCorpus:
+def corpus_of(documents: list[list[list[int]]], tokenizer=None) -> data.TokenizedCorpus:
     """Returns documents of sentences of token ids as a corpus, without those that have fewer than
     two sentences.
     """
     usable = [sentences for sentences in documents if len(sentences) > 1]
-    return data.pack(usable, small_tokenizer())
+    return data.pack(usable, tokenizer or small_tokenizer())
 
 
 @st.composite
@@ -200,17 +253,48 @@ def documents(
     ]
 
 
+@st.composite
+def examples(
+    draw: st.DrawFn, whole_words: st.SearchStrategy[bool] = either
+) -> data.PretrainDataset:
+    """Draws a corpus of all kinds, a tokenizer with any ids, and the arguments of a dataset."""
+    tokenizer = draw(tokenizers())
+    ids = ids_of(tokenizer, *VOCABULARY)
+    docs = [[[ids[i] for i in sentence] for sentence in doc] for doc in draw(documents())]
+    corpus = corpus_of(docs, tokenizer)
+    return data.PretrainDataset(corpus, tokenizer, draw(lengths), draw(seeds), draw(whole_words))
+
+
+@st.composite
+def numbered_examples(draw: st.DrawFn) -> data.PretrainDataset:
+    """Draws a dataset whose token at offset k of the corpus has the id 1000 + k, so that every id
+    tells its offset. The special tokens have ids in another order, above those.
+    """
+    ids = iter(range(1000, 100_000))
+    usable = [doc for doc in draw(documents()) if len(doc) > 1]
+    docs = [[[next(ids) for _ in sentence] for sentence in doc] for doc in usable]
+    tokenizer = numbered_tokenizer()
+    corpus = corpus_of(docs, tokenizer)
+    return data.PretrainDataset(corpus, tokenizer, draw(lengths), draw(seeds), draw(st.booleans()))
+
+
+@functools.cache
+def numbered_tokenizer() -> Tokenizer:
+    """Returns a tokenizer with an id for every offset of a numbered corpus."""
+    special = {name: 40_000 + 3 * i for i, name in enumerate(reversed(data.SPECIAL_TOKENS))}
+    return data.wordpiece({**{f"t{i}": i for i in range(900, 25_000)}, **special})
+
+
 def original(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the ids before masking: the label where there is one."""
     labels = batch["mlm_labels"]
     return torch.where(labels == data.IGNORED_LABEL, batch["input_ids"], labels)
 
 
-def candidates_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def candidates_of(batch: dict[str, torch.Tensor], tokenizer: Tokenizer) -> torch.Tensor:
     """Returns True where a token may be masked, bool (batch, seq): not at [CLS], [SEP], [PAD]."""
-    ids = original(batch)
-    special = [data.SPECIAL_TOKENS.index(name) for name in ("[PAD]", "[CLS]", "[SEP]")]
-    return ~torch.isin(ids, torch.tensor(special))
+    special = torch.tensor(ids_of(tokenizer, "[PAD]", "[CLS]", "[SEP]"))
+    return ~torch.isin(original(batch), special)
 
 
 def is_within(share: float, expected: float, draws: int) -> bool:
@@ -263,23 +347,6 @@ def corpora_of_all_kinds(room: int) -> dict[str, list[list[int]]]:
         ],
         "as long as an example": [document(room + 3, 3, 30) for _ in range(200)],
     }
-
-
-def numbered(documents: list[list[list[int]]]) -> list[list[list[int]]]:
-    """Returns documents of the same shapes whose token at offset k of the corpus has the id
-    1000 + k, so that every id tells its offset. Those that are left out have the id 999.
-    """
-    ids = iter(range(1000, 65000))
-    return [
-        [[next(ids) if len(document) > 1 else 999 for _ in sentence] for sentence in document]
-        for document in documents
-    ]
-
-
-def offset_tokenizer(size: int = 20_000):
-    """Returns a tokenizer with an id for every offset of a `numbered` corpus."""
-    names = [*data.SPECIAL_TOKENS, *(f"t{i}" for i in range(5, size))]
-    return data.wordpiece({token: i for i, token in enumerate(names)})
 
 
 # ---- Small corpora in files ------------------------------------------------------------------
@@ -336,17 +403,6 @@ def review_batches(sizes: list[int], batch_size: int, seed: int | None) -> SST2B
     """Returns batches of sentences: the i-th is sizes[i] times the token i + 1, labelled i % 2."""
     rows = [[i + 1] * size for i, size in enumerate(sizes)]
     return SST2Batches(rows, [i % 2 for i in range(len(sizes))], batch_size, seed=seed)
-
-
-def write_cased_vocabulary(folder: Path, **tokenizer_config) -> Path:
-    """Writes a cased vocabulary in the old form, vocab.txt alone or with a config; returns the
-    folder.
-    """
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.txt").write_text("\n".join([*VOCABULARY, "A", "é"]) + "\n", encoding="utf-8")
-    if tokenizer_config:
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
-    return folder
 
 
 def write_mistakes(folder: Path) -> Path:

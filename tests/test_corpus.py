@@ -2,17 +2,15 @@
 disk. What is left out is counted, and what cannot be read is rejected in one line.
 """
 
-import gzip
+import errno
 import itertools
 import json
 import math
 import os
 import pickle
 import re
-import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -21,29 +19,25 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from helpers import ROOT, start, wait
+from helpers import start, wait
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
     LETTERS,
     TEXTS,
-    UNK,
     VOCABULARY,
     corpus_of,
     documents,
     is_within,
     small_tokenizer,
+    tokenizers,
     write_rows,
     write_texts,
 )
 
 import data
 from data import CorpusArrays, PretrainDataset, TokenizedCorpus
-from train_pretrain import PretrainOptions, pretrain
-
-
-def tokens_of(corpus: TokenizedCorpus) -> list[str]:
-    return [VOCABULARY[token] for token in corpus.tokens]
+from train_pretrain import pretrain
 
 
 def documents_of(corpus: TokenizedCorpus) -> list[list[list[int]]]:
@@ -137,23 +131,15 @@ def test_every_token_of_a_document_with_two_sentences_is_kept(texts):
     assert notes.total() == skipped
 
 
-def test_strings_become_a_batch_in_six_lines(tmp_path):
-    texts = [f"{c} aa. {c}{c} bb! cc dd {c}" for c in LETTERS]
-    tokenizer = data.train_tokenizer(texts, vocab_size=80)
-    corpus = data.tokenize_corpus(texts, tokenizer, tmp_path / "corpus")
-    dataset = PretrainDataset(corpus, tokenizer, max_seq_length=16)
-    batch = next(iter(data.get_split_dataloader(dataset, batch_size=4, workers=0)))
-    assert len(batch["input_ids"]) == 4
-
-
-@given(st.lists(texts, min_size=2, max_size=40))
-def test_a_corpus_on_disk_is_what_its_documents_are_in_memory(texts):
+@given(st.lists(texts, min_size=2, max_size=40), tokenizers())
+def test_a_corpus_on_disk_is_what_its_documents_are_in_memory(texts, tokenizer):
     texts += TEXTS
-    encoded = list(data.encode_documents(texts, small_tokenizer(), Counter()))
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "in-memory"
-    shutil.rmtree(folder, ignore_errors=True)
-    on_disk = data.tokenize_corpus(iter(texts), small_tokenizer(), folder)
-    in_memory = data.pack(encoded, small_tokenizer())
+    encoded = list(data.encode_documents(texts, tokenizer, Counter()))
+    in_memory = data.pack(encoded, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        on_disk = data.tokenize_corpus(iter(texts), tokenizer, f"{folder}/corpus")
+    unknown = 100 * np.mean(in_memory.tokens == tokenizer.token_to_id("[UNK]"))
+    assert on_disk.notes["% [UNK]"] == round(unknown, 2)
     for name in CorpusArrays._fields:
         one, other = getattr(in_memory, name), getattr(on_disk, name)
         assert one.dtype == other.dtype
@@ -170,7 +156,6 @@ def test_the_largest_id_decides_how_wide_a_token_is_stored(largest, dtype, tmp_p
     corpus = data.tokenize_corpus(["xx a\n\nb", "c\n\nxx d"], tokenizer, tmp_path / "corpus")
     assert corpus.tokens.dtype == dtype
     assert corpus.tokens.tolist().count(largest) == 2
-    assert corpus.unigram_entropy() == pytest.approx(entropy(corpus.tokens))
 
 
 def test_blank_lines_do_not_end_a_document(tmp_path):
@@ -184,31 +169,15 @@ def test_blank_lines_do_not_end_a_document(tmp_path):
     assert is_within(batch["nsp_labels"].double().mean().item(), 0.5, 1000)
 
 
-@pytest.mark.parametrize(
-    "mark", ["।", "॥", "۔", "؟", "።", "។", "。"], ids=lambda mark: f"{ord(mark):x}"
-)
-def test_texts_of_other_scripts_have_sentences(mark, tmp_path):
-    """300 Hindi texts of four sentences were "0 documents of two sentences"."""
-    texts = [f"aa{mark} bb{mark} cc{mark} dd{mark}"] * 300
-    corpus = data.tokenize_corpus(texts, small_tokenizer(), tmp_path / "corpus")
-    assert len(corpus.document_starts) - 1 == 300
-    assert len(corpus.sentence_starts) - 1 == 4 * 300
-
-
 # ---- What is left out, and what is rejected -----------------------------------------------------
 
 
-def test_a_run_says_what_was_read_left_out_cut_and_unknown(tmp_path):
+def test_a_run_says_what_was_read_left_out_and_cut(tmp_path):
     texts = ["aa. b", "", None, "cc. d", "one", "a. " + "b " * 1000, "a. é中 ? d. e"]
     corpus = data.tokenize_corpus(texts, small_tokenizer(), tmp_path / "corpus")
     said = TokenizedCorpus(tmp_path / "corpus").describe()
     assert said == corpus.describe()
-    unknown = 100 * np.mean(corpus.tokens == UNK)
-    for part in (
-        "4 documents", f"{len(corpus.sentence_starts) - 1} sentences", f"{len(corpus):,} tokens",
-        "3 documents with fewer than two sentences skipped", "1 sentences cut",
-        f"{round(unknown, 2)} % [UNK]",
-    ):  # fmt: skip
+    for part in ("4 documents", f"{len(corpus):,} tokens", "3 documents with", "1 sentences cut"):
         assert part in said
 
 
@@ -221,24 +190,12 @@ def test_a_poisoned_document_surfaces_with_its_index(tmp_path):
         assert not (tmp_path / "arrays.unfinished").exists()
 
 
-def test_a_poisoned_row_surfaces_with_its_index_where_rows_are_joined():
-    rows = [{"body": text} for text in ("a", "b", "c", "d", "e", 7)]
-    with pytest.raises(ValueError, match="row 5: body is int"):
-        list(data.join_rows(rows, "body", 2))
-
-
 def test_rows_are_joined_to_documents_with_a_blank_line_between_them():
     rows = [{"body": text} for text in ("a b.", None, "c", "", "d")]
     assert list(data.join_rows(rows, "body", 1)) == ["a b.", "", "c", "", "d"]
     assert list(data.join_rows(rows, "body", 3)) == ["a b.\n\nc", "d"]
-
-
-def test_a_column_of_lists_of_numbers_is_named(tmp_path):
-    path = write_rows(tmp_path / "corpus.jsonl", [{"text": [1, 2]}] * 9)
-    with pytest.raises(ValueError, match="text 0 is list"):
-        pretrain(PretrainOptions(out=str(tmp_path / "run"), dataset=path, workers=0))
-    with pytest.raises(ValueError, match="row 0: text is list"):
-        data.get_corpus(path, "train", small_tokenizer())
+    with pytest.raises(ValueError, match="row 5: body is int"):
+        list(data.join_rows([*rows, {"body": 7}], "body", 2))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -273,7 +230,7 @@ def test_a_folder_that_is_there_is_neither_used_nor_changed(tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_leaves_no_corpus_and_the_next_one_removes_what_it_has_left(tmp_path):
     folder = tmp_path / "corpus"
-    for moment in (0.2, 0.5, 0.8):
+    for moment in (0.0, 0.3):
         process = start(slowly, folder, 2000, 20.0)
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob("corpus.unfinished/tokens.*")) and time.monotonic() < deadline:
@@ -298,28 +255,16 @@ def test_two_processes_make_the_same_new_corpus_at_once(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "corpus.lock"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-def test_a_full_disk_is_one_message_that_names_the_place(tmp_path):
-    """A process of its own, whose mounts nobody else sees."""
-    code = (
-        "import data, strategies\n"
-        "texts = (f'a{i} bb. cc dd. ee' for i in range(10**6))\n"
-        "data.tokenize_corpus(texts, strategies.small_tokenizer(), 'disk/corpus')\n"
-    )
-    (tmp_path / "disk").mkdir()
-    line = f'mount -t tmpfs -o size=1m none disk && {sys.executable} -c "$CODE"; ls -A disk'
-    environment = {**os.environ, "CODE": code, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
-    ended = subprocess.run(
-        ["unshare", "-m", "sh", "-c", line],
-        cwd=tmp_path, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    if "unshare failed" in ended.stderr or "mount:" in ended.stderr:
-        pytest.skip("mounting is not allowed here")
-    assert (
-        ended.stderr.splitlines()[-1] == "ValueError: cannot write to disk: No space left on device"
-    )
-    assert ended.stdout == "corpus.lock\n"
+def test_a_full_disk_is_one_message_that_names_the_place_and_leaves_nothing(tmp_path):
+    """The error comes while documents are written, from where they are read."""
+
+    def texts():
+        yield from TEXTS * 30
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ValueError, match=f"cannot write to {tmp_path}: No space"):
+        data.tokenize_corpus(texts(), small_tokenizer(), tmp_path / "corpus")
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus.lock"]
 
 
 # ---- The cache ----------------------------------------------------------------------------------
@@ -421,7 +366,7 @@ def test_the_first_word_of_a_file_names_its_split_and_all_others_are_train(tmp_p
     assert list(data.get_dataset(f"{path}/test-0-of-1.txt")["text"]) == ["test-0-of-1.txt"]
 
 
-@pytest.mark.parametrize("name", ["b.csv", "b.tsv", "b.txt.gz", "b.arrow", "b.zip"])
+@pytest.mark.parametrize("name", ["b.csv", "b.txt.gz"])
 def test_files_of_other_kinds_are_rejected_by_name(name, tmp_path):
     """Beside texts, nobody would miss what they hold."""
     path = write_all(tmp_path, {"a.txt": "a", name: "b"})
@@ -430,80 +375,35 @@ def test_files_of_other_kinds_are_rejected_by_name(name, tmp_path):
             data.get_dataset(where)
 
 
-@pytest.mark.parametrize("name", ["corpus[1].jsonl", "a*b.jsonl", "what?.jsonl", "[train].jsonl"])
+@pytest.mark.parametrize("name", ["corpus[1].jsonl", "a*b.jsonl", "what?.jsonl"])
 def test_a_file_is_read_whatever_its_name_and_that_of_its_folder(name, tmp_path):
-    """The name is no pattern, even where other files would match it."""
+    """The name is no pattern, even where other files would match it; and the file may be a link."""
     folder = tmp_path / "run[1] *"
-    write_rows(folder / "corpus1.jsonl", [{"text": "another"}])
-    write_rows(folder / "azb.jsonl", [{"text": "another"}])
-    path = write_rows(folder / name, [{"text": text} for text in TEXTS])
-    assert list(data.get_dataset(path)["text"]) == TEXTS
-
-
-@pytest.mark.parametrize("name", ["text", "json", "parquet", "./csv", ".", "a/../json"])
-def test_a_folder_is_read_whatever_its_name(name, tmp_path, monkeypatch):
-    """The library takes some names for a kind of files, and read all of the current directory."""
-    write_texts(tmp_path / "elsewhere.jsonl", ["another"])
-    (tmp_path / "here/a").mkdir(parents=True)
-    write_texts(tmp_path / "here" / name / "corpus.jsonl", TEXTS)
-    monkeypatch.chdir(tmp_path / "here")
-    assert list(data.get_dataset(name)["text"]) == TEXTS
-
-
-def test_a_link_to_a_file_of_another_name_is_read(tmp_path):
-    path = write_rows(tmp_path / "stored/3f2a", [{"text": "a"}, {"text": "b"}])
-    link = tmp_path / "corpus.jsonl"
-    link.symlink_to(path)
-    assert list(data.get_dataset(str(link))["text"]) == ["a", "b"]
+    write_texts(folder / "corpus1.jsonl", ["another"])
+    write_texts(folder / "azb.jsonl", ["another"])
+    (folder / name).symlink_to(write_texts(tmp_path / "stored/3f2a", TEXTS))
+    assert list(data.get_dataset(str(folder / name))["text"]) == TEXTS
 
 
 # ---- What cannot be read is one line with its path ----------------------------------------------
-
-
-def cut_in_half(path: Path) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "empty.parquet"])
 def test_a_file_that_cannot_be_read_is_one_line_with_its_path(kind, streaming, tmp_path):
     """Cut in half, or in another encoding. It took up to 44 lines, without the name of the file."""
+    whole = tmp_path / f"a.{kind}"
     rows = datasets.Dataset.from_dict({"text": [text * 30 for text in TEXTS]})
-    rows.to_json(tmp_path / "a.jsonl") if kind == "jsonl" else None
-    rows.to_parquet(tmp_path / "a.parquet") if "parquet" in kind else None
-    (tmp_path / "a.txt").write_text("a. b.") if kind == "txt" else None
-    bad = tmp_path / f"bad.{kind}"
     if kind == "txt":
-        bad.write_bytes("café".encode("latin-1"))
-    elif kind == "empty.parquet":
-        bad.write_bytes(b"")
+        content = "café".encode("latin-1")
     else:
-        shutil.copy(tmp_path / f"a.{kind}", bad)
-        cut_in_half(bad)
+        rows.to_json(whole) if kind == "jsonl" else rows.to_parquet(whole)
+        content = whole.read_bytes()
+        content = b"" if "empty" in kind else content[: len(content) // 2]
+    bad = tmp_path / f"bad.{kind}"
+    bad.write_bytes(content)
     with pytest.raises(ValueError, match=f"^cannot read .*{re.escape(bad.name)}: ") as caught:
         list(data.get_dataset(str(tmp_path), split=None, streaming=streaming)["train"])
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_what_the_hub_sends_half_is_one_line_with_its_id(tmp_path, monkeypatch):
-    """A .jsonl.gz that ends too early raises an EOFError while it is streamed."""
-
-    def rows():
-        with gzip.open(tmp_path / "a.jsonl.gz", "rt") as file:
-            for line in file:
-                yield json.loads(line)
-
-    content = "".join(json.dumps({"text": f"a{i} b. c d."}) + "\n" for i in range(9999))
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content.encode()))
-    cut_in_half(tmp_path / "a.jsonl.gz")
-    splits = {
-        split: datasets.IterableDataset.from_generator(rows) for split in ("train", "validation")
-    }
-    monkeypatch.setattr(datasets, "load_dataset", lambda *what, **how: splits)
-    stream = data.Stream("owner/name", small_tokenizer(), PretrainDataset)
-    with pytest.raises(ValueError, match="^cannot read owner/name: ") as caught:
-        list(stream.documents())
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -535,7 +435,7 @@ def test_the_hub_is_asked_for_what_is_not_a_path(monkeypatch):
 
 
 def letters_of(corpus: TokenizedCorpus) -> set[str]:
-    return set(tokens_of(corpus)) - {".", "UNK"}
+    return {VOCABULARY[token] for token in corpus.tokens} - {"."}
 
 
 def write_letters(folder: Path, **splits: str) -> str:
@@ -575,11 +475,8 @@ def test_the_parts_to_train_and_to_evaluate_on(train_split, train, validation, t
 def test_a_corpus_without_validation_holds_out_its_last_documents_that_can_be_used(tmp_path):
     texts = [*(f"{c}\n\n{c}" for c in LETTERS), "the end", ""]
     path = write_texts(tmp_path / "corpus.jsonl", texts)
-    train, held_out = (
-        data.get_corpus(str(path), s, small_tokenizer()) for s in ("train", "validation")
-    )
-    assert letters_of(train) == set(LETTERS[:24])
-    assert letters_of(held_out) == {"y", "z"}
+    for split, letters in (("train", LETTERS[:24]), ("validation", "yz")):
+        assert letters_of(data.get_corpus(path, split, small_tokenizer())) == set(letters)
 
 
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):
@@ -593,6 +490,7 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):
             read()
 
 
+@pytest.mark.slow
 def test_a_run_trains_its_model_and_its_tokenizer_on_its_split(tmp_path, options):
     """Of a split with the letters n to z, no other letter becomes a token."""
     texts = ["\n\n".join(f"{a} {b} {a} {a} {b}" for b in LETTERS[13:]) for a in LETTERS[13:]]
@@ -605,27 +503,3 @@ def test_a_run_trains_its_model_and_its_tokenizer_on_its_split(tmp_path, options
     assert {token for token in vocabulary if token.isalpha() and len(token) == 1} == set(
         LETTERS[13:]
     )
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_run_reads_the_named_column_and_joins_its_rows(streaming, options, tmp_path, capsys):
-    """The numbers in the column "text" cannot be read."""
-    rows = [{"text": 7, "body": f"{a} {b}."} for a in LETTERS for b in "abc"]
-    for split in ("train", "validation"):
-        write_rows(tmp_path / f"rows/{split}.jsonl", rows)
-    told = replace(
-        options, dataset=str(tmp_path / "rows"), text_column="body", rows_per_document=3,
-        streaming=streaming,
-    )  # fmt: skip
-    pretrain(told)
-    assert "validation: 26 documents" in capsys.readouterr().out
-
-
-def test_texts_are_those_of_the_named_column_and_split(tmp_path):
-    write_rows(tmp_path / "train.jsonl", [{"text": "a", "body": "b"}])
-    write_rows(tmp_path / "test.jsonl", [{"text": "c", "body": "d"}])
-    assert list(data.get_texts(str(tmp_path))) == ["a"]
-    assert list(data.get_texts(str(tmp_path), "test", column="body")) == ["d"]
-    large = datasets.Features(text=datasets.Value("large_string"))
-    datasets.Dataset.from_dict({"text": ["e"]}, large).to_parquet(tmp_path / "large.parquet")
-    assert list(data.get_texts(str(tmp_path / "large.parquet"))) == ["e"]

@@ -1,11 +1,10 @@
 """From two segments to a masked example: which columns are masked, and what becomes of their
-tokens.
+tokens. The ids of the drawn vocabularies are in any order, with holes, the special ones included.
 """
 
 import itertools
 import math
 import pickle
-from collections import Counter
 from unittest import mock
 
 import numpy as np
@@ -18,13 +17,11 @@ from strategies import (
     VOCABULARY,
     candidates_of,
     corpus_of,
-    documents,
+    examples,
+    ids_of,
     is_within,
-    lengths,
-    numbered,
+    numbered_examples,
     original,
-    offset_tokenizer,
-    seeds,
     small_tokenizer,
 )
 
@@ -39,37 +36,34 @@ def is_masked(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 # ---- Single tokens ------------------------------------------------------------------------------
 
 
-@given(documents(), lengths, seeds, st.booleans())
-def test_labels_are_the_original_ids_at_masked_columns_and_nothing_else_changes(
-    docs, length, seed, whole_words
-):
+@given(numbered_examples())
+def test_labels_are_the_original_ids_at_masked_columns_and_nothing_else_changes(dataset):
     """Ids that count through the corpus follow each other within a segment, if they are read from
     the labels at masked columns and from the input elsewhere."""
-    corpus = corpus_of(numbered(docs))
-    dataset = PretrainDataset(corpus, offset_tokenizer(), length, seed, whole_words)
     batch = dataset.batch(range(8))
-    for row, is_candidate in zip(original(batch), candidates_of(batch), strict=True):
+    candidates = candidates_of(batch, dataset.tokenizer)
+    for row, is_candidate in zip(original(batch), candidates, strict=True):
         ids = row[is_candidate].tolist()
         breaks = [one + 1 != other for one, other in itertools.pairwise(ids)]
         assert sum(breaks) <= 1  # between segment A and segment B
-        assert 1000 <= min(ids) <= max(ids) < 1000 + len(corpus)
+        assert 1000 <= min(ids) <= max(ids) < 1000 + len(dataset.corpus)
 
 
-@given(documents(), lengths, seeds)
-def test_exactly_15_percent_of_the_candidates_are_masked_and_at_least_one(docs, length, seed):
-    batch = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed).batch(range(16))
+@given(examples(whole_words=st.just(False)))
+def test_exactly_15_percent_of_the_candidates_are_masked_and_at_least_one(dataset):
+    batch = dataset.batch(range(16))
     masked = is_masked(batch).sum(dim=1).tolist()
-    candidates = candidates_of(batch).sum(dim=1).tolist()
+    candidates = candidates_of(batch, dataset.tokenizer).sum(dim=1).tolist()
     assert masked == [max(1, round(0.15 * n)) for n in candidates]
 
 
-@given(documents(), lengths, seeds, st.booleans())
-def test_special_tokens_are_never_masked_and_never_drawn(docs, length, seed, whole_words):
-    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed, whole_words)
+@given(examples())
+def test_special_tokens_are_never_masked_and_never_drawn(dataset):
     batch = dataset.batch(range(16))
-    assert not (is_masked(batch) & ~candidates_of(batch)).any()
-    inputs = batch["input_ids"][candidates_of(batch)]
-    assert set(inputs.tolist()) <= {MASK, *range(5, len(VOCABULARY))}
+    candidates = candidates_of(batch, dataset.tokenizer)
+    assert not (is_masked(batch) & ~candidates).any()
+    inputs = batch["input_ids"][candidates]
+    assert set(inputs.tolist()) <= {*ids_of(dataset.tokenizer, "[MASK]", *VOCABULARY[5:])}
 
 
 def make_large_batch() -> dict[str, torch.Tensor]:
@@ -104,26 +98,17 @@ def test_of_the_masked_80_percent_become_mask_10_a_random_token_and_10_stay(larg
 
 def test_every_column_is_equally_likely_to_be_masked(large_batch):
     """Columns 1 to 50 are candidates in nearly all examples, and masked with probability 0.15."""
-    is_candidate = candidates_of(large_batch)[:, 1:51]
+    is_candidate = candidates_of(large_batch, small_tokenizer())[:, 1:51]
     masked = is_masked(large_batch)[:, 1:51]
     for column in range(50):
         draws = int(is_candidate[:, column].sum())
         assert is_within(int(masked[:, column].sum()) / draws, 0.15, draws)
 
 
-class Scripted:
-    """A generator whose draws are given."""
-
-    def __init__(self, *shares: list[float]) -> None:
-        self.shares = list(shares)
-
-    def random(self, size: int) -> np.ndarray:
-        return np.array(self.shares.pop(0))
-
-
 def test_draws_below_0_8_put_mask_draws_below_0_9_a_random_token_and_above_the_token_stays():
     input_ids = np.array([2, 10, 11, 12, 13, 3])
-    rng = Scripted([0.31, 0.85, 0.97], [0.5, 0.85, 0.2])
+    draws = iter([np.array([0.31, 0.85, 0.97]), np.array([0.5, 0.85, 0.2])])
+    rng = mock.Mock(random=lambda size: next(draws))
     corrupted, labels = data.mask_tokens(input_ids, np.array([1, 2, 4]), rng, 4, np.arange(20, 30))
     assert corrupted.tolist() == [2, 4, 28, 12, 13, 3]
     assert labels.tolist() == [-100, 10, 11, -100, 13, -100]
@@ -140,49 +125,52 @@ def test_the_share_of_masked_tokens_is_an_argument(share, whole_words):
     assert (example["mlm_labels"] != IGNORED_LABEL).sum() == round(share * candidates)
 
 
-@given(st.permutations(range(5, 60)).map(lambda ids: ids[: len(VOCABULARY)]), seeds)
-def test_special_tokens_may_have_any_ids_and_the_vocabulary_may_have_holes(ids, seed):
-    """Each example is the same as with the usual ids, except for random tokens."""
-    usual = small_tokenizer()
-    moved = data.wordpiece(dict(zip(VOCABULARY, ids, strict=True)))
-    texts = [f"{c} aa {c}{c} bb. c{c} dd, {c}. ee ff" for c in "abcdefgh"]
-    examples = []
-    for tokenizer in (usual, moved):
-        documents = list(data.encode_documents(texts, tokenizer, Counter()))
-        corpus = data.pack(documents, tokenizer)
-        examples.append(PretrainDataset(corpus, tokenizer, 16, seed)[3])
-    expected, found = (example["mlm_labels"] for example in examples)
-    at_labels = expected != IGNORED_LABEL
-    assert found[at_labels].tolist() == [ids[label] for label in expected[at_labels]]
-    assert (found[~at_labels] == IGNORED_LABEL).all()
-    inputs = examples[0]["input_ids"][~at_labels].tolist()
-    assert examples[1]["input_ids"][~at_labels].tolist() == [ids[token] for token in inputs]
-    special = {ids[data.SPECIAL_TOKENS.index(name)] for name in ("[PAD]", "[CLS]", "[SEP]")}
-    assert not special & set(examples[1]["input_ids"][at_labels].tolist())
-
-
 # ---- Whole words --------------------------------------------------------------------------------
 
 
-@given(documents(), lengths, seeds)
-def test_all_pieces_of_a_word_are_masked_or_none_and_at_least_one_word_is(docs, length, seed):
-    """The number of masked columns is at least 15%, and only the last word exceeds it."""
-    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed, True)
-    batch = dataset.batch(range(16))
+def masked_words(dataset: PretrainDataset, batch: dict[str, torch.Tensor]) -> list[list[list]]:
+    """Returns whether each token of each word of each example is masked."""
+    rows = []
     for row, masked, is_candidate in zip(
-        original(batch).tolist(), is_masked(batch), candidates_of(batch), strict=True
+        original(batch).tolist(),
+        is_masked(batch).tolist(),
+        candidates_of(batch, dataset.tokenizer).tolist(),
+        strict=True,
     ):
         words: list[list[bool]] = []
-        for column in is_candidate.nonzero().flatten().tolist():
-            if VOCABULARY[row[column]].startswith("##") and is_candidate[column - 1]:
-                words[-1].append(bool(masked[column]))
+        for column in itertools.compress(range(len(row)), is_candidate):
+            is_piece = dataset.tokenizer.id_to_token(row[column]).startswith("##")
+            if is_piece and is_candidate[column - 1]:
+                words[-1].append(masked[column])
             else:
-                words.append([bool(masked[column])])
+                words.append([masked[column]])
+        rows.append(words)
+    return rows
+
+
+@given(examples(whole_words=st.just(True)))
+def test_all_pieces_of_a_word_are_masked_or_none_and_at_least_one_word_is(dataset):
+    """The number of masked columns is at least 15%, and only the last word exceeds it."""
+    for words in masked_words(dataset, dataset.batch(range(16))):
         assert all(len(set(word)) == 1 for word in words)
         taken = [len(word) for word in words if word[0]]
         assert taken
-        count = max(1, round(0.15 * int(is_candidate.sum())))
+        count = max(1, round(0.15 * sum(map(len, words))))
         assert count <= sum(taken) < count + max(taken)
+
+
+@pytest.mark.parametrize("pieces", [["##1"], ["##'"], ["##文"], ["##1", "##'", "##文"], []])
+def test_a_word_may_go_on_with_digits_signs_and_chinese_or_no_word_may(pieces):
+    """Words have one token and then each of the pieces; some vocabularies have no piece at all."""
+    words = ["x", "1", "'", "文"]
+    vocabulary = {token: i for i, token in enumerate([*pieces, *words, *data.SPECIAL_TOKENS])}
+    tokenizer = data.wordpiece(vocabulary)
+    sentence = [vocabulary[token] for word in words for token in (word, *pieces)]
+    corpus = corpus_of([[sentence] * 9] * 4, tokenizer)
+    dataset = PretrainDataset(corpus, tokenizer, 60, 0, True)
+    found = [word for row in masked_words(dataset, dataset.batch(range(40))) for word in row]
+    assert all(len(set(word)) == 1 for word in found)
+    assert max(map(len, found)) == 1 + len(pieces)
 
 
 def test_a_word_never_reaches_across_sep():
@@ -196,40 +184,16 @@ def test_a_word_never_reaches_across_sep():
     assert (masked_b & ~masked_a).any()
 
 
-def continues_word_of(word_lengths: list[int]) -> np.ndarray:
-    return np.concatenate([np.arange(length) > 0 for length in word_lengths])
-
-
 def test_words_are_taken_in_a_random_order_until_there_are_enough_tokens():
     """All orders of five words are tried."""
-    word_lengths = [1, 3, 1, 2, 4]
+    lengths = [1, 3, 1, 2, 4]
+    continues_word = np.concatenate([np.arange(length) > 0 for length in lengths])
     for order in itertools.permutations(range(5)):
         rng = mock.Mock(permutation=lambda size, order=order: np.array(order))
-        taken = data.choose_words(continues_word_of(word_lengths), 4, rng)
+        taken = data.choose_words(continues_word, 4, rng)
         expected: set[int] = set()
         for word in order:
-            if sum(word_lengths[i] for i in expected) < 4:
+            if sum(lengths[i] for i in expected) < 4:
                 expected.add(word)
-        words = [[i] * length for i, length in enumerate(word_lengths)]
+        words = [[i] * length for i, length in enumerate(lengths)]
         assert taken.tolist() == [i in expected for i in itertools.chain(*words)]
-
-
-def test_an_example_of_one_long_word_is_masked_whole():
-    taken = data.choose_words(continues_word_of([5]), 1, np.random.default_rng(0))
-    assert taken.tolist() == [True] * 5
-
-
-def test_long_words_are_masked_slightly_more_often_and_short_ones_in_15_percent_of_cases():
-    """Words of 1, 5 and 8 tokens in an example of 125: 15, 16 and 20 percent, within five standard
-    deviations of 4,000 draws. Google's code takes words of four pieces in 11.7% of cases."""
-    word_lengths = [1] * 60 + [5] * 5 + [8] * 5
-    rng = np.random.default_rng(0)
-    taken = np.zeros(sum(word_lengths))
-    for _ in range(4000):
-        taken += data.choose_words(continues_word_of(word_lengths), round(0.15 * 125), rng)
-    shares = {1: taken[0] / 4000, 5: taken[60] / 4000, 8: taken[-1] / 4000}
-    print(shares)
-    assert is_within(taken[:60].mean() / 4000, 0.15, 60 * 4000) or taken[:60].mean() / 4000 > 0.15
-    assert shares[1] < 0.18
-    assert 0.13 < shares[5] < 0.22
-    assert 0.15 < shares[8] < 0.27

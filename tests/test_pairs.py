@@ -4,22 +4,21 @@ segment, nor any length, tells whether segment B follows segment A.
 
 import itertools
 import math
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
-    CLS,
-    PAD,
-    SEP,
     corpora_of_all_kinds,
     corpus_of,
     documents,
+    examples,
+    ids_of,
     is_within,
-    lengths,
-    numbered,
-    offset_tokenizer,
+    numbered_examples,
     original,
     seeds,
     sentences_of_lengths,
@@ -34,10 +33,11 @@ KINDS = corpora_of_all_kinds(ROOM)
 rooms = st.integers(2, 37)
 
 
-def split_row(row: list[int]) -> tuple[list[int], list[int]]:
+def segments(dataset: PretrainDataset, row: list[int]) -> tuple[list[int], list[int]]:
     """Returns segment A and segment B of a row before masking."""
-    first_sep = row.index(SEP)
-    last_sep = len(row) - 1 - row[::-1].index(SEP)
+    (sep,) = ids_of(dataset.tokenizer, "[SEP]")
+    first_sep = row.index(sep)
+    last_sep = len(row) - 1 - row[::-1].index(sep)
     return row[1:first_sep], row[first_sep + 1 : last_sep]
 
 
@@ -57,56 +57,49 @@ def draw_pairs(corpus: TokenizedCorpus, count: int, room: int = ROOM, seed: int 
 
 @given(documents(), rooms, seeds)
 def test_a_true_segment_b_follows_and_a_random_one_is_from_another_document(docs, room, seed):
+    """Segment A ends a sentence, and segment B starts one."""
     corpus = corpus_of(docs)
+    starts = set(corpus.sentence_starts.tolist())
     for pair in draw_pairs(corpus, 16, room, seed):
         document_a = span_around(corpus.document_starts, pair.a_start)
         document_b = span_around(corpus.document_starts, pair.b_start)
         assert pair.a_start < pair.a_end <= document_a[1]
         assert pair.b_start < pair.b_end <= document_b[1]
+        assert {pair.a_end, pair.b_start} <= starts
         if pair.is_random:
             assert document_a != document_b
         else:
             assert pair.b_start == pair.a_end
 
 
-@given(documents(), rooms, seeds)
-def test_segment_a_ends_a_sentence_and_segment_b_starts_one(docs, room, seed):
-    corpus = corpus_of(docs)
-    starts = set(corpus.sentence_starts.tolist())
-    for pair in draw_pairs(corpus, 16, room, seed):
-        assert {pair.a_end, pair.b_start} <= starts
-
-
-@given(documents(), lengths, seeds)
-def test_an_example_is_cls_segment_a_sep_segment_b_sep_and_padding(docs, length, seed):
+@given(examples())
+def test_an_example_is_cls_segment_a_sep_segment_b_sep_and_padding(dataset):
     """Segment ids are 0 up to the first [SEP], 1 up to the second, and 0 on padding. The batch is
     as wide as its longest example, and no example exceeds the limit."""
-    dataset = PretrainDataset(corpus_of(docs), small_tokenizer(), length, seed)
     batch = dataset.batch(range(16))
+    pad, cls, sep = ids_of(dataset.tokenizer, "[PAD]", "[CLS]", "[SEP]")
     widths = []
     for ids, types in zip(original(batch).tolist(), batch["token_type_ids"].tolist(), strict=True):
-        segment_a, segment_b = split_row(ids)
-        assert segment_a
-        assert segment_b
-        assert not {PAD, CLS, SEP} & {*segment_a, *segment_b}
-        width = len(segment_a) + len(segment_b) + 3
+        a, b = segments(dataset, ids)
+        assert a
+        assert b
+        assert not {pad, cls, sep} & {*a, *b}
+        width = len(a) + len(b) + 3
         padding = len(ids) - width
-        assert ids == [CLS, *segment_a, SEP, *segment_b, SEP] + [PAD] * padding
-        assert types == [0] * (len(segment_a) + 2) + [1] * (len(segment_b) + 1) + [0] * padding
+        assert ids == [cls, *a, sep, *b, sep] + [pad] * padding
+        assert types == [0] * (len(a) + 2) + [1] * (len(b) + 1) + [0] * padding
         widths.append(width)
-    assert max(widths) == batch["input_ids"].size(1) <= length
+    assert max(widths) == batch["input_ids"].size(1) <= dataset.max_seq_length
     assert {str(values.dtype) for values in batch.values()} == {"torch.int64"}
     assert {np.asarray(values).dtype for values in dataset[0].values()} == {np.dtype("int64")}
 
 
-@given(documents(), lengths, seeds)
-def test_an_example_holds_the_tokens_of_its_pair(docs, length, seed):
+@given(numbered_examples())
+def test_an_example_holds_the_tokens_of_its_pair(dataset):
     """Ids that count through the corpus show where each segment is from."""
-    corpus = corpus_of(numbered(docs))
-    dataset = PretrainDataset(corpus, offset_tokenizer(), length, seed)
     batch = dataset.batch(range(8))
     for ids, is_random in zip(original(batch).tolist(), batch["nsp_labels"].tolist(), strict=True):
-        segment_a, segment_b = split_row([i for i in ids if i != PAD])
+        segment_a, segment_b = segments(dataset, ids)
         for segment in (segment_a, segment_b):
             assert segment == list(range(segment[0], segment[0] + len(segment)))
         assert (segment_a[-1] + 1 == segment_b[0]) or is_random
@@ -216,16 +209,6 @@ def test_a_seam_is_the_next_start_of_a_sentence_and_in_the_last_sentence_its_own
     assert find_seam(corpus, 15) == find_seam(corpus, 18) == Seam(15, 17, 19)
 
 
-@given(documents(), st.data())
-def test_a_seam_has_a_sentence_of_its_document_on_either_side(docs, draw):
-    corpus = corpus_of(docs)
-    offset = draw.draw(st.integers(0, len(corpus) - 1))
-    seam = find_seam(corpus, offset)
-    assert seam.document_start <= offset < seam.document_end
-    assert seam.document_start < seam.offset < seam.document_end
-    assert seam.offset in corpus.sentence_starts
-
-
 # ---- By statistics: nothing about one segment, or about the form, tells the label ----------------
 #
 # 12,000 pairs of each kind of corpus, always the same ones. Means are compared within five standard
@@ -274,16 +257,11 @@ def facts_of_segment(corpus: TokenizedCorpus, start: int, end: int) -> dict[str,
     }
 
 
-def test_segment_a_tells_nothing_about_the_label(drawn):
+@pytest.mark.parametrize("segment", ["segment A", "segment B"])
+def test_one_segment_tells_nothing_about_the_label(segment, drawn):
     corpus, pairs, is_random = drawn
-    facts = [facts_of_segment(corpus, pair.a_start, pair.a_end) for pair in pairs]
-    assert_tells_nothing(facts, is_random)
-
-
-def test_segment_b_tells_nothing_about_the_label(drawn):
-    corpus, pairs, is_random = drawn
-    facts = [facts_of_segment(corpus, pair.b_start, pair.b_end) for pair in pairs]
-    assert_tells_nothing(facts, is_random)
+    spans = [pair[:2] if segment == "segment A" else pair[2:4] for pair in pairs]
+    assert_tells_nothing([facts_of_segment(corpus, *span) for span in spans], is_random)
 
 
 def test_both_lengths_tell_nothing_about_the_label(drawn):
@@ -298,21 +276,6 @@ def test_both_lengths_tell_nothing_about_the_label(drawn):
 
 
 # ---- Which tokens are drawn ---------------------------------------------------------------------
-
-
-class Scripted:
-    """A generator whose draws are given: a short pair of `target` tokens, both offsets, segment A's
-    share, and the two coins."""
-
-    def __init__(self, target: int, offset: int, elsewhere: int, share: float, coins) -> None:
-        self.shares = [0.0, share]
-        self.numbers = [target, offset, elsewhere, *coins]
-
-    def random(self) -> float:
-        return self.shares.pop(0)
-
-    def integers(self, *bounds):
-        return self.numbers.pop(0)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +293,11 @@ def test_every_token_within_reach_of_a_seam_is_drawn_and_no_other(lengths):
         for elsewhere, share, coins in itertools.product(
             range(len(corpus) - size), range(room), ((0, 0), (1, 1))
         ):
-            rng = Scripted(room, offset, elsewhere, share / room, coins)
+            shares = iter([0.0, share / room])  # a short pair, and segment A's share
+            numbers = iter([room, offset, elsewhere, *coins])
+            rng = SimpleNamespace(
+                random=shares.__next__, integers=lambda *_, numbers=numbers: next(numbers)
+            )
             pair = data.draw_pair(corpus, rng, 0, len(corpus), room)
             found.update(range(pair.a_start, pair.b_end))
     within_reach: set[int] = set()
@@ -346,7 +313,7 @@ def test_every_token_within_reach_of_a_seam_is_drawn_and_no_other(lengths):
     assert found == within_reach
 
 
-@given(documents(), rooms)
+@given(documents(with_long=False), rooms)
 def test_the_examples_of_an_epoch_share_the_corpus_and_leave_nothing_out(docs, room):
     """Each example's part of the corpus starts where that of the one before ends."""
     corpus = corpus_of(docs)
@@ -357,12 +324,8 @@ def test_the_examples_of_an_epoch_share_the_corpus_and_leave_nothing_out(docs, r
         return draw_pair(corpus, rng, start, end, room)
 
     draw_pair = data.draw_pair
-    data.draw_pair = noted
-    try:
-        dataset = PretrainDataset(corpus, small_tokenizer(), room + 3)
-        examples = list(dataset)
-    finally:
-        data.draw_pair = draw_pair
+    with mock.patch.object(data, "draw_pair", noted):
+        examples = list(PretrainDataset(corpus, small_tokenizer(), room + 3))
     assert len(examples) == len(parts) == max(1, len(corpus) // room)
     assert parts[0][0] == 0
     assert parts[-1][1] == len(corpus)
@@ -388,12 +351,4 @@ def test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_35_times_the_mean
     lasts = corpus.document_starts[1:, None] - 1 - np.arange(20)
     for offsets in (firsts, lasts):
         by_distance = drawn[offsets].mean(axis=0) / drawn.mean()
-        print(by_distance.round(2))
         assert by_distance.min() >= 0.35
-
-
-def test_examples_are_full_where_documents_are_long():
-    """On text like novels, 93% of a batch's columns hold a token at T = 64."""
-    corpus = corpus_of(sentences_of_lengths(KINDS["novels"]))
-    batch = PretrainDataset(corpus, small_tokenizer(), ROOM + 3).batch(range(512))
-    assert (original(batch) != PAD).double().mean() > 0.93

@@ -1,11 +1,19 @@
-"""From a sentence to token ids: where a tokenizer comes from, how one is trained, and that no text
-can forge a special token.
+"""From a sentence to token ids: those of Google's rules, whatever the text; where a tokenizer comes
+from, how one is trained, and that no text can forge a special token.
 """
 
+import functools
+import itertools
 import json
+import os
+import subprocess
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
+import wordpiece
+from helpers import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -17,16 +25,70 @@ from strategies import (
     VOCABULARY,
     any_words,
     familiar_words,
+    ids_of,
     seeds,
     small_tokenizer,
-    write_cased_vocabulary,
+    tokenizers,
 )
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import Tokenizer, normalizers
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import NFD, Lowercase, StripAccents
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 import data
+
+# ---- The rules of Google ------------------------------------------------------------------------
+
+MORE = "😀👩🏽🇩🇪中文々カ한국"
+
+
+@functools.cache
+def characters() -> list[str]:
+    """Returns those of Unicode 3.2 that no later version has changed: here the tables of Python and
+    of the library agree."""
+    old = unicodedata.ucd_3_2_0.category
+    ends = [i for part in wordpiece.IDEOGRAPHS for i in (part[0] - 1, part[0], part[-1])]
+    some = range(0x3400, 0x30000, 41)  # of those that are treated alike
+    every = map(chr, [*range(0x3400), *some, *range(0xFB00, 0x10000), *ends])
+    return [c for c in every if old(c) == unicodedata.category(c) and old(c) not in ("Cn", "Cs")]
+
+
+@functools.cache
+def vocabulary_of_characters() -> dict[str, int]:
+    """Returns a vocabulary with every character that a word may have, and a few longer pieces."""
+    words = wordpiece.words_of(" ".join([*characters(), *MORE]))
+    letters = sorted({c for word in words for c in word} - {"a"})
+    longer = ["ab", "##bc", "abc", "##ab", "中文", "##\u1161\u11ab", "[MASK]", "[UNK]", "[CLS]"]
+    tokens = [*longer, "[SEP]", "[PAD]", "a", *letters, *(f"##{c}" for c in letters)]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+@functools.cache
+def tokenizer_of_characters() -> Tokenizer:
+    return data.wordpiece(vocabulary_of_characters())
+
+
+HARD_WORDS = "a abcab É e\u0301 İ ß ΑΣ 한국 \u1112\u1161 中文 々カ 😀 👩🏽 $^ « ’ [MASK] [UNK] ##b"
+HARD_CHARACTERS = "\u00ad\u3000\u00a0\ufffd\u200b\x00\x1f\t\n"
+hard_words = st.sampled_from([*HARD_WORDS.split(), *HARD_CHARACTERS, "b" * 100, "b" * 101])
+
+
+@given(st.lists(hard_words | st.text(max_size=3), max_size=12), st.sampled_from(["", " "]))
+def test_ids_are_those_of_googles_rules_on_any_text(words, between):
+    """Accents in both forms, soft hyphens, wide spaces, U+FFFD, Hangul, emoji, controls, CJK."""
+    known = {*characters(), *MORE}
+    text = "".join(c for c in between.join(words) if c in known)
+    expected = wordpiece.encode(text, vocabulary_of_characters())
+    assert data.encode_plain(tokenizer_of_characters(), [text]) == [expected]
+
+
+def test_each_character_of_unicode_is_treated_by_googles_rules():
+    """Within a word, where it may be kept, changed, dropped, or be a word or a space."""
+    texts = [f"b{c}B" for c in (*characters(), *MORE)]
+    found = data.encode_plain(tokenizer_of_characters(), texts)
+    expected = [wordpiece.encode(text, vocabulary_of_characters()) for text in texts]
+    assert [t for t, one, other in zip(texts, found, expected, strict=True) if one != other] == []
+
 
 # ---- Tokenizers from files ----------------------------------------------------------------------
 
@@ -62,9 +124,15 @@ def test_files_of_a_folder_that_contradict_each_other_are_rejected(tmp_path):
             data.load_tokenizer(tmp_path)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_token(tmp_path):
-    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8-sig")
-    assert data.load_tokenizer(tmp_path).get_vocab() == small_tokenizer().get_vocab()
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_vocabulary_has_a_token_for_each_line(end, encoding, tmp_path):
+    """A token may be a space that ends no line, the last line may end without a newline, and a byte
+    order mark is no part of the first token."""
+    tokens = [*VOCABULARY, "\u00a0", "é"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + end, encoding=encoding)
+    expected = {token: i for i, token in enumerate(tokens)}
+    assert data.load_tokenizer(tmp_path / "vocab.txt").get_vocab() == expected
 
 
 @pytest.mark.parametrize("kind", ["BertTokenizer", "BertTokenizerFast", None])
@@ -104,36 +172,12 @@ def test_a_lowercasing_tokenizer_with_cased_tokens_is_rejected_whatever_file_it_
     assert data.load_tokenizer(folder).encode("Hund").ids == [CLS, cased["Hund"], SEP]
 
 
-def test_a_capital_in_an_added_token_is_no_contradiction(tmp_path):
-    """Added tokens are found before the text is lowercased. <S> is in Google's Chinese one."""
-    tokenizer = data.wordpiece({t: i for i, t in enumerate([*VOCABULARY, "<S>"])})
-    tokenizer.add_tokens([AddedToken("@User", normalized=False)])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    tokens = data.load_tokenizer(tmp_path).encode("A @User").tokens
-    assert tokens == ["[CLS]", "a", "@User", "[SEP]"]
-
-
 def test_special_tokens_are_special_even_if_the_file_does_not_say_so(tmp_path):
     """transformers makes them so, and a [MASK] in a text is to be filled."""
     plain = Tokenizer(WordPiece({t: i for i, t in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     plain.pre_tokenizer = BertPreTokenizer()
     plain.save(str(tmp_path / "tokenizer.json"))
     assert data.load_tokenizer(tmp_path).encode("a [MASK]").ids[-1] == MASK
-
-
-@pytest.mark.parametrize("end", ["", "\n"])
-def test_a_vocabulary_has_a_token_for_each_line(tmp_path, end):
-    """A token may be a space that ends no line, and the last line may end without a newline."""
-    tokens = [*VOCABULARY, "\u00a0", "é"]
-    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + end, encoding="utf-8")
-    expected = {token: i for i, token in enumerate(tokens)}
-    assert data.load_tokenizer(tmp_path / "vocab.txt").get_vocab() == expected
-
-
-def test_a_word_of_more_than_100_characters_is_unknown():
-    tokenizer = small_tokenizer()
-    assert tokenizer.encode("a" * 101).tokens == ["[CLS]", "[UNK]", "[SEP]"]
-    assert len(data.wordpiece({**tokenizer.get_vocab(), "##a": 99}).encode("a" * 100).ids) == 102
 
 
 def test_a_vocabulary_without_a_special_token_is_rejected(tmp_path):
@@ -154,31 +198,23 @@ def test_padding_and_truncation_of_a_published_tokenizer_are_switched_off(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("tokenizer_config", "ids"),
+    ("about", "tokens"),
     [
-        ({"do_lower_case": False}, ["A", "é"]),
-        ({"do_lower_case": False, "strip_accents": True}, ["A", "e"]),
+        (None, "a e 中 文"),
+        ({}, "a e 中 文"),
+        ({"do_lower_case": False}, "A é 中 文"),
+        ({"do_lower_case": False, "strip_accents": True}, "A e 中 文"),
+        ({"do_lower_case": False, "tokenize_chinese_chars": False}, "A é 中文"),
     ],
 )
-def test_a_vocabulary_is_cased_if_its_config_says_so(tokenizer_config, ids, tmp_path):
+def test_a_vocabulary_is_cased_or_chinese_if_its_config_says_so(about, tokens, tmp_path):
     """A cased checkpoint without tokenizer.json was lowercased without a warning."""
-    published = write_cased_vocabulary(tmp_path, **tokenizer_config)
-    for source in (published, published / "vocab.txt"):
-        assert data.load_tokenizer(source).encode("A é").tokens[1:-1] == ids
-
-
-def test_chinese_characters_are_words_unless_the_config_says_otherwise(tmp_path):
-    tokens = {}
-    for handled in (True, False):
-        folder = tmp_path / str(handled)
-        folder.mkdir()
-        (folder / "vocab.txt").write_text(
-            "\n".join([*data.SPECIAL_TOKENS, "中", "文", "中文"]) + "\n"
-        )
-        config = {"tokenize_chinese_chars": handled}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        tokens[handled] = data.load_tokenizer(folder).encode("中文").tokens[1:-1]
-    assert tokens == {True: ["中", "文"], False: ["中文"]}
+    vocabulary = [*VOCABULARY, "é", "中", "文", "中文"] + ["A"] * ("A" in tokens)
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    if about is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    for source in (tmp_path, tmp_path / "vocab.txt"):
+        assert data.load_tokenizer(source).encode("A é 中文").tokens[1:-1] == tokens.split()
 
 
 # ---- Training a tokenizer -----------------------------------------------------------------------
@@ -229,9 +265,11 @@ def test_texts_to_learn_a_vocabulary_from_are_not_held_in_memory():
     assert "##b" in tokenizer.get_vocab()
 
 
-def test_a_vocabulary_smaller_than_the_alphabet_is_rejected():
+def test_a_vocabulary_smaller_than_the_alphabet_and_a_text_that_is_none_are_rejected():
     with pytest.raises(ValueError, match=r"vocab_size 6.* 11"):
         data.train_tokenizer(["abc"], 6)
+    with pytest.raises(ValueError, match="text 1 is list"):
+        data.train_tokenizer(["a", [1, 2]], 60)
 
 
 def test_only_the_thousand_most_frequent_characters_are_tokens():
@@ -248,25 +286,36 @@ def test_only_the_thousand_most_frequent_characters_are_tokens():
     assert rare == [[UNK]]
 
 
-def test_a_text_to_learn_from_that_is_no_text_is_named():
-    with pytest.raises(ValueError, match="text 1 is list"):
-        data.train_tokenizer(["a", [1, 2]], 60)
+@pytest.mark.slow
+def test_processes_with_other_hash_seeds_train_the_same_tokenizer(tmp_path):
+    """The order of a set of strings differs between them, and with it that of equal counts."""
+    texts = [f"{a}{b} {b}{a}{a}" for a, b in itertools.pairwise(LETTERS + "éß中文")]
+    code = f"import sys, data; data.train_tokenizer({texts}, 90).save(sys.argv[1])"
+    files = [tmp_path / "1.json", tmp_path / "2.json"]
+    environments = [
+        {**os.environ, "PYTHONHASHSEED": file.stem, "PYTHONPATH": str(ROOT)} for file in files
+    ]
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(file)], env=environment)
+        for file, environment in zip(files, environments, strict=True)
+    ]
+    data.train_tokenizer(texts, 90).save(str(tmp_path / "here.json"))
+    assert [process.wait() for process in started] == [0, 0]
+    assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
 
 
 # ---- Encoding -----------------------------------------------------------------------------------
 
 
-@given(st.lists(any_words | familiar_words | st.sampled_from(["[MASK]", "[PAD]"]), max_size=6))
-def test_a_corpus_never_yields_a_special_token_but_unk(pieces):
-    """Whatever is written in a text, it cannot forge a [MASK]."""
-    (ids,) = data.encode_plain(small_tokenizer(), [" ".join(pieces)])
-    assert set(ids) <= {1, *range(5, len(VOCABULARY))}
-
-
-def test_a_tokenizer_that_has_encoded_a_corpus_still_knows_its_special_tokens():
-    tokenizer = small_tokenizer()
-    data.encode_plain(tokenizer, ["a [MASK]"])
-    assert tokenizer.encode("[MASK]").ids == [CLS, MASK, SEP]
+@given(
+    tokenizers(),
+    st.lists(any_words | familiar_words | st.sampled_from(["[MASK]", "[PAD]"]), max_size=6),
+)
+def test_a_corpus_never_yields_a_special_token_but_unk(tokenizer, pieces):
+    """Whatever is written in a text, it cannot forge a [MASK]; outside of a corpus it can."""
+    (ids,) = data.encode_plain(tokenizer, [" ".join(pieces)])
+    assert not {*ids} & {*ids_of(tokenizer, "[PAD]", "[CLS]", "[SEP]", "[MASK]")}
+    assert tokenizer.encode("[MASK]").ids == ids_of(tokenizer, "[CLS]", "[MASK]", "[SEP]")
 
 
 def test_thousands_of_texts_are_encoded_in_order():
