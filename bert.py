@@ -597,8 +597,6 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     as_configured.load_state_dict(state, assign=True)  # an error that names what does not fit
     if tokenizer is None and any((directory / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(f"{directory} has a tokenizer: pass the model's own, to replace it")
-    if {model.config.attention_d_k, model.config.attention_d_v} != {model.config.d_model}:
-        warnings.warn("d_k, d_v and d_model differ: only bert.py can open this", stacklevel=3)
 
     published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(model.config).items()}
     published |= FIXED_FIELDS
@@ -662,7 +660,7 @@ def fill_masks(
 
 
 def main() -> None:
-    """Prints how many parameters a model has, and its guesses for each [MASK] in a text."""
+    """Prints a model's guesses for each [MASK] in a text."""
     from tokenizers import Tokenizer
 
     _, source, text = sys.argv
@@ -671,7 +669,6 @@ def main() -> None:
     tokenizer.no_padding()  # published tokenizers may pad and truncate
     tokenizer.no_truncation()
     model = BertPretrainModel.from_pretrained(directory, tokenizer.token_to_id("[PAD]"))
-    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     for guesses in fill_masks(model, tokenizer, text):
         print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in guesses.items()))
 

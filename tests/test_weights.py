@@ -565,7 +565,7 @@ def test_masks_are_filled_on_the_device_of_the_model(device):
     assert found == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_command_prints_the_parameters_and_a_line_for_each_mask(published, capsys):
+def test_the_command_prints_a_line_for_each_mask(published, capsys):
     """A published tokenizer.json may pad and truncate: MiniLM's pads to 128 tokens."""
     model = BertPretrainModel.from_pretrained(published)
     expected = fill_masks(model, small_tokenizer(), "a [MASK] b [MASK]")
@@ -574,8 +574,7 @@ def test_the_command_prints_the_parameters_and_a_line_for_each_mask(published, c
     padded.enable_truncation(4)
     padded.save(str(published / "tokenizer.json"))
     run_as_main(bert.__file__, str(published), "a [MASK] b [MASK]")
-    total, *lines = capsys.readouterr().out.splitlines()
-    assert total.startswith(f"{sum(p.numel() for p in model.parameters()):,}")
+    lines = capsys.readouterr().out.splitlines()
     for line, guesses in zip(lines, expected, strict=True):
         assert all(f"{token} {prob:.3f}" in line for token, prob in guesses.items())
     with pytest.raises(SystemExit, match="no/such/place"):
