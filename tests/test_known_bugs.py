@@ -106,6 +106,11 @@ BUGS = {
         *LAYER, FEED_FORWARD, "x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))",
         "test_hidden_states_and_pooled_output_equal_those_of_transformers",
     ),
+    "2 sinusoidal positions": Bug(
+        bert.Embeddings, "forward", "self.position.weight[:length]",
+        "torch.sin(torch.arange(length))[:, None]",
+        "test_hidden_states_and_pooled_output_equal_those_of_transformers",
+    ),
     "3 the pooler feeds the masked language model": Bug(
         *PRETRAIN, "nsp_logits = self.nsp(self.bert.pool(hidden_states))",
         "nsp_logits = self.nsp(self.bert.pool(hidden_states))\n"
@@ -139,6 +144,10 @@ BUGS = {
         "vocabulary.keys()",
         "test_special_tokens_are_never_masked_and_never_drawn",
     ),
+    "10 special tokens can be masked": Bug(
+        *COLUMNS, "np.concatenate([columns[1:first_sep], columns[first_sep + 1 : -1]])", "columns",
+        "test_special_tokens_are_never_masked_and_never_drawn",
+    ),
     "12 each token masked with probability 0.15": Bug(
         *COLUMNS, "rng.permutation(candidates)[:masked_count]",
         "candidates[rng.random(len(candidates)) < 0.15]",
@@ -154,6 +163,11 @@ BUGS = {
     ),
     "15 no attention mask": Bug(
         *ATTENTION, "(q, k, v, mask, dropout)\n    else", "(q, k, v, None, dropout)\n    else",
+        "test_padding_never_changes_the_outputs_of_real_tokens",
+    ),
+    "15 the attention mask hides queries": Bug(
+        *ATTENTION, "(q, k, v, mask, dropout)\n    else",
+        "(q, k, v, mask.transpose(-1, -2), dropout)\n    else",
         "test_padding_never_changes_the_outputs_of_real_tokens",
     ),
     "16 dropout in evaluation": Bug(
@@ -187,6 +201,11 @@ BUGS = {
         data, "as_text", 'raise ValueError(f"', 'text = str(f"',
         "test_a_poisoned_document_surfaces_with_its_index",
     ),
+    "23 perplexity of both losses": Bug(
+        train_pretrain, "evaluate", 'tensor(metrics["mlm_loss"])',
+        'tensor(metrics["mlm_loss"] + metrics["nsp_loss"])',
+        "test_metrics_are_means_over_all_masked_tokens_and_all_pairs",
+    ),
     "24 a mean of micro-batches' means": Bug(
         train_pretrain, "add_gradients", "mlm_sum / masked",
         "mlm_sum / len(batch['masked_indices']) / len(micro_batches)",
@@ -195,6 +214,14 @@ BUGS = {
     "25 a restart repeats the data": Bug(
         data.EpochSampler, "__iter__", "self.start * self.world_size + self.rank", "self.rank",
         "test_each_epoch_visits_every_example_once_for_any_ranks_and_start",
+    ),
+    "26 the lowest accuracy is the best": Bug(
+        train_sst2, "best_epoch", "argmax", "argmin",
+        "test_the_epoch_with_the_highest_accuracy_is_kept",
+    ),
+    "27 the same order every epoch": Bug(
+        train_sst2.SST2Batches, "__iter__", "self.epoch, 0)", "0, 0)",
+        "test_bucket_orders_differ_by_epoch_and_seed_and_batches_are_of_similar_length",
     ),
     "31 a random pair is cut to fit both documents, a true one its own": Bug(
         data, "draw_pair", "    coin_b = int(rng.integers(2))\n",
@@ -225,6 +252,11 @@ BUGS = {
         "    last = span_around(corpus.document_starts, offset)[1] - 1\n"
         "    seam = find_seam(corpus, min(offset + target // 2, last))",
         "test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_35_times_the_mean",
+    ),
+    "34 the group of ranks has the accelerator's backend alone": Bug(
+        train_pretrain, "join_ranks", '"cpu:gloo,cuda:nccl"', '"nccl"',
+        "test_cpu_tensors_have_a_backend_on_every_machine",
+        {"device": None, "gpus": 1, "backend": "cpu:gloo,cuda:nccl"},
     ),
     "35 the model's padding id is not that of the batches": Bug(
         train_pretrain, "make_model", "options.weights, padding_idx,", "options.weights, None,",
