@@ -1042,9 +1042,8 @@ def run_script(main: Callable, cls: type) -> None:
     a flag. A mistake (ValueError), a system's error (OSError) and a dead data worker end in one
     message. Anything else is a bug, and keeps its traceback.
     """
-    options: Any = tyro.cli(cls, config=(tyro.conf.FlagCreatePairsOff,))
     try:
-        main(options)
+        main(tyro.cli(cls, config=(tyro.conf.FlagCreatePairsOff,)))
         return
     except KeyboardInterrupt:
         sys.exit(130)
