@@ -138,7 +138,7 @@ def sizes_of_blocks(texts: list[str], tmp_path: Path, count: int) -> list[int]:
 def test_a_block_ends_after_so_many_tokens_or_with_its_epoch(tmp_path, monkeypatch):
     """Each of these documents has eight tokens with full stops; epochs have five."""
     monkeypatch.setattr(data, "STREAM_BLOCK", 20)
-    assert sizes_of_blocks(["a aa. b bb."] * 5, tmp_path, 6) == [3, 2] * 3
+    assert sizes_of_blocks(["a aa. b bb."] * 8, tmp_path, 6) == [3, 3, 2] * 2
 
 
 def test_a_block_has_two_documents(tmp_path, monkeypatch):
