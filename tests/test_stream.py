@@ -136,7 +136,7 @@ def sizes_of_blocks(texts: list[str], tmp_path: Path, count: int) -> list[int]:
 
 
 def test_a_block_ends_after_so_many_tokens_or_with_its_epoch(tmp_path, monkeypatch):
-    """Each of these documents has eight tokens with full stops; epochs have five."""
+    """Each of these documents has eight tokens with full stops; epochs have eight."""
     monkeypatch.setattr(data, "STREAM_BLOCK", 20)
     assert sizes_of_blocks(["a aa. b bb."] * 8, tmp_path, 6) == [3, 3, 2] * 2
 
