@@ -13,7 +13,6 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -37,7 +36,6 @@ from strategies import (
 
 import data
 from data import CorpusArrays, PretrainDataset, TokenizedCorpus
-from train_pretrain import pretrain
 
 
 def documents_of(corpus: TokenizedCorpus) -> list[list[list[int]]]:
@@ -472,13 +470,6 @@ def test_the_parts_to_train_and_to_evaluate_on(train_split, train, validation, t
         assert letters("validation") == set(validation)
 
 
-def test_a_corpus_without_validation_holds_out_its_last_documents_that_can_be_used(tmp_path):
-    texts = [*(f"{c}\n\n{c}" for c in LETTERS), "the end", ""]
-    path = write_texts(tmp_path / "corpus.jsonl", texts)
-    for split, letters in (("train", LETTERS[:24]), ("validation", "yz")):
-        assert letters_of(data.get_corpus(path, split, small_tokenizer())) == set(letters)
-
-
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):
     path = write_letters(tmp_path, train="abcd", validation="wxyz")
     for read in (
@@ -488,18 +479,3 @@ def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):
     ):
         with pytest.raises(ValueError, match="train.*validation"):
             read()
-
-
-@pytest.mark.slow
-def test_a_run_trains_its_model_and_its_tokenizer_on_its_split(tmp_path, options):
-    """Of a split with the letters n to z, no other letter becomes a token."""
-    texts = ["\n\n".join(f"{a} {b} {a} {a} {b}" for b in LETTERS[13:]) for a in LETTERS[13:]]
-    write_texts(tmp_path / "corpus/test.jsonl", texts)
-    write_letters(tmp_path / "corpus", train=LETTERS[:13])
-    corpus = str(tmp_path / "corpus")
-    told = replace(options, dataset=corpus, split="test", tokenizer=None, vocab_size=60)
-    pretrain(told)
-    vocabulary = data.load_tokenizer(Path(options.out) / "model").get_vocab()
-    assert {token for token in vocabulary if token.isalpha() and len(token) == 1} == set(
-        LETTERS[13:]
-    )

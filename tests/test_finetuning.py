@@ -1,8 +1,6 @@
 """Fine-tuning on SST-2: what is read, batches, one model, a run of several, and predictions."""
 
-import contextlib
 import copy
-import io
 import itertools
 import json
 import math
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import contents, metrics_of, read_lines
+from helpers import contents, make_review_options, metrics_of, read_lines
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -222,14 +220,6 @@ def test_a_training_line_has_the_loss_of_its_update(tmp_path):
     assert lines["loss"][1] != lines["loss"][0]
 
 
-def test_an_evaluation_has_no_dropout_and_training_continues_with_it():
-    model = SST2BertModel(replace(SMALL, dropout=0.5, attention_dropout=0.5), PADDING).train()
-    batches = review_batches([3, 4, 5], 2, None)
-    found = [evaluate(model, batches, CPU) for _ in range(2)]
-    assert found[0] == found[1]
-    assert model.training
-
-
 def test_the_epoch_with_the_highest_accuracy_is_kept():
     """It is neither the last epoch nor the lowest one."""
     assert best_epoch([0.5, 0.9, 0.7]) == 1
@@ -273,35 +263,13 @@ def test_fine_tuning_stops_at_a_number_that_is_not_finite(spoiled, options, monk
     assert not Path(options.out, "metrics.jsonl").exists()
 
 
-def test_a_learning_rate_that_diverges_leaves_the_best_model_before_it(tmp_path):
-    """It was kept in memory until the last one had ended."""
-    dataset = write_reviews(tmp_path / "reviews", train=40, validation=10)
-    told = SST2Options(
-        out=str(tmp_path / "run"), dataset=dataset, vocab_size=60, epochs=2,
-        learning_rate=(1e-3, 1e30),
-        seeds=2, device="cpu",
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="not finite"):
-        main(told)
-    good = replace(told, out=str(tmp_path / "good"), learning_rate=(1e-3,))
-    main(good)
-    found, expected = (load_file(Path(o.out) / "model/model.safetensors") for o in (told, good))
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert not (tmp_path / "run/model.unfinished").exists()
-
-
 # ---- A run --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def options(tmp_path) -> SST2Options:
     """The options of a run without a test split."""
-    dataset = write_reviews(tmp_path / "reviews", train=120, validation=30)
-    small_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    return SST2Options(
-        out=str(tmp_path / "run"), dataset=dataset, tokenizer=str(tmp_path / "tokenizer.json"),
-        epochs=2, max_seq_length=16, batch_size=8, learning_rate=(1e-3,), device="cpu",
-    )  # fmt: skip
+    return replace(make_review_options(tmp_path, train=120, validation=30), epochs=2)
 
 
 def turn_labels(dataset: str, split: str) -> None:
@@ -332,16 +300,11 @@ def test_a_run_learns_and_scores_the_best_model_on_the_test_split_once(options, 
     assert right[True] / len(texts) == accuracy
 
 
-def test_accuracy_is_that_of_the_validation_split(tmp_path):
+def test_accuracy_is_that_of_the_validation_split(options):
     """There the labels are the other way round, so that what was learned is wrong."""
-    dataset = write_reviews(tmp_path / "reviews", train=300, validation=60)
-    turn_labels(dataset, "validation")
-    options = SST2Options(
-        out=str(tmp_path / "run"), dataset=dataset, epochs=2, vocab_size=60, max_seq_length=16,
-        learning_rate=(1e-3,), device="cpu",
-    )  # fmt: skip
+    turn_labels(options.dataset, "validation")
     main(options)
-    assert read_lines(tmp_path / "run", "validation")["accuracy"][-1] < 0.1
+    assert read_lines(Path(options.out), "validation")["accuracy"][-1] < 0.1
 
 
 def test_the_labels_of_the_test_split_change_nothing_but_its_own_score(options, tmp_path):
@@ -383,7 +346,7 @@ def test_each_split_is_read_from_its_own_data_set(options, tmp_path, monkeypatch
 
 
 def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
-    tmp_path, monkeypatch
+    options, monkeypatch, capsys
 ):
     """The spread is the standard deviation of a sample of seeds."""
     started = {}
@@ -394,17 +357,11 @@ def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
         return model, next(accuracies)
 
     monkeypatch.setattr(train_sst2, "fine_tune", fine_tune)
-    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
-    options = SST2Options(
-        out=str(tmp_path / "run"), dataset=dataset, vocab_size=60, seed=3, seeds=2,
-        learning_rate=(1e-3, 1e-4), device="cpu",
-    )  # fmt: skip
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        main(options)
+    main(replace(options, seed=3, seeds=2, learning_rate=(1e-3, 1e-4)))
     assert {seed for _, seed in started} == {3, 4}
     assert not torch.equal(started[1e-3, 3], started[1e-3, 4])
     assert torch.equal(started[1e-3, 3], started[1e-4, 3])
-    printed = output.getvalue()
+    printed = capsys.readouterr().out
     assert "0.6000 ± 0.1414" in printed
     assert "0.5000 ± 0.0000" in printed
 

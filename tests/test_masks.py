@@ -20,7 +20,6 @@ from strategies import (
     examples,
     ids_of,
     is_within,
-    numbered_examples,
     original,
     small_tokenizer,
 )
@@ -34,19 +33,6 @@ def is_masked(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 # ---- Single tokens ------------------------------------------------------------------------------
-
-
-@given(numbered_examples())
-def test_labels_are_the_original_ids_at_masked_columns_and_nothing_else_changes(dataset):
-    """Ids that count through the corpus follow each other within a segment, if they are read from
-    the labels at masked columns and from the input elsewhere."""
-    batch = dataset.batch(range(8))
-    candidates = candidates_of(batch, dataset.tokenizer)
-    for row, is_candidate in zip(original(batch), candidates, strict=True):
-        ids = row[is_candidate].tolist()
-        breaks = [one + 1 != other for one, other in itertools.pairwise(ids)]
-        assert sum(breaks) <= 1  # between segment A and segment B
-        assert 1000 <= min(ids) <= max(ids) < 1000 + len(dataset.corpus)
 
 
 @given(examples(whole_words=st.just(False)))

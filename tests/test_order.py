@@ -10,9 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from helpers import processes
 from strategies import (
-    TEXTS,
     corpus_of,
     examples,
     ids_of,
@@ -164,17 +162,6 @@ def test_batches_do_not_depend_on_the_number_of_workers():
         for one, other in zip(expected, first(9, workers=workers), strict=True):
             assert equal(one, other)
     assert equal(expected[4], first(1, workers=2, start=4)[0])
-
-
-@pytest.mark.slow
-def test_workers_that_are_not_forked_make_the_same_batches(tmp_path):
-    """macOS spawns workers: they receive the names of the files, not the tokens."""
-    corpus = data.tokenize_corpus(TEXTS * 9, small_tokenizer(), tmp_path / "corpus")
-    dataset = PretrainDataset(corpus, small_tokenizer(), 16)
-    alone, others = (data.get_split_dataloader(dataset, 4, workers=n) for n in (0, 2))
-    others.multiprocessing_context = processes
-    for one, other in itertools.islice(zip(alone, others, strict=True), 5):
-        assert equal(one, other)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ Most ranks here are forked with the environment that torchrun gives to its ranks
 """
 
 import math
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -21,7 +20,6 @@ from helpers import (
     before_update,
     checkpoint_of,
     die,
-    kill,
     metrics_of,
     run,
     run_as_main,
@@ -134,6 +132,14 @@ def test_the_death_of_a_data_worker_is_told_and_that_of_another_rank_is_not(monk
 
 
 # ---- The same results ---------------------------------------------------------------------------
+
+
+def test_a_step_has_one_sum_over_the_ranks(options, monkeypatch):
+    """Counts and signals are summed together; losses only where a line is written."""
+    sums = []
+    monkeypatch.setattr(train_pretrain, "total", lambda *of: sums.append(len(of)) or list(of))
+    run(replace(options, log_every=100, eval_every=100, save_every=100))
+    assert sorted(sums) == [2] + [4] * options.steps
 
 
 def save_gradients(file: Path) -> None:
@@ -316,17 +322,6 @@ def test_the_death_of_one_rank_ends_both_and_one_rank_resumes_the_run(flags, alo
     assert_close(metrics_of(out), alone)
 
 
-@pytest.mark.slow
-def test_a_kill_of_both_ranks_resumes_to_the_same_bits(flags, together, tmp_path):
-    out = tmp_path / "run"
-    line = (*flags, "--out", str(out))
-    ranks = start_ranks(2, run_as_main, *line)
-    wait_until((out / "checkpoint.pt").exists, *ranks)
-    kill(*ranks)
-    assert two_ranks(flags, out, "--resume") == [0, 0]
-    assert_same(state(out), state(together))
-
-
 def the_error_in(output: Path) -> str:
     printed = output.read_text()
     assert "Traceback" not in printed, printed
@@ -364,26 +359,6 @@ def test_nan_on_one_rank_ends_both_with_one_message_and_a_good_checkpoint(flags,
 
 
 # ---- Data workers -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_data_workers_are_in_groups_of_their_own(streaming, options, tmp_path, monkeypatch):
-    """A terminal sends Ctrl-C to the group. A worker that died of it would end the run before it
-    has saved.
-    """
-    corpus = write_many_documents(tmp_path / "corpus.jsonl")
-    groups, others = [], set(multiprocessing.active_children())
-
-    def note_groups(*arguments):
-        workers = set(multiprocessing.active_children()) - others
-        groups.extend((worker.pid, os.getpgid(worker.pid)) for worker in workers)
-        return update(*arguments)
-
-    update = train_pretrain.update
-    monkeypatch.setattr(train_pretrain, "update", note_groups)
-    run(replace(options, dataset=corpus, streaming=streaming, workers=1, steps=1, eval_every=1))
-    ((process, group),) = groups  # as many as --workers
-    assert process == group
 
 
 # ---- With GPUs ----------------------------------------------------------------------------------
