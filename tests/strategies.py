@@ -5,7 +5,6 @@ to the simplest case: one head, one layer, two tokens.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -259,26 +258,6 @@ def examples(
     return data.PretrainDataset(corpus, tokenizer, draw(lengths), draw(seeds), draw(whole_words))
 
 
-@st.composite
-def numbered_examples(draw: st.DrawFn) -> data.PretrainDataset:
-    """Draws a dataset whose token at offset k of the corpus has the id 1000 + k, so that every id
-    tells its offset. The special tokens have ids in another order, above those.
-    """
-    ids = iter(range(1000, 100_000))
-    usable = [doc for doc in draw(documents()) if len(doc) > 1]
-    docs = [[[next(ids) for _ in sentence] for sentence in doc] for doc in usable]
-    tokenizer = numbered_tokenizer()
-    corpus = corpus_of(docs, tokenizer)
-    return data.PretrainDataset(corpus, tokenizer, draw(lengths), draw(seeds), draw(st.booleans()))
-
-
-@functools.cache
-def numbered_tokenizer() -> Tokenizer:
-    """Returns a tokenizer with an id for every offset of a numbered corpus."""
-    special = {name: 40_000 + 3 * i for i, name in enumerate(reversed(data.SPECIAL_TOKENS))}
-    return data.wordpiece({**{f"t{i}": i for i in range(900, 25_000)}, **special})
-
-
 def original(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the ids before masking: the label where there is one."""
     labels = batch["mlm_labels"]
@@ -421,6 +400,4 @@ def write_mistakes(folder: Path) -> Path:
     BertPretrainModel(few, 0).save_pretrained(folder / "few", small_tokenizer())
     (folder / "bare").mkdir()
     shutil.copy(folder / "model/tokenizer.json", folder / "bare")
-    (folder / "taken").mkdir()
-    (folder / "taken/metrics.jsonl").write_text("a run\n")
     return folder

@@ -6,10 +6,8 @@ import errno
 import itertools
 import json
 import math
-import os
 import pickle
 import re
-import signal
 import tempfile
 import time
 from collections import Counter
@@ -18,7 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from helpers import start, wait
+from helpers import kill, start, wait, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -230,12 +228,9 @@ def test_a_killed_process_leaves_no_corpus_and_the_next_one_removes_what_it_has_
     folder = tmp_path / "corpus"
     for moment in (0.0, 0.3):
         process = start(slowly, folder, 2000, 20.0)
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("corpus.unfinished/tokens.*")) and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: list(tmp_path.glob("corpus.unfinished/tokens.*")), process)
         time.sleep(moment)
-        process.kill()
-        assert wait(process) == [-signal.SIGKILL]
+        kill(process)
         assert not folder.exists()
         assert (tmp_path / "corpus.unfinished").exists()
     corpus = data.tokenize_corpus(TEXTS, small_tokenizer(), folder)
@@ -295,14 +290,6 @@ def test_a_second_start_finds_the_corpus_and_whatever_it_depends_on_makes_anothe
     assert len(keys) == len(made) == 7
 
 
-def test_a_file_that_was_replaced_without_a_new_time_is_read_anew(tmp_path):
-    for texts in (TEXTS, [*TEXTS, "one more"]):
-        path = write_rows(tmp_path / "corpus.jsonl", [{"text": text} for text in texts])
-        os.utime(path, (1e9, 1e9))
-        assert list(data.get_dataset(path)["text"]) == texts
-        assert list(data.get_dataset(str(tmp_path))["text"]) == texts
-
-
 # ---- Which files are a corpus -------------------------------------------------------------------
 
 
@@ -337,12 +324,9 @@ def test_every_kind_of_file_gives_one_document_per_row_and_a_text_is_one(kind, s
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_files_may_differ_in_columns_that_nobody_needs(kind, streaming, tmp_path):
+def test_files_may_differ_in_columns_that_nobody_needs(streaming, tmp_path):
     for name, other in (("a", {"meta": {"n": 1}}), ("b", {"url": "x"}), ("c", {"meta": "y"})):
-        rows = datasets.Dataset.from_list([{"text": name, **other}] * 2)
-        write = rows.to_json if kind == "jsonl" else rows.to_parquet
-        write(str(tmp_path / f"{name}.{kind}"))
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": name, **other}] * 2)
     found = data.get_dataset(str(tmp_path), None, None, "text", streaming)
     assert list(found["train"]) == [{"text": name} for name in "aabbcc"]
 
@@ -371,16 +355,6 @@ def test_files_of_other_kinds_are_rejected_by_name(name, tmp_path):
     for where in (path, f"{path}/{name}"):
         with pytest.raises(ValueError, match=re.escape(name)):
             data.get_dataset(where)
-
-
-@pytest.mark.parametrize("name", ["corpus[1].jsonl", "a*b.jsonl", "what?.jsonl"])
-def test_a_file_is_read_whatever_its_name_and_that_of_its_folder(name, tmp_path):
-    """The name is no pattern, even where other files would match it; and the file may be a link."""
-    folder = tmp_path / "run[1] *"
-    write_texts(folder / "corpus1.jsonl", ["another"])
-    write_texts(folder / "azb.jsonl", ["another"])
-    (folder / name).symlink_to(write_texts(tmp_path / "stored/3f2a", TEXTS))
-    assert list(data.get_dataset(str(folder / name))["text"]) == TEXTS
 
 
 # ---- What cannot be read is one line with its path ----------------------------------------------
@@ -450,7 +424,6 @@ def write_letters(folder: Path, **splits: str) -> str:
         ("test", "klmn", "xyz"),
         ("train+test", "abcdefklmn", "xyz"),
         ("train[:50%]+test", "abcklmn", "xyz"),
-        ("validation", "x", None),  # too few to hold out two
         ("train+validation", "abcdefx", "yz"),
     ],
 )
@@ -462,12 +435,8 @@ def test_the_parts_to_train_and_to_evaluate_on(train_split, train, validation, t
     def letters(split: str) -> set[str]:
         return letters_of(data.get_corpus(path, split, small_tokenizer(), train_split=train_split))
 
-    if validation is None:
-        with pytest.raises(ValueError, match="two documents"):
-            letters("train")
-    else:
-        assert letters("train") == set(train)
-        assert letters("validation") == set(validation)
+    assert letters("train") == set(train)
+    assert letters("validation") == set(validation)
 
 
 def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):

@@ -52,18 +52,14 @@ def test_special_tokens_are_never_masked_and_never_drawn(dataset):
     assert set(inputs.tolist()) <= {*ids_of(dataset.tokenizer, "[MASK]", *VOCABULARY[5:])}
 
 
-def make_large_batch() -> dict[str, torch.Tensor]:
-    """Returns 2,000 examples of 120 tokens of 6,000 different ids; 36,000 tokens are masked."""
+@pytest.fixture(scope="module")
+def large_batch() -> dict[str, torch.Tensor]:
+    """2,000 examples of 120 tokens of 6,000 different ids; 36,000 tokens are masked."""
     rng = np.random.default_rng(0)
     docs = [[rng.integers(5, 6005, 15).tolist() for _ in range(40)] for _ in range(50)]
     names = [*data.SPECIAL_TOKENS, *(f"t{i}" for i in range(5, 6005))]
     tokenizer = data.wordpiece({token: i for i, token in enumerate(names)})
     return PretrainDataset(corpus_of(docs), tokenizer, 123).batch(range(2000))
-
-
-@pytest.fixture(scope="module")
-def large_batch() -> dict[str, torch.Tensor]:
-    return make_large_batch()
 
 
 def test_of_the_masked_80_percent_become_mask_10_a_random_token_and_10_stay(large_batch):

@@ -178,17 +178,6 @@ def test_workers_that_read_equal_documents_make_other_examples_of_them(tmp_path)
 # ---- Loaders ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_two_loaders_give_the_same_batches(workers, folder, monkeypatch):
-    """They go through blocks and epochs. The second one skips what has been trained on."""
-    monkeypatch.setattr(data, "STREAM_BLOCK", 60)
-    first = list(islice(loader(folder, workers=workers), 40))
-    again = list(islice(loader(folder, workers=workers), 20, 40))
-    for one, other in zip(first[20:], again, strict=True):
-        assert_same(one, other)
-    assert {len(batch["nsp_labels"]) for batch in first} == {4}  # all are full
-
-
 def test_a_stream_reaches_a_spawned_worker(folder):
     """It is pickled there: on macOS, and by default from Python 3.14 on, workers are not forked."""
     alone, sent = (loader(folder, workers=0) for _ in range(2))
@@ -214,8 +203,10 @@ def options(folder, tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_reads_a_stream_again_and_skips_what_it_has_trained_on(
-    workers, options, folder, tmp_path
+    workers, options, folder, tmp_path, monkeypatch
 ):
+    """It goes through many blocks."""
+    monkeypatch.setattr(data, "STREAM_BLOCK", 60)
     told = replace(
         options, dataset=str(folder), streaming=True, out=str(tmp_path / "run"), steps=6,
         workers=workers,

@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from helpers import run_as_main
+from helpers import assert_same, run_as_main
 from safetensors.torch import load_file, save_file
 from strategies import FIXED, PUBLISHABLE, VOCABULARY, Malicious, build, publish
 from strategies import small_tokenizer
@@ -21,7 +21,7 @@ from strategies import small_tokenizer
 import bert
 import data
 import train_pretrain
-from bert import Bert, BertPretrainModel, PretrainedModel, SST2BertModel, fill_masks, published_name
+from bert import Bert, BertPretrainModel, SST2BertModel, fill_masks, published_name
 from train_pretrain import PretrainOptions
 from train_sst2 import SST2Options
 
@@ -51,9 +51,7 @@ def remove_tensors(published: Path, *words: str) -> None:
 
 
 def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    assert one.state_dict().keys() == other.state_dict().keys()
-    for name, tensor in one.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor), name
+    assert_same(one.state_dict(), other.state_dict())
 
 
 def quietly(load, *arguments, **changes):
@@ -66,16 +64,11 @@ def quietly(load, *arguments, **changes):
 # ---- Names --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ("bert.layers.0.expander.weight", "bert.layers.0.expander.weight"),
-        ("layers.10.attention_norm.bias", "encoder.layer.10.attention.output.LayerNorm.bias"),
-        ("head.layers.0.norm.bias", "head.layers.0.norm.bias"),
-    ],
-)
-def test_names_are_mapped_by_whole_dotted_parts_and_unknown_ones_stay(ours, theirs):
-    assert published_name(ours) == theirs
+def test_names_are_mapped_by_whole_dotted_parts_and_unknown_ones_stay():
+    in_base = "encoder.layer.10.attention.output.LayerNorm.bias"
+    assert published_name("layers.10.attention_norm.bias") == in_base
+    for unknown in ("bert.layers.0.expander.weight", "head.layers.0.norm.bias"):
+        assert published_name(unknown) == unknown
 
 
 # ---- What is saved ------------------------------------------------------------------------------
@@ -102,12 +95,7 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
     names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(path.name for path in folder.iterdir()) == names
     config = json.loads((folder / "config.json").read_text())
-    expected = {
-        "max_position_embeddings": 17, "hidden_size": 12, "num_attention_heads": 2,
-        "intermediate_size": 22, "num_hidden_layers": 3, "model_type": "bert",
-        "hidden_act": "gelu", "architectures": ["BertForPreTraining"], "pad_token_id": 3,
-    }  # fmt: skip
-    assert expected.items() <= config.items()
+    assert (config["model_type"], config["architectures"]) == ("bert", ["BertForPreTraining"])
     assert data.load_tokenizer(folder).get_vocab() == small_tokenizer().get_vocab()
     tensors = load_file(folder / "model.safetensors")
     assert len(tensors) == 5 + 3 * 16 + 2 + 5 + 2
@@ -294,8 +282,6 @@ def test_a_published_config_needs_no_field_of_ours(published, written, read):
         ("model_type", "roberta"),
         ("hidden_act", "gelu_new"),
         ("is_decoder", True),
-        ("hidden_size", None),
-        ("num_attention_heads", "2"),
         ("num_attention_heads", 5),
     ],
 )
@@ -333,39 +319,12 @@ def test_the_labels_of_published_weights_are_counted_and_keep_their_names(tmp_pa
     assert again.label_names == [f"class {i}" for i in range(11)]
 
 
-# ---- A head of one's own ------------------------------------------------------------------------
-
-
-class Tagger(PretrainedModel):
-    """What someone who copies bert.py may write."""
-
-    architecture = "BertForTokenClassification"
-
-    def __init__(self, config, padding_idx=0):
-        super().__init__(config, padding_idx)
-        self.bert = Bert(config, padding_idx)
-        self.classifier = torch.nn.Linear(config.d_model, config.num_labels)
-
-    def forward(self, input_ids):
-        return self.classifier(self.bert(input_ids))
-
-
-def test_a_head_of_ones_own_starts_from_published_weights_is_saved_and_reopened(published):
-    encoder = quietly(Bert.from_pretrained, published)
-    model = quietly(Tagger.from_pretrained, published)
-    assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
-    assert_same_weights(model.bert, encoder)
-    model.save_pretrained(published.parent / "own", small_tokenizer())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = Tagger.from_pretrained(published.parent / "own")
-    assert torch.equal(again(IDS), model(IDS))
-
-
-@pytest.mark.parametrize(("cls", "labels"), [(SST2BertModel, 3), (Tagger, 2)])
-def test_a_classifier_of_other_labels_or_of_tokens_is_not_used(cls, labels, tmp_path):
+@pytest.mark.parametrize(("of", "labels"), [("Sequence", 3), ("Token", 2)])
+def test_a_classifier_of_other_labels_or_of_tokens_is_not_used(of, labels, tmp_path):
     """That of tokens has the same name and, with as many labels, the same shape."""
-    cls(dataclasses.replace(PUBLISHABLE, num_labels=labels)).save_pretrained(tmp_path)
+    config = dataclasses.replace(PUBLISHABLE, num_labels=labels)
+    SST2BertModel(config).save_pretrained(tmp_path)
+    change_config(tmp_path, architectures=[f"BertFor{of}Classification"])
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         model = SST2BertModel.from_pretrained(tmp_path, num_labels=2)
