@@ -1,5 +1,5 @@
 """Options and data as a person gets them wrong: one message, exit status 2, and no changed file.
-Lines that are right train with what they say. What is no mistake of a person keeps its traceback.
+What is no mistake of a person keeps its traceback.
 """
 
 import gc

@@ -1,5 +1,5 @@
 """The pages are true: what they link to and name exists, and their commands and Python work. The
-sample and the tables of the experiments are what their scripts make.
+sample is what its script writes.
 """
 
 import re
@@ -122,7 +122,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(vector, expected)
 
 
-# ---- The sample and the experiments -------------------------------------------------------------
+# ---- The sample -----------------------------------------------------------------------------------
 
 
 def test_the_samples_files_are_those_that_the_generator_writes(tmp_path):

@@ -327,9 +327,6 @@ def test_nan_on_one_rank_ends_both_with_one_message_and_a_good_checkpoint(flags,
     assert all(tensor.isfinite().all() for tensor in found["model"].values())
 
 
-# ---- Data workers -------------------------------------------------------------------------------
-
-
 # ---- With GPUs ----------------------------------------------------------------------------------
 
 

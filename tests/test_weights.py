@@ -1,6 +1,6 @@
 """Weights in the published format: their names, what is saved, what is read, and what is rejected
-instead of misread. Labels, heads of one's own, the tokenizer that lies beside the weights, ids of
-the hub, and the guesses of a model for masks.
+instead of misread. Labels, the tokenizer that lies beside the weights, ids of the hub, and the
+guesses of a model for masks.
 """
 
 import dataclasses
