@@ -122,7 +122,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(vector, expected)
 
 
-# ---- The sample -----------------------------------------------------------------------------------
+# ---- The sample ---------------------------------------------------------------------------------
 
 
 def test_the_samples_files_are_those_that_the_generator_writes(tmp_path):
