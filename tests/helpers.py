@@ -21,11 +21,13 @@ from unittest import mock
 
 import pytest
 import torch
+from strategies import small_tokenizer, write_reviews
 from tokenizers import Tokenizer
 
 import train_pretrain
 from bert import SIZES, BertPretrainModel
 from train_pretrain import PretrainOptions, make_model, pretrain
+from train_sst2 import SST2Options
 
 ROOT = Path(__file__).parents[1]
 SMALLEST = (1, 16)  # layers and width of the size "tiny" in the processes that are started here
@@ -89,12 +91,6 @@ def run_as_main(name: str, *arguments: str) -> None:
     sys.argv = [name, *arguments]
     run = runpy.run_path if name.endswith(".py") else runpy.run_module
     run(name, run_name="__main__")
-
-
-def run_in_process(output: Path, *line: str, **how) -> tuple[int, str]:
-    """Runs a script in a process of its own; returns its exit status and all that it printed."""
-    (status,) = wait(start(run_as_main, *line, output=output, **how))
-    return status, output.read_text()
 
 
 def start_ranks(count: int, function: Callable, *arguments, **how) -> list:
@@ -212,10 +208,9 @@ def metrics_of(out: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
-def read_lines(run: Path, split: str) -> dict[str, list]:
-    """Returns the lines of a run that have this split, as columns. run: its folder, or the file."""
-    file = run / "metrics.jsonl" if run.is_dir() else run
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+def read_lines(out: Path, split: str) -> dict[str, list]:
+    """Returns the lines of a run that have this split, as columns."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["split"] == split]
     return {name: [line[name] for line in lines] for name in lines[0]} if lines else {}
 
@@ -224,11 +219,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Returns every file in a folder but its lock, which is empty."""
     files = (path for path in folder.glob("**/*") if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Returns the weights of a saved model by their names here."""
-    return BertPretrainModel.from_pretrained(folder).state_dict()
 
 
 def checkpoint_of(out: Path) -> dict:
@@ -258,6 +248,16 @@ def assert_same(one, other, path: str = "") -> None:
         assert torch.equal(one, other), path
     else:
         assert one == other, path
+
+
+def make_review_options(folder: Path, **splits: int) -> SST2Options:
+    """Returns the options of a fine-tuning run on splits of so many sentences."""
+    small_tokenizer().save(str(folder / "tokenizer.json"))
+    return SST2Options(
+        out=str(folder / "run"), dataset=write_reviews(folder / "reviews", **splits),
+        tokenizer=str(folder / "tokenizer.json"), max_seq_length=16, epochs=1, batch_size=8,
+        learning_rate=(1e-3,), device="cpu",
+    )  # fmt: skip
 
 
 # ---- A run in a process of its own -------------------------------------------------------------

@@ -5,7 +5,6 @@ to the simplest case: one head, one layer, two tokens.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -134,9 +133,6 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = [*data.SPECIAL_TOKENS, *LETTERS, *(f"##{c}" for c in LETTERS[:9]), "."]
 
-any_words = st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=30)
-familiar_words = st.text(alphabet=LETTERS[:12] + "ÀÉñ .,'-\u0301中文😀\t\x00\u200b", max_size=40)
-
 
 def small_tokenizer() -> Tokenizer:
     return data.wordpiece({token: i for i, token in enumerate(VOCABULARY)})
@@ -165,7 +161,6 @@ SMALL = dataclasses.replace(FIXED, vocab_size=len(VOCABULARY), max_seq_length=40
 PUBLISHABLE = dataclasses.replace(
     FIXED, vocab_size=len(VOCABULARY), attention_d_k=12, attention_d_v=12
 )
-STILL = dataclasses.replace(SMALL, dropout=0.0, attention_dropout=0.0)
 TINY = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
 
 
@@ -228,23 +223,21 @@ def corpus_of(documents: list[list[list[int]]], tokenizer=None) -> data.Tokenize
 
 
 @st.composite
-def documents(
-    draw: st.DrawFn, most: int = 6, longest: int = 30, with_long: bool = True
-) -> list[list[list[int]]]:
-    """Draws documents of sentences of token ids, of all kinds: 2 to `most` from which pairs can be
+def documents(draw: st.DrawFn, with_long: bool = True) -> list[list[list[int]]]:
+    """Draws documents of sentences of token ids, of all kinds: 2 to 6 from which pairs can be
     drawn, and up to two between them that have no sentence or one, which are left out.
 
-    A document has 2 to 8 sentences of 1 to `longest` tokens, or dozens of one token, or also one
+    A document has 2 to 8 sentences of 1 to 30 tokens, or dozens of one token, or also one
     of thousands of tokens. The first kind includes those that are hardly longer than an example.
     """
-    usual = st.lists(st.integers(1, longest), min_size=2, max_size=8)
-    one_token = st.lists(st.just(1), min_size=2, max_size=2 * longest)
+    usual = st.lists(st.integers(1, 30), min_size=2, max_size=8)
+    one_token = st.lists(st.just(1), min_size=2, max_size=60)
     kinds = [usual, usual, one_token]
     if with_long:
         around_thousands = st.tuples(usual, st.integers(1000, 3000), usual)
         kinds.append(around_thousands.map(lambda parts: [*parts[0], parts[1], *parts[2]]))
-    kept = draw(st.lists(st.one_of(kinds), min_size=2, max_size=most))
-    left_out = draw(st.lists(st.lists(st.integers(1, longest), max_size=1), max_size=2))
+    kept = draw(st.lists(st.one_of(kinds), min_size=2, max_size=6))
+    left_out = draw(st.lists(st.lists(st.integers(1, 30), max_size=1), max_size=2))
     sizes = draw(st.permutations([*kept, *left_out])) if left_out else kept
     generator = np.random.default_rng(draw(seeds))
     return [
@@ -263,26 +256,6 @@ def examples(
     docs = [[[ids[i] for i in sentence] for sentence in doc] for doc in draw(documents())]
     corpus = corpus_of(docs, tokenizer)
     return data.PretrainDataset(corpus, tokenizer, draw(lengths), draw(seeds), draw(whole_words))
-
-
-@st.composite
-def numbered_examples(draw: st.DrawFn) -> data.PretrainDataset:
-    """Draws a dataset whose token at offset k of the corpus has the id 1000 + k, so that every id
-    tells its offset. The special tokens have ids in another order, above those.
-    """
-    ids = iter(range(1000, 100_000))
-    usable = [doc for doc in draw(documents()) if len(doc) > 1]
-    docs = [[[next(ids) for _ in sentence] for sentence in doc] for doc in usable]
-    tokenizer = numbered_tokenizer()
-    corpus = corpus_of(docs, tokenizer)
-    return data.PretrainDataset(corpus, tokenizer, draw(lengths), draw(seeds), draw(st.booleans()))
-
-
-@functools.cache
-def numbered_tokenizer() -> Tokenizer:
-    """Returns a tokenizer with an id for every offset of a numbered corpus."""
-    special = {name: 40_000 + 3 * i for i, name in enumerate(reversed(data.SPECIAL_TOKENS))}
-    return data.wordpiece({**{f"t{i}": i for i in range(900, 25_000)}, **special})
 
 
 def original(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -412,25 +385,13 @@ def write_mistakes(folder: Path) -> Path:
     texts = [f"{c} aa bb. cc dd. ee ff." for c in LETTERS]
     for name, rows in {
         "corpus": [{"text": text} for text in texts],
-        "body": [{"body": text} for text in texts],
-        "one": [{"text": texts[0]}],
         "lines": [{"text": text.split(".")[0]} for text in texts],
         "labels": [{"sentence": "a", "label": -1}],
-        "two": [{"sentence": "a", "label": 2}],
-        "words": [{"sentence": "a", "label": "positive"}],
-        "wordless": [{"sentence": "a", "label": 1}, {"sentence": None, "label": 1}],
-        "empty": [],
-        "numbers": [{"text": i} for i in range(1, 9)],
         "nulls": [{"text": None}] * 9,
     }.items():
         write_rows(folder / f"{name}.jsonl", rows)
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (folder / "latin.jsonl").write_bytes('{"text": "café"}\n'.encode("latin-1") * 9)
-    latin_review = '{"sentence": "café", "label": 1}\n'.encode("latin-1")
-    (folder / "latin_test").mkdir()
-    (folder / "latin_test/test.jsonl").write_bytes(latin_review * 9)
     (folder / "latin.txt").write_bytes("café aa. bb.".encode("latin-1"))
-    (folder / "nothing").mkdir()
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "nomask.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask") + "\n")
     config = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
@@ -439,6 +400,4 @@ def write_mistakes(folder: Path) -> Path:
     BertPretrainModel(few, 0).save_pretrained(folder / "few", small_tokenizer())
     (folder / "bare").mkdir()
     shutil.copy(folder / "model/tokenizer.json", folder / "bare")
-    (folder / "taken").mkdir()
-    (folder / "taken/metrics.jsonl").write_text("a run\n")
     return folder

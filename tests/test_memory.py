@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, python
-from strategies import LETTERS, corpus_of, small_tokenizer, write_texts
+from strategies import corpus_of, small_tokenizer, write_many_documents
 from torch.utils.data import DataLoader
 
 import data
@@ -108,14 +108,6 @@ def leaking(dataset, size: int):
     return dataset
 
 
-def write_shards(folder: Path) -> Path:
-    for shard in range(2):
-        texts = [" ".join(LETTERS[i % 20 :][:5]) + "ab. " for i in range(400)]
-        write_texts(folder / f"train-{shard}.jsonl", [text * 4 for text in texts])
-    write_texts(folder / "validation.jsonl", [text * 4 for text in texts[:2]])
-    return folder
-
-
 def streamed(folder: Path) -> DataLoader:
     data.STREAM_BLOCK = 500  # tokens, so that many blocks are read
     make = partial(data.PretrainDataset, tokenizer=small_tokenizer(), max_seq_length=24)
@@ -143,7 +135,8 @@ def test_the_loader_does_not_grow(tmp_path):
     They are measured in a process of their own, in which Python and Arrow take all memory from
     malloc, and malloc itself keeps no freed pieces, which it counts as given away.
     """
-    write_shards(tmp_path)
+    for shard in (0, 1):
+        write_many_documents(tmp_path / f"train-{shard}.jsonl")
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),

