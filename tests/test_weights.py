@@ -273,7 +273,8 @@ def test_a_published_config_needs_no_field_of_ours(published, written, read):
     model = BertPretrainModel.from_pretrained(published)
     assert model.config == PUBLISHABLE
     assert model.padding_idx == read
-    assert BertPretrainModel.from_pretrained(published, 7).padding_idx == 7
+    for given in (7, 0):  # whatever the file says
+        assert BertPretrainModel.from_pretrained(published, given).padding_idx == given
 
 
 @pytest.mark.parametrize(
