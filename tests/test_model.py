@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -109,11 +110,13 @@ def test_rows_with_padding_have_finite_outputs_and_gradients(fused, is_bfloat16,
 
 @given(cases(Bert))
 def test_fused_and_explicit_attention_are_the_same_function(case):
-    """Outputs and gradients agree."""
+    """Outputs and gradients agree, and the config decides which one it is."""
     results = []
     for fused in (True, False):
         model = with_config(case.model, fused_attention=fused)
-        real = model(case.input_ids, case.token_type_ids)[case.is_token]
+        with mock.patch("bert.attention", wraps=attention) as explicit:
+            real = model(case.input_ids, case.token_type_ids)[case.is_token]
+        assert explicit.called is not fused
         real.square().sum().backward()
         results.append([real, *(p.grad for p in model.parameters() if p.grad is not None)])
     for fused, explicit in zip(*results, strict=True):

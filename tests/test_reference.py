@@ -267,10 +267,10 @@ def test_a_pipeline_of_transformers_says_negative_and_positive(tmp_path):
     model = build(SST2BertModel, PUBLISHABLE).float()
     model.save_pretrained(tmp_path, small_tokenizer())
     classify = transformers.pipeline("text-classification", str(tmp_path), device="cpu")
+    assert classify.model.config.label2id == {"negative": 0, "positive": 1}
     for text in ("a b c", "d e"):
         ids = torch.tensor([small_tokenizer().encode(text).ids])
-        expected = ["negative", "positive"][int(model(ids).argmax())]
-        assert classify(text)[0]["label"] == expected
+        assert classify(text)[0]["label"] == model.label_names[int(model(ids).argmax())]
 
 
 # ---- The tokenizer ------------------------------------------------------------------------------
