@@ -961,16 +961,20 @@ def get_split_dataloader(
 
 # ---- Reading tokenizers ------------------------------------------------------
 
-# What tokenizer_config.json calls an option, what `wordpiece` calls it, and what it changes.
-NORMALIZER_OPTIONS = [
-    ("do_lower_case", "lowercase", "A"),
-    ("strip_accents", "strip_accents", "é"),
-    ("tokenize_chinese_chars", "handle_chinese_chars", "中"),
-]
+# What tokenizer_config.json calls an option: what `wordpiece` calls it.
+NORMALIZER_OPTIONS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory, or a hub id."""
+    """Returns the tokenizer of a vocab.txt, a tokenizer.json, a directory, or a hub id.
+
+    In a directory, tokenizer.json comes first, as in transformers. A vocab.txt is WordPiece, with
+    the options of the tokenizer_config.json beside it.
+    """
     file = Path(path)
     with reading(path):
         if not file.exists() and file.suffix not in {".txt", ".json"}:
@@ -981,18 +985,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             if not names:
                 raise ValueError("put vocab.txt or tokenizer.json there")
             file = file / names[0]
-        about_file = file.with_name("tokenizer_config.json")
-        about = json.loads(about_file.read_text(encoding="utf-8")) if about_file.exists() else {}
         if file.suffix == ".txt":
-            kind = about.get("tokenizer_class") or "BertTokenizer"
-            if kind not in ("BertTokenizer", "BertTokenizerFast"):
-                raise ValueError(f"its tokenizer_class is {kind}, which needs a tokenizer.json")
-            options = {ours: about[name] for name, ours, _ in NORMALIZER_OPTIONS if name in about}
-            tokenizer = wordpiece(read_vocabulary(file), **options)
+            tokenizer = read_vocabulary(file)
         else:
             tokenizer = Tokenizer.from_file(str(file))
-        if file.name == "tokenizer.json":
-            check_files_agree(tokenizer, about, file.with_name("vocab.txt"))
         check_tokens(tokenizer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # "[MASK]" in a text is that token
     tokenizer.no_padding()
@@ -1000,30 +996,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def read_vocabulary(file: Path) -> dict[str, int]:
-    """Returns the tokens of a vocab.txt: the id of a token is the number of its line, from 0."""
+def read_vocabulary(file: Path) -> Tokenizer:
+    """Returns the tokenizer of a vocab.txt, where the id of a token is the number of its line."""
     tokens = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    return {token: i for i, token in enumerate(tokens)}
-
-
-def changes(tokenizer: Tokenizer, character: str) -> bool:
-    """Returns whether the normalizer of a tokenizer changes a character."""
-    normalizer = tokenizer.normalizer
-    return normalizer is not None and normalizer.normalize_str(character) != character
-
-
-def check_files_agree(tokenizer: Tokenizer, about: dict[str, Any], vocab_txt: Path) -> None:
-    """Raises ValueError if the vocab.txt or the tokenizer_config.json beside a tokenizer.json says
-    something else. The model was trained with one of them, and nobody knows with which.
-    """
-    for name, _, character in NORMALIZER_OPTIONS:
-        if about.get(name) not in (None, changes(tokenizer, character)):
-            said = about[name]
-            raise ValueError(f"{name} is {said} in tokenizer_config.json, not in tokenizer.json")
-    if vocab_txt.exists():
-        differing = read_vocabulary(vocab_txt).items() - tokenizer.get_vocab().items()
-        if differing:
-            raise ValueError(f"vocab.txt differs from tokenizer.json: {sorted(differing)[:3]}")
+    config = file.with_name("tokenizer_config.json")
+    about = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    options = {ours: about[name] for name, ours in NORMALIZER_OPTIONS.items() if name in about}
+    return wordpiece({token: i for i, token in enumerate(tokens)}, **options)
 
 
 def check_tokens(tokenizer: Tokenizer) -> None:
@@ -1037,7 +1016,8 @@ def check_tokens(tokenizer: Tokenizer) -> None:
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     ordinary = [token for token in vocabulary.keys() - added if token[:1] not in ("[", "<")]
     cased = sorted(token for token in ordinary if token != token.lower())
-    if cased and changes(tokenizer, "A"):
+    lowercases = tokenizer.normalizer and tokenizer.normalizer.normalize_str("A") == "a"
+    if cased and lowercases:
         raise ValueError(
             f"text is lowercased, but {cased[0]} is a token: keep vocab.txt alone, beside a"
             ' tokenizer_config.json with {"do_lower_case": false}'

@@ -263,7 +263,7 @@ BUGS = {
         "test_padding_is_the_tokenizers_whatever_the_config_says",
     ),
     "36 a cased checkpoint without tokenizer.json is lowercased": Bug(
-        data, "load_tokenizer", "if name in about", "if False",
+        data, "read_vocabulary", "if name in about", "if False",
         "test_a_vocabulary_is_cased_or_chinese_if_its_config_says_so",
         {"about": {"do_lower_case": False}, "tokens": "A é 中 文"}, caught_as=(ValueError,),
     ),
