@@ -42,6 +42,8 @@ from train_pretrain import (
 
 VOCAB_SIZE = 30522  # of the models, as the published ones have it; the sample's ids are smaller
 LENGTH = 128
+WORKER_ROWS = 256
+ROUNDS = 7
 SAMPLE = HERE.parent / "sample/corpus/train.jsonl"
 
 Batch = dict[str, torch.Tensor]
@@ -114,16 +116,11 @@ def add_their_gradients(model: Any, batch: Batch, device: torch.device, precisio
     output.loss.backward()
 
 
-def our_worker(examples: data.PretrainDataset, rows: int) -> Step:
+def our_worker(examples: data.PretrainDataset) -> Step:
     """Returns what makes a batch in one thread, of a corpus that has been tokenized."""
     torch.set_num_threads(1)
     numbers = np.random.default_rng(0)
-
-    def batch() -> Batch:
-        chosen = numbers.integers(len(examples), size=rows).tolist()
-        return data.collate([examples[i] for i in chosen], examples.padding_idx)
-
-    return batch
+    return lambda: examples.batch(numbers.integers(len(examples), size=WORKER_ROWS).tolist())
 
 
 def their_worker(tokenizer: Tokenizer, texts: list[str]) -> Step:
@@ -157,7 +154,7 @@ def seconds_of(steps: int) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def contest(contestants: list[tuple], rounds: int, steps: int) -> Iterator[dict]:
+def contest(contestants: list[tuple], steps: int) -> Iterator[tuple[float, float]]:
     """Yields the median seconds of a step of each contestant, and how many times as fast as it the
     first one is. A contestant is a function that returns its step, and the arguments of it.
     """
@@ -170,16 +167,13 @@ def contest(contestants: list[tuple], rounds: int, steps: int) -> Iterator[dict]
         for process in processes:
             process.submit(seconds_of, 3).result()  # to warm up
         times: list[list[float]] = [[] for _ in contestants]
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             for process, seconds in zip(processes, times, strict=True):
                 time.sleep(0.05)  # for threads that still spin
                 seconds.append(process.submit(seconds_of, steps).result())
     for seconds in times:
         ratios = np.array(seconds) / np.array(times[0])
-        yield {
-            "seconds": float(np.median(seconds)),
-            "times_as_fast": float(np.median(ratios)),
-        }
+        yield float(np.median(seconds)), float(np.median(ratios))
 
 
 def peers(size: str, compiled: bool) -> list[Training]:
@@ -190,32 +184,35 @@ def peers(size: str, compiled: bool) -> list[Training]:
     return [ours, same] if compiled else [ours, as_it_comes, same]
 
 
-def measure(
-    trainings: list[tuple[str, int, bool]], worker_rows: int, rounds: int, steps: int
-) -> Iterator[dict[str, Any]]:
-    """Yields a line for each contestant. trainings: size, rows, and whether it is compiled."""
+def measure() -> Iterator[dict[str, Any]]:
+    """Yields a line for each contestant."""
+    trainings = [("mini", 16, False), ("base", 4, False)]  # size, rows, compiled
+    steps = 1
+    if torch.cuda.is_available():
+        trainings = [("mini", 256, False), ("base", 64, False), ("base", 64, True)]
+        steps = 20
     texts = list(read_lines(SAMPLE)["text"])
     tokenizer = data.train_tokenizer(texts, 2000)
     with tempfile.TemporaryDirectory() as folder:
         corpus = data.tokenize_corpus(texts, tokenizer, f"{folder}/corpus")
         examples = data.PretrainDataset(corpus, tokenizer, LENGTH)
         for size, rows, compiled in trainings:
-            batch = data.collate([examples[i] for i in range(rows)], examples.padding_idx)
+            batch = examples.batch(range(rows))
             rivals = peers(size, compiled)
-            found = contest([(rival, batch) for rival in rivals], rounds, steps)
+            found = contest([(rival, batch) for rival in rivals], steps)
             for rival, result in zip(rivals, found, strict=True):
-                yield {**asdict(rival), **describe(batch, result)}
+                yield {**asdict(rival), **describe(batch, *result)}
 
-        batch = data.collate([examples[i] for i in range(worker_rows)], examples.padding_idx)
+        batch = examples.batch(range(WORKER_ROWS))
         labels = batch["mlm_labels"]
         ids = torch.where(labels == data.IGNORED_LABEL, batch["input_ids"], labels)
         theirs = (their_worker, tokenizer, tokenizer.decode_batch(ids.tolist()))
-        found = contest([(our_worker, examples, worker_rows), theirs], rounds, steps)
+        found = contest([(our_worker, examples), theirs], steps)
         for who, result in zip(("ours", "transformers"), found, strict=True):
-            yield {"who": who, "size": "data worker", **describe(batch, result)}
+            yield {"who": who, "size": "data worker", **describe(batch, *result)}
 
 
-def describe(batch: Batch, result: dict[str, float]) -> dict[str, Any]:
+def describe(batch: Batch, seconds: float, times_as_fast: float) -> dict[str, Any]:
     """Returns what a line says besides: the batch, the speed, and the machine."""
     rows, length = batch["input_ids"].shape
     real_tokens = (batch["input_ids"] != 0).sum().item()
@@ -224,8 +221,8 @@ def describe(batch: Batch, result: dict[str, float]) -> dict[str, Any]:
         machine = torch.cuda.get_device_name()
     return {
         "batch": f"{rows} x {length}",
-        "tokens_per_second": round(real_tokens / result["seconds"]),
-        "times_as_fast": round(result["times_as_fast"], 3),
+        "tokens_per_second": round(real_tokens / seconds),
+        "times_as_fast": round(times_as_fast, 3),
         "auto": choose_precision("auto", choose_device(None)),
         "machine": machine,
         "torch": torch.__version__,
@@ -257,18 +254,9 @@ def draw() -> Any:
     return figure
 
 
-def main() -> None:
-    trainings = [("mini", 16, False), ("base", 4, False)]
-    steps = 1
-    if torch.cuda.is_available():
-        trainings = [("mini", 256, False), ("base", 64, False), ("base", 64, True)]
-        steps = 20
-    for line in measure(trainings, worker_rows=256, rounds=7, steps=steps):
-        print(json.dumps(line), flush=True)
-
-
 if __name__ == "__main__":
     if sys.argv[1:] == ["draw"]:
         draw().savefig(HERE / "speed.png", dpi=110)
     else:
-        main()
+        for line in measure():
+            print(json.dumps(line), flush=True)

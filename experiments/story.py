@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-import data
 from experiments.curves import (
     HERE,
     best_accuracies,
@@ -20,15 +19,6 @@ from experiments.curves import (
     plot_pretraining,
     read_lines,
 )
-
-VOCAB_SIZE = 2000  # the default of train_pretrain.py
-
-
-def accuracy_of_most_frequent_token() -> float:
-    """Returns the MLM accuracy, in percent, of always predicting the most frequent token."""
-    tokenizer = data.train_tokenizer(data.get_texts("sample"), VOCAB_SIZE)
-    corpus = data.get_corpus("sample", "validation", tokenizer)
-    return 100 * np.bincount(corpus.tokens).max() / len(corpus)
 
 
 def table(folder: Path) -> str:
@@ -44,9 +34,6 @@ def table(folder: Path) -> str:
         ),
         "the same at the end": f"{100 * share[-1]:.0f}%",
         "MLM accuracy": f"{100 * last['mlm_accuracy']:.0f}%",
-        "MLM accuracy of always predicting the most frequent token": (
-            f"{accuracy_of_most_frequent_token():.0f}%"
-        ),
         "NSP accuracy": f"{100 * last['nsp_accuracy']:.0f}%",
         f"reviews, {len(pretrained)} seeds: validation accuracy with the pretrained weights": (
             f"{mean_and_deviation(pretrained)}%"
