@@ -16,7 +16,17 @@ from bert import Bert, BertConfig, BertPretrainModel, SST2BertModel, attention
 # ---- Configuration ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("size", "count"), [("base", 109_482_240), ("large", 335_141_888)])
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        ("tiny", 4_385_920),
+        ("mini", 11_170_560),
+        ("small", 28_763_648),
+        ("medium", 41_373_184),
+        ("base", 109_482_240),
+        ("large", 335_141_888),
+    ],
+)
 def test_published_sizes_have_the_published_number_of_parameters(size, count):
     """The encoder with its pooler has exactly the parameters of the released checkpoints."""
     with torch.device("meta"):
