@@ -466,8 +466,8 @@ def published_name(name: str) -> str:
     """Returns the published name of one of our parameters: of `bert.layers.3.expand.bias`, it is
     `bert.encoder.layer.3.intermediate.dense.bias`. A name that is not in the table stays as it is.
     """
-    layer = "".join(re.findall(r"layers\.(\d+)\.", name)[:1])
-    pattern = re.sub(r"layers\.\d+\.", "layers.*.", name, count=1)
+    layer = "".join(re.findall(r"layers\.(\d+)\.", name))
+    pattern = re.sub(r"layers\.\d+\.", "layers.*.", name)
     ((prefix, module, kind),) = re.findall(r"^(bert\.)?(.+?)(\.weight|\.bias)?$", pattern)
     return prefix + PUBLISHED_NAMES.get(module, module).replace("*", layer) + kind
 
