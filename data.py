@@ -26,7 +26,6 @@ Dimensions in comments: batch, seq (columns of an example), masked (masked colum
 """
 
 import contextlib
-import copy
 import errno
 import fcntl
 import hashlib
@@ -37,7 +36,7 @@ import zlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
@@ -75,13 +74,12 @@ SENTENCE_END = re.compile(
 PIECE = re.compile(r".{1,400}(?:\s|\Z)|.{400}", re.DOTALL)
 
 
-def split_sentences(text: str, counts: Counter[str] | None = None) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
     over 400 characters, it is cut at white space, or after 400 characters if there is none. (A pair
     begins near the start of a sentence, and would not reach the middle of a longer one.)
-    counts: counts these under "sentences cut".
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -90,16 +88,7 @@ def split_sentences(text: str, counts: Counter[str] | None = None) -> list[str]:
     for start, end in pairwise([0, *ends, len(text)]):
         pieces = PIECE.findall(text[start:end])
         sentences.extend(piece.strip() for piece in pieces)
-        if counts is not None and len(pieces) > 1:
-            counts["sentences cut"] += 1
     return [sentence for sentence in sentences if sentence]
-
-
-def as_text(text: Any, name: str) -> str:
-    """Returns the text, and "" for None. Raises ValueError, with the name, for anything else."""
-    if not isinstance(text, str | None):
-        raise ValueError(f"{name} is {type(text).__name__}, not text")
-    return text or ""
 
 
 # ---- Sentences -> tokens -----------------------------------------------------
@@ -120,7 +109,7 @@ def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> T
 LARGEST_ALPHABET = 1000
 
 
-def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Returns an uncased WordPiece tokenizer learned from texts.
 
     The 1,000 most frequent characters are tokens; a word with any other is [UNK]. Without a
@@ -134,8 +123,8 @@ def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
         texts = list(texts)
     learner = wordpiece(None)
     characters: Counter[str] = Counter()
-    for index, text in enumerate(texts):
-        characters.update(learner.normalizer.normalize_str(as_text(text, f"text {index}")))
+    for text in texts:
+        characters.update(learner.normalizer.normalize_str(text))
     del characters[" "]
     by_frequency = sorted(characters, key=lambda letter: (-characters[letter], letter))
     letters = sorted(by_frequency[:LARGEST_ALPHABET])
@@ -146,7 +135,7 @@ def train_tokenizer(texts: Iterable[str | None], vocab_size: int) -> Tokenizer:
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=fixed_tokens, limit_alphabet=0, show_progress=False
     )
-    learner.train_from_iterator((text for text in texts if text), trainer)
+    learner.train_from_iterator(texts, trainer)
     # `learner` treats all fixed tokens as special. Only its vocabulary is needed.
     return wordpiece(learner.get_vocab())
 
@@ -193,28 +182,25 @@ class TokenizedCorpus:
 
     source: a folder written by `tokenize_corpus`, or three arrays. The arrays of a folder are
     mapped, not read: all processes share their pages.
-    part: "validation" is the last 1% of the documents, but at least two; "train" is the rest.
     """
 
-    def __init__(self, source: str | Path | CorpusArrays, part: str | None = None) -> None:
-        self.source, self.part = source, part
+    def __init__(self, source: str | Path | CorpusArrays) -> None:
+        self.source = source
         self.notes: dict[str, float] = {}  # statistics from tokenizing
         if isinstance(source, CorpusArrays):
             arrays = source
         else:
             arrays = CorpusArrays(*(map_array(Path(source), name) for name in CorpusArrays._fields))
             self.notes = json.loads((Path(source) / "notes.json").read_text())
-        if part:
-            arrays = cut_part(arrays, part)
         self.tokens, self.sentence_starts, self.document_starts = arrays
 
         sentences = np.diff(self.sentence_starts.searchsorted(self.document_starts))  # (documents,)
         if len(sentences) < 2 or sentences.min() < 2:
-            raise ValueError("a corpus, and each part of it, needs two documents of two sentences")
+            raise ValueError("a corpus needs two documents of two sentences")
 
     def __reduce__(self) -> tuple:
         """Pickles the folder's name: a worker that is not forked maps the files itself."""
-        return TokenizedCorpus, (self.source, self.part)
+        return TokenizedCorpus, (self.source,)
 
     def __len__(self) -> int:
         """Returns the number of tokens."""
@@ -226,8 +212,8 @@ class TokenizedCorpus:
         that its content depends on; see `get_corpus`.
         """
         if isinstance(self.source, CorpusArrays):
-            return make_key(*(array.tobytes() for array in self.source), self.part)
-        return f"{Path(self.source).name}-{self.part or 'all'}"
+            return make_key(*(array.tobytes() for array in self.source))
+        return Path(self.source).name
 
     def describe(self) -> str:
         """Returns a line that says how much there is, and what was skipped."""
@@ -252,17 +238,6 @@ def map_array(folder: Path, name: str) -> np.ndarray:
     return np.asarray(np.memmap(file, dtype=file.suffix[1:], mode="r"))
 
 
-def cut_part(arrays: CorpusArrays, part: str) -> CorpusArrays:
-    """Returns the documents to train on, or those held out; see `TokenizedCorpus`."""
-    held_out = max(2, (len(arrays.document_starts) - 1) // 100)
-    documents = slice(-held_out) if part == "train" else slice(-held_out - 1, None)
-    document_starts = arrays.document_starts[documents]
-    start, end = document_starts[[0, -1]]
-    first_sentence, end_sentence = arrays.sentence_starts.searchsorted([start, end])
-    sentence_starts = arrays.sentence_starts[first_sentence : end_sentence + 1]
-    return CorpusArrays(arrays.tokens[start:end], sentence_starts - start, document_starts - start)
-
-
 def make_key(*parts: Any) -> str:
     """Returns a hash of strings, bytes and numbers."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
@@ -276,20 +251,19 @@ def span_around(starts: np.ndarray, offset: int) -> tuple[int, int]:
 
 # ---- Documents -> the corpus -------------------------------------------------
 
-Document = list[list[int]]  # the ids of each sentence
+EncodedDocument = list[list[int]]  # the ids of each sentence
 
 
 def encode_documents(
-    documents: Iterable[str | None], tokenizer: Tokenizer, notes: Counter[str]
-) -> Iterator[Document]:
+    documents: Iterable[str], tokenizer: Tokenizer, notes: Counter[str]
+) -> Iterator[EncodedDocument]:
     """Yields the sentences of each document, as ids. A document of fewer than two sentences is left
     out, since no sentence follows another in it; `notes` counts these.
     """
-    numbered = enumerate(documents)
+    remaining = iter(documents)
     # Documents are encoded 32 at a time, so that the tokenizer's threads have enough to do.
-    for block in iter(lambda: list(islice(numbered, 32)), []):
-        texts = [as_text(document, f"document {index}") for index, document in block]
-        sentences = [split_sentences(text, notes) for text in texts]
+    for block in iter(lambda: list(islice(remaining, 32)), []):
+        sentences = [split_sentences(document) for document in block]
         ids = iter(encode_plain(tokenizer, list(chain.from_iterable(sentences))))
         for document in sentences:
             encoded = [sentence for sentence in islice(ids, len(document)) if sentence]
@@ -299,7 +273,7 @@ def encode_documents(
                 notes["documents with fewer than two sentences skipped"] += 1
 
 
-def pack(documents: list[Document], tokenizer: Tokenizer) -> TokenizedCorpus:
+def pack(documents: list[EncodedDocument], tokenizer: Tokenizer) -> TokenizedCorpus:
     """Returns encoded documents, end to end, as a corpus in memory."""
     sentences = list(chain.from_iterable(documents))
     tokens = np.fromiter(chain.from_iterable(sentences), dtype=token_dtype(tokenizer))
@@ -315,7 +289,7 @@ def token_dtype(tokenizer: Tokenizer) -> str:
 
 
 def tokenize_corpus(
-    documents: Iterable[str | None], tokenizer: Tokenizer, folder: str | Path
+    documents: Iterable[str], tokenizer: Tokenizer, folder: str | Path
 ) -> TokenizedCorpus:
     """Tokenizes documents into a new folder, and returns them as a corpus.
 
@@ -345,7 +319,7 @@ def tokenize_corpus(
     return TokenizedCorpus(folder)
 
 
-def write_corpus(documents: Iterable[str | None], tokenizer: Tokenizer, folder: Path) -> None:
+def write_corpus(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the three arrays of `TokenizedCorpus`, and notes.json. Only the starts are held in
     memory meanwhile.
     """
@@ -678,55 +652,90 @@ class EpochSampler(Sampler):
             yield indices
 
 
-# ---- Reading corpora ---------------------------------------------------------
+# ---- Reading documents -------------------------------------------------------
 
 
-def get_corpus(
+@dataclass(eq=False)
+class Documents:
+    """The documents of a data set, as texts. They can be read any number of times.
+
+    rows: a split of `datasets`, stored or streamed. rows_per_document: > 1 joins that many rows,
+    with a blank line between them, for corpora with a sentence per row. held_out: True for one
+    document in a hundred, False for all others, None for all.
+    """
+
+    path: str
+    rows: Any
+    column: str = "text"
+    rows_per_document: int = 1
+    held_out: bool | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        texts = self.texts()
+        for parts in iter(lambda: list(islice(texts, self.rows_per_document)), []):
+            document = "\n\n".join(part for part in parts if part)
+            is_held_out = zlib.crc32(document.encode()) % 100 == 0
+            if self.held_out in (None, is_held_out):
+                yield document
+
+    def texts(self) -> Iterator[str]:
+        """Yields the text of each row, "" for None. Raises ValueError for anything else."""
+        with reading(self.path):
+            for index, row in enumerate(self.rows):
+                text = row[self.column]
+                if not isinstance(text, str | None):
+                    raise ValueError(f"row {index}: {self.column} is {text!r}, not text")
+                yield text or ""
+
+
+def get_documents(
     path: str,
-    split: str,
-    tokenizer: Tokenizer,
     name: str | None = None,
-    train_split: str = "train",
-    text_column: str = "text",
+    split: str = "train",
+    column: str = "text",
     rows_per_document: int = 1,
-) -> TokenizedCorpus:
-    """Returns the "train" or the "validation" part of a data set. It is tokenized once, into a
-    folder in the cache of `datasets` that is named after all that its content depends on.
+    streaming: bool = False,
+) -> dict[str, Documents]:
+    """Returns the documents to train on, "train", and those to evaluate on, "validation".
 
     name: the configuration of a hub data set that has several.
-    train_split: what to train on: "train", "train+unsupervised", "train[:10%]". The validation part
-    is the split "validation"; where there is none, or where it is trained on, it is the last 1% of
-    the documents of `train_split`, but at least two.
-    rows_per_document: > 1 joins that many rows into one, for corpora with a sentence per row.
+    split: what to train on: "train", "train+unsupervised", "train[:10%]"; of a stream, one whole
+    split. The split "validation" is evaluated on. Where there is none, or where it is trained on,
+    the last 1% of the rows are held out, but at least two documents; of a stream, one document in
+    a hundred.
     """
-    splits = get_dataset(path, name, split=None, column=text_column)
-    holds_out = "validation" not in splits or "validation" in train_split
-    rows = select_split(splits, train_split if holds_out or split == "train" else "validation")
-    how = (tokenizer.to_str(), text_column, rows_per_document, SPLIT_VERSION)
+    splits = get_dataset(path, name, None, column, streaming)
+    if streaming and split not in splits:
+        raise ValueError(f"{split} is not one of the splits {', '.join(splits)}")
+    rows = splits[split] if streaming else select_split(splits, split)
+    train = Documents(path, rows, column, rows_per_document)
+    if "validation" in splits and "validation" not in split:
+        return {"train": train, "validation": replace(train, rows=splits["validation"])}
+    validation = replace(train)
+    if streaming:
+        train.held_out = False
+        validation.held_out = True
+    else:
+        held_out = max(2 * rows_per_document, len(rows) // 100)
+        end = max(0, len(rows) - held_out)
+        train.rows = rows.select(range(end))
+        validation.rows = rows.select(range(end, len(rows)))
+    return {"train": train, "validation": validation}
+
+
+def get_corpus(documents: Documents, tokenizer: Tokenizer) -> TokenizedCorpus:
+    """Returns documents as a corpus. They are tokenized once, into a folder in the cache of
+    `datasets` that is named after all that its content depends on.
+    """
+    how = (tokenizer.to_str(), documents.column, documents.rows_per_document, SPLIT_VERSION)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "bert-in-four-files"
-    folder = cache / make_key(rows._fingerprint, *how)
+    folder = cache / make_key(documents.rows._fingerprint, *how)
     if not folder.exists():
-        tokenize_corpus(join_rows(rows, text_column, rows_per_document), tokenizer, folder)
-    return TokenizedCorpus(folder, part=split if holds_out else None)
+        tokenize_corpus(documents, tokenizer, folder)
+    return TokenizedCorpus(folder)
 
 
-def join_rows(rows: Iterable[dict], column: str, rows_per_document: int) -> Iterator[str]:
-    """Yields documents: the texts of that many rows, with a blank line between them."""
-    texts = (as_text(row[column], f"row {index}: {column}") for index, row in enumerate(rows))
-    for parts in iter(lambda: list(islice(texts, rows_per_document)), []):
-        yield "\n\n".join(part for part in parts if part)
-
-
-def get_texts(
-    path: str, train_split: str = "train", name: str | None = None, column: str = "text"
-) -> Iterable[str | None]:
-    """Returns the texts to learn a vocabulary from: all of the split to train on."""
-    return get_dataset(path, name, train_split, column)[column]
-
-
-def sample_folder() -> Path:
-    """Returns the folder of a small invented corpus that comes with the code."""
-    return Path(__file__).with_name("sample")
+SAMPLE = Path(__file__).with_name("sample")  # the folder of a small invented corpus
 
 
 def get_dataset(
@@ -736,12 +745,12 @@ def get_dataset(
     column: str | None = None,
     streaming: bool = False,
 ) -> Any:
-    """Returns a split of a data set, or with split=None a dict of them. A stream needs split=None.
+    """Returns a split of a data set, or with split=None a dict of them; of a stream, always that.
 
     path: "sample", a hub id, or a file or directory (see `list_files`). column: the only one to
     read.
     """
-    where = sample_folder() / "corpus" if path == "sample" else Path(path)
+    where = SAMPLE / "corpus" if path == "sample" else Path(path)
     splits = {}
     with reading(path):
         if where.exists():
@@ -844,26 +853,14 @@ class Stream(IterableDataset):
     Each worker reads shards of its own and treats one block of documents at a time as a corpus:
     tokens, pairs, masks, every example once, in a random order.
 
-    make_dataset: makes the examples of a block. train_split: one whole split. Without a split
-    "validation", or if it is trained on, one document in a hundred is held out.
+    documents: of a streamed split. make_dataset: makes the examples of a block.
     """
 
-    path: str
+    documents: Documents
     tokenizer: Tokenizer
     make_dataset: Callable[[TokenizedCorpus], PretrainDataset]
-    name: str | None = None
-    train_split: str = "train"
-    text_column: str = "text"
-    rows_per_document: int = 1
     rank: int = 0
     world_size: int = 1
-
-    def __post_init__(self) -> None:
-        self.padding_idx = self.tokenizer.get_vocab()[PAD]
-        self.splits = get_dataset(self.path, self.name, None, self.text_column, streaming=True)
-        if self.train_split not in self.splits:
-            raise ValueError(f"{self.train_split} is not one of the splits {[*self.splits]}")
-        self.holds_out = "validation" not in self.splits or self.train_split == "validation"
 
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
@@ -879,10 +876,10 @@ class Stream(IterableDataset):
         """Yields blocks, epoch after epoch. A block ends after `STREAM_BLOCK` tokens or with its
         epoch, but not before it has two documents.
         """
-        block: list[Document] = []
+        block: list[EncodedDocument] = []
         while True:
             usable = size = 0
-            for document in encode_documents(self.documents(), self.tokenizer, Counter()):
+            for document in encode_documents(self.documents, self.tokenizer, Counter()):
                 block.append(document)
                 usable += 1
                 size += sum(map(len, document))
@@ -891,27 +888,16 @@ class Stream(IterableDataset):
                     block = []
                     size = 0
             if usable < 2:
-                raise ValueError(
-                    f"{self.path}: a reader has fewer than two documents of two sentences"
-                )
+                raise ValueError("a worker has fewer than two documents: use fewer --workers")
             if len(block) > 1:
                 yield pack(block, self.tokenizer)
                 block = []
 
-    def documents(self, held_out: bool = False) -> Iterator[str]:
-        """Yields this rank's documents to train on, or those for evaluation, once."""
-        split = "validation" if held_out and not self.holds_out else self.train_split
-        rows = split_dataset_by_node(self.splits[split], self.rank, self.world_size)
-        with reading(self.path):
-            for text in join_rows(rows, self.text_column, self.rows_per_document):
-                is_held_out = zlib.crc32(text.encode()) % 100 == 0
-                if text and (not self.holds_out or is_held_out == held_out):
-                    yield text
 
-    def validation(self) -> TokenizedCorpus:
-        """Returns 64 documents to evaluate on."""
-        documents = encode_documents(self.documents(held_out=True), self.tokenizer, Counter())
-        return pack(list(islice(documents, 64)), self.tokenizer)
+def first_documents(documents: Documents, tokenizer: Tokenizer) -> TokenizedCorpus:
+    """Returns the first 64 documents as a corpus in memory: what a stream is evaluated on."""
+    encoded = encode_documents(documents, tokenizer, Counter())
+    return pack(list(islice(encoded, 64)), tokenizer)
 
 
 # ---- Loaders -----------------------------------------------------------------
@@ -940,33 +926,22 @@ def get_split_dataloader(
         "prefetch_factor": 4 if workers else None,
         "timeout": WORKER_TIMEOUT if workers else 0,
         "pin_memory": torch.cuda.is_available(),
-        "collate_fn": partial(collate, padding_idx=dataset.padding_idx),
+        "collate_fn": partial(collate, padding_idx=dataset.tokenizer.get_vocab()[PAD]),
     }
     if isinstance(dataset, PretrainDataset):
         sampler = EpochSampler(len(dataset), batch_size, dataset.seed, start, rank, world_size)
         return DataLoader(dataset, batch_sampler=sampler, **how)
-    shards = dataset.splits[dataset.train_split].num_shards
-    readers = world_size * max(1, workers)  # without workers, the rank itself reads
-    if readers > shards:
-        raise ValueError(
-            f"{readers} workers over all ranks, but only {shards} files: use fewer workers"
-        )
-    if shards % world_size and dataset.rows_per_document > 1:  # ranks would share files, by row
+    documents = dataset.documents
+    shards = documents.rows.num_shards
+    if shards % world_size and documents.rows_per_document > 1:  # ranks would share files, by row
         raise ValueError(f"rows_per_document: {world_size} ranks cannot share {shards} files")
-    stream = copy.copy(dataset)
-    stream.rank = rank
-    stream.world_size = world_size
+    own_rows = split_dataset_by_node(documents.rows, rank, world_size)
+    own = replace(documents, rows=own_rows)
+    stream = replace(dataset, documents=own, rank=rank, world_size=world_size)
     return DataLoader(stream, batch_size, **how)
 
 
 # ---- Reading tokenizers ------------------------------------------------------
-
-# What tokenizer_config.json calls an option: what `wordpiece` calls it.
-NORMALIZER_OPTIONS = {
-    "do_lower_case": "lowercase",
-    "strip_accents": "strip_accents",
-    "tokenize_chinese_chars": "handle_chinese_chars",
-}
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -1001,8 +976,12 @@ def read_vocabulary(file: Path) -> Tokenizer:
     tokens = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     config = file.with_name("tokenizer_config.json")
     about = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-    options = {ours: about[name] for name, ours in NORMALIZER_OPTIONS.items() if name in about}
-    return wordpiece({token: i for i, token in enumerate(tokens)}, **options)
+    return wordpiece(
+        {token: i for i, token in enumerate(tokens)},
+        lowercase=about.get("do_lower_case", True),
+        strip_accents=about.get("strip_accents"),
+        handle_chinese_chars=about.get("tokenize_chinese_chars", True),
+    )
 
 
 def check_tokens(tokenizer: Tokenizer) -> None:

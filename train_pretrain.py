@@ -520,7 +520,7 @@ def probe(
 # ---- What a run needs --------------------------------------------------------
 
 
-def choose_tokenizer(options: Any, read_texts: Callable[[], Iterable[str | None]]) -> Tokenizer:
+def choose_tokenizer(options: Any, read_texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Returns the tokenizer beside --weights, the one of --tokenizer, or one learned from texts."""
     if options.weights is not None:
         return data.load_tokenizer(fetch(options.weights))
@@ -556,14 +556,15 @@ def make_model(
     return model
 
 
+def open_documents(options: PretrainOptions) -> dict[str, data.Documents]:
+    """Returns the documents to train on, and those to evaluate on."""
+    where = (options.dataset, options.dataset_name, options.split, options.text_column)
+    return data.get_documents(*where, options.rows_per_document, options.streaming)
+
+
 def load_examples(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns the examples to train on, which may be a stream, and those to evaluate on."""
-    where: dict[str, Any] = {
-        "name": options.dataset_name,
-        "train_split": options.split,
-        "text_column": options.text_column,
-        "rows_per_document": options.rows_per_document,
-    }
+    documents = open_documents(options)
     examples_of = partial(
         data.PretrainDataset,
         tokenizer=tokenizer,
@@ -572,13 +573,12 @@ def load_examples(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, A
         whole_word_masking=options.whole_word_masking,
     )
     if options.streaming:
-        stream = data.Stream(options.dataset, tokenizer, examples_of, **where)
-        return {"train": stream, "validation": examples_of(stream.validation())}
-    corpora = {
-        split: data.get_corpus(options.dataset, split, tokenizer, **where)
-        for split in ("train", "validation")
+        validation = data.first_documents(documents["validation"], tokenizer)
+        stream = data.Stream(documents["train"], tokenizer, examples_of)
+        return {"train": stream, "validation": examples_of(validation)}
+    return {
+        split: examples_of(data.get_corpus(part, tokenizer)) for split, part in documents.items()
     }
-    return {split: examples_of(corpus) for split, corpus in corpora.items()}
 
 
 def make_validation(
@@ -616,8 +616,7 @@ def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dic
     because of bad options. The model comes before the corpus, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
-    where = (options.dataset, options.split, options.dataset_name, options.text_column)
-    tokenizer = choose_tokenizer(options, partial(data.get_texts, *where))
+    tokenizer = choose_tokenizer(options, lambda: open_documents(options)["train"])
     positions = options.positions or options.max_seq_length
     model = make_model(BertPretrainModel, options, tokenizer, positions)
     if options.positions not in (None, model.config.max_seq_length):

@@ -143,7 +143,7 @@ def get_reviews(path: str, split: str, name: str | None = None) -> tuple[list[st
 
     Raises ValueError, with the row, if a sentence is not text or a label is not 0 or 1.
     """
-    source = str(data.sample_folder() / "reviews") if path == "sample" else path
+    source = str(data.SAMPLE / "reviews") if path == "sample" else path
     rows = data.get_dataset(source, name, split)
     column = "sentence" if "sentence" in rows.column_names else "text"
     if not {column, "label"} <= set(rows.column_names):

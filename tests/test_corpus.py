@@ -70,16 +70,6 @@ def test_a_corpus_needs_two_documents_of_two_sentences(docs):
         data.pack(docs, small_tokenizer())
 
 
-@given(documents(), st.sampled_from(["train", "validation"]))
-def test_the_parts_of_a_corpus_are_its_first_and_its_last_documents(docs, part):
-    """One in a hundred is held out, and at least two."""
-    usable = [sentences for sentences in docs if len(sentences) > 1] * 120
-    held_out = max(2, len(usable) // 100)
-    found = TokenizedCorpus(data.pack(usable, small_tokenizer()).source, part)
-    expected = {"train": usable[:-held_out], "validation": usable[-held_out:]}
-    assert documents_of(found) == expected[part]
-
-
 def test_the_key_of_a_corpus_in_memory_changes_with_every_token_and_start():
     docs = [[[5, 6], [7]], [[8], [9, 10]]]
     others = [
@@ -92,11 +82,10 @@ def test_the_key_of_a_corpus_in_memory_changes_with_every_token_and_start():
     assert len({corpus_of(other).key for other in [docs, *others]}) == 5
 
 
-@pytest.mark.parametrize("part", [None, "train", "validation"])
-def test_a_pickled_corpus_is_its_folder_and_maps_the_same_tokens(part, tmp_path):
+def test_a_pickled_corpus_is_its_folder_and_maps_the_same_tokens(tmp_path):
     """Workers that are not forked receive the name of the folder, not the tokens."""
     data.tokenize_corpus(TEXTS * 500, small_tokenizer(), tmp_path / "corpus")
-    corpus = TokenizedCorpus(tmp_path / "corpus", part)
+    corpus = TokenizedCorpus(tmp_path / "corpus")
     pickled = pickle.dumps(corpus)
     assert len(pickled) < 500
     assert documents_of(pickle.loads(pickled)) == documents_of(corpus)
@@ -108,14 +97,14 @@ def test_a_pickled_corpus_is_its_folder_and_maps_the_same_tokens(part, tmp_path)
 texts = st.text(alphabet=LETTERS + " .!\n中é[MASK]", max_size=60)
 
 
-@given(st.lists(texts | st.none(), max_size=70))
+@given(st.lists(texts, max_size=70))
 def test_every_token_of_a_document_with_two_sentences_is_kept(texts):
-    """None is an empty text. What is skipped is counted."""
+    """What is skipped is counted."""
     notes: Counter = Counter()
     found = list(data.encode_documents(texts, small_tokenizer(), notes))
     expected, skipped = [], 0
     for text in texts:
-        sentences = data.encode_plain(small_tokenizer(), data.split_sentences(text or ""))
+        sentences = data.encode_plain(small_tokenizer(), data.split_sentences(text))
         sentences = [sentence for sentence in sentences if sentence]
         if len(sentences) > 1:
             expected.append(sentences)
@@ -168,30 +157,35 @@ def test_blank_lines_do_not_end_a_document(tmp_path):
 # ---- What is left out, and what is rejected -----------------------------------------------------
 
 
-def test_a_run_says_what_was_read_left_out_and_cut(tmp_path):
-    texts = ["aa. b", "", None, "cc. d", "one", "a. " + "b " * 1000, "a. é中 ? d. e"]
+def test_a_run_says_what_was_read_and_left_out(tmp_path):
+    texts = ["aa. b", "", "", "cc. d", "one", "a. " + "b " * 1000, "a. é中 ? d. e"]
     corpus = data.tokenize_corpus(texts, small_tokenizer(), tmp_path / "corpus")
     said = TokenizedCorpus(tmp_path / "corpus").describe()
     assert said == corpus.describe()
-    for part in ("4 documents", f"{len(corpus):,} tokens", "3 documents with", "1 sentences cut"):
+    for part in ("4 documents", f"{len(corpus):,} tokens", "3 documents with"):
         assert part in said
 
 
-def test_a_poisoned_document_surfaces_with_its_index(tmp_path):
-    texts = ["a. b.", None, "c. d."] * 20
-    for poison, kind in ((7, "int"), (["a b."], "list"), ({"a": 1}, "dict"), (True, "bool")):
-        with pytest.raises(ValueError, match=f"document 60 is {kind}"):
-            data.tokenize_corpus([*texts, poison], small_tokenizer(), tmp_path / "arrays")
-        assert not (tmp_path / "arrays").exists()
-        assert not (tmp_path / "arrays.unfinished").exists()
+def test_a_poisoned_row_surfaces_with_its_index():
+    """Nothing is skipped, and nothing is turned into text, except that None is no text."""
+    rows = [{"body": text} for text in ("a. b.", None, "c. d.") * 20]
+    for poison in (7, ["a b."], {"a": 1}, True):
+        documents = data.Documents("corpus", [*rows, {"body": poison}], "body")
+        with pytest.raises(ValueError, match=f"corpus: row 60: body is {re.escape(repr(poison))}"):
+            list(documents)
+
+
+def test_what_fails_while_documents_are_read_leaves_nothing(tmp_path):
+    rows = [*({"text": text} for text in TEXTS), {"text": 7}]
+    with pytest.raises(ValueError, match="row 3"):
+        data.tokenize_corpus(data.Documents("a", rows), small_tokenizer(), tmp_path / "arrays")
+    assert [path.name for path in tmp_path.iterdir()] == ["arrays.lock"]
 
 
 def test_rows_are_joined_to_documents_with_a_blank_line_between_them():
     rows = [{"body": text} for text in ("a b.", None, "c", "", "d")]
-    assert list(data.join_rows(rows, "body", 1)) == ["a b.", "", "c", "", "d"]
-    assert list(data.join_rows(rows, "body", 3)) == ["a b.\n\nc", "d"]
-    with pytest.raises(ValueError, match="row 5: body is int"):
-        list(data.join_rows([*rows, {"body": 7}], "body", 2))
+    assert list(data.Documents("", rows, "body")) == ["a b.", "", "c", "", "d"]
+    assert list(data.Documents("", rows, "body", 3)) == ["a b.\n\nc", "d"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -274,20 +268,21 @@ def test_a_second_start_finds_the_corpus_and_whatever_it_depends_on_makes_anothe
     tokenize = data.tokenize_corpus
     monkeypatch.setattr(data, "tokenize_corpus", lambda *a: made.append(1) or tokenize(*a))
 
-    def key(tokenizer=None, **how) -> str:
-        return data.get_corpus(path, "train", tokenizer or small_tokenizer(), **how).key
+    def key(tokenizer=None, part="train", **how) -> str:
+        documents = data.get_documents(path, **how)[part]
+        return data.get_corpus(documents, tokenizer or small_tokenizer()).key
 
     first = key()
     assert key() == first
-    assert data.get_corpus(path, "validation", small_tokenizer()).key != first
-    assert len(made) == 1  # all documents were tokenized at once
+    assert len(made) == 1
     keys = {first, key(data.wordpiece({**small_tokenizer().get_vocab(), "new": 99}))}
-    keys |= {key(text_column="body"), key(rows_per_document=2), key(train_split="train[:50%]")}
+    keys |= {key(column="body"), key(rows_per_document=2), key(split="train[:50%]")}
+    keys.add(key(part="validation"))
     monkeypatch.setattr(data, "SPLIT_VERSION", -1)
     keys.add(key())
     write_rows(tmp_path / "corpus.jsonl", rows[:-1])
     keys.add(key())
-    assert len(keys) == len(made) == 7
+    assert len(keys) == len(made) == 8
 
 
 # ---- Which files are a corpus -------------------------------------------------------------------
@@ -418,7 +413,7 @@ def write_letters(folder: Path, **splits: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("train_split", "train", "validation"),
+    ("split", "train", "validation"),
     [
         ("train", "abcdef", "xyz"),
         ("test", "klmn", "xyz"),
@@ -427,24 +422,31 @@ def write_letters(folder: Path, **splits: str) -> str:
         ("train+validation", "abcdefx", "yz"),
     ],
 )
-def test_the_parts_to_train_and_to_evaluate_on(train_split, train, validation, tmp_path):
+def test_the_parts_to_train_and_to_evaluate_on(split, train, validation, tmp_path):
     """The validation split is evaluated on, unless it is trained on: then the last documents are
     held out."""
     path = write_letters(tmp_path, train="abcdef", validation="xyz", test="klmn")
+    documents = data.get_documents(path, split=split)
+    assert letters_of(data.get_corpus(documents["train"], small_tokenizer())) == set(train)
+    assert letters_of(data.get_corpus(documents["validation"], small_tokenizer())) == set(
+        validation
+    )
 
-    def letters(split: str) -> set[str]:
-        return letters_of(data.get_corpus(path, split, small_tokenizer(), train_split=train_split))
 
-    assert letters("train") == set(train)
-    assert letters("validation") == set(validation)
+@pytest.mark.parametrize(
+    ("rows", "rows_per_document", "held_out"), [(1, 1, 1), (150, 1, 2), (1000, 1, 10), (90, 3, 6)]
+)
+def test_the_last_rows_are_held_out(rows, rows_per_document, held_out, tmp_path):
+    """One in a hundred, and at least those of two documents."""
+    texts = [str(i) for i in range(rows)]
+    path = write_texts(tmp_path / "corpus.jsonl", texts)
+    documents = data.get_documents(path, rows_per_document=rows_per_document)
+    found = {part: "\n\n".join(documents[part]).split() for part in documents}
+    assert found == {"train": texts[:-held_out], "validation": texts[-held_out:]}
 
 
-def test_a_split_that_is_not_there_is_named_with_those_that_are(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_that_is_not_there_is_named_with_those_that_are(streaming, tmp_path):
     path = write_letters(tmp_path, train="abcd", validation="wxyz")
-    for read in (
-        lambda: data.get_corpus(path, "train", small_tokenizer(), train_split="test"),
-        lambda: data.get_texts(path, "test"),
-        lambda: data.Stream(path, small_tokenizer(), PretrainDataset, train_split="test"),
-    ):
-        with pytest.raises(ValueError, match="train.*validation"):
-            read()
+    with pytest.raises(ValueError, match="train.*validation"):
+        data.get_documents(path, split="test", streaming=streaming)

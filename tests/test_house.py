@@ -105,8 +105,9 @@ def test_data_alone_in_a_folder_works_and_importing_starts_nothing(tmp_path):
     code = """
 import threading, data
 print(threading.active_count())
-tokenizer = data.train_tokenizer(data.get_texts("corpus.jsonl"), 70)
-corpus = data.get_corpus("corpus.jsonl", "train", tokenizer)
+documents = data.get_documents("corpus.jsonl")["train"]
+tokenizer = data.train_tokenizer(documents, 70)
+corpus = data.get_corpus(documents, tokenizer)
 dataset = data.PretrainDataset(corpus, tokenizer, 16)
 print(sorted(next(iter(data.get_split_dataloader(dataset, 2, workers=0)))))
 """

@@ -131,8 +131,8 @@ BUGS = {
         "test_examples_that_differ_in_seed_epoch_or_index_draw_other_numbers",
     ),
     "7 a blank line ends a document": Bug(
-        data, "encode_documents", "enumerate(documents)",
-        "enumerate(p for d in documents for p in d.split('\\n\\n'))",
+        data, "encode_documents", "iter(documents)",
+        "iter(p for d in documents for p in d.split('\\n\\n'))",
         "test_blank_lines_do_not_end_a_document", caught_as=(ValueError,),
     ),
     "8 a random segment of the same document": Bug(
@@ -198,8 +198,8 @@ BUGS = {
         {"of_script": train_sst2.SST2Options},
     ),
     "22 a bad row is swallowed": Bug(
-        data, "as_text", 'raise ValueError(f"', 'text = str(f"',
-        "test_a_poisoned_document_surfaces_with_its_index",
+        data.Documents, "texts", 'raise ValueError(f"', 'text = str(f"',
+        "test_a_poisoned_row_surfaces_with_its_index",
     ),
     "23 perplexity of both losses": Bug(
         train_pretrain, "evaluate", 'tensor(metrics["mlm_loss"])',
@@ -263,7 +263,7 @@ BUGS = {
         "test_padding_is_the_tokenizers_whatever_the_config_says",
     ),
     "36 a cased checkpoint without tokenizer.json is lowercased": Bug(
-        data, "read_vocabulary", "if name in about", "if False",
+        data, "read_vocabulary", 'about.get("do_lower_case", True)', "True",
         "test_a_vocabulary_is_cased_or_chinese_if_its_config_says_so",
         {"about": {"do_lower_case": False}, "tokens": "A é 中 文"}, caught_as=(ValueError,),
     ),

@@ -111,7 +111,8 @@ def leaking(dataset, size: int):
 def streamed(folder: Path) -> DataLoader:
     data.STREAM_BLOCK = 500  # tokens, so that many blocks are read
     make = partial(data.PretrainDataset, tokenizer=small_tokenizer(), max_seq_length=24)
-    stream = data.Stream(str(folder), small_tokenizer(), make)
+    documents = data.get_documents(str(folder), streaming=True)["train"]
+    stream = data.Stream(documents, small_tokenizer(), make)
     return data.get_split_dataloader(stream, 8, workers=2)
 
 

@@ -17,6 +17,7 @@ from strategies import (
     LETTERS,
     PADDING,
     SMALL,
+    TEXTS,
     VOCABULARY,
     corpus_of,
     dropouts_of,
@@ -268,35 +269,38 @@ def test_the_seed_decides_the_initial_weights(options):
 
 def test_examples_are_read_and_made_as_the_options_say(options, monkeypatch):
     """The baseline has the frequencies of the text that is trained on."""
-    asked, corpora = [], [corpus_of([[[7] * 9, [8]] * 40] * 2), corpus_of([[[7] * 9] * 40] * 2)]
-    monkeypatch.setattr(
-        data, "get_corpus", lambda *what, **how: asked.append((*what, how)) or corpora.pop(0)
-    )
+    documents = {"train": LETTERS, "validation": LETTERS[::-1]}
+    corpora = {
+        LETTERS: corpus_of([[[7] * 9, [8]] * 40] * 2),
+        LETTERS[::-1]: corpus_of([[[7] * 9] * 40] * 2),
+    }
+    get_documents = mock.Mock(return_value=documents)
+    monkeypatch.setattr(data, "get_documents", get_documents)
+    monkeypatch.setattr(data, "get_corpus", lambda texts, tokenizer: corpora[texts])
     told = replace(
         options, dataset="a", dataset_name="b", split="c+d", text_column="e", tokenizer=None,
         rows_per_document=4, seed=3, whole_word_masking=True, steps=0,
     )  # fmt: skip
-    get_texts = mock.Mock(return_value=LETTERS)
-    monkeypatch.setattr(data, "get_texts", get_texts)
-    expected = corpora[0].unigram_entropy()
-    assert expected != corpora[1].unigram_entropy()
+    expected = corpora[LETTERS].unigram_entropy()
+    assert expected != corpora[LETTERS[::-1]].unigram_entropy()
     made, load_examples = [], train_pretrain.load_examples
     monkeypatch.setattr(
         train_pretrain, "load_examples", lambda *how: made.append(load_examples(*how)) or made[0]
     )
     pretrain(told)
-    how = {"name": "b", "train_split": "c+d", "text_column": "e", "rows_per_document": 4}
-    assert asked == [("a", split, mock.ANY, how) for split in ("train", "validation")]
-    get_texts.assert_called_once_with("a", "c+d", "b", "e")  # to learn a tokenizer from
+    get_documents.assert_called_with("a", "b", "c+d", "e", 4, False)
+    learned = data.train_tokenizer(LETTERS, told.vocab_size).get_vocab()
+    assert made[0]["train"].tokenizer.get_vocab() == learned
     for examples in made[0].values():
         found = (examples.max_seq_length, examples.seed, examples.whole_word_masking)
         assert found == (16, 3, True)
     assert read_lines(Path(told.out), "validation")["unigram_entropy"] == [expected]
 
-    stream = mock.Mock()
-    monkeypatch.setattr(data, "Stream", stream)
-    load_examples(replace(told, streaming=True, tokenizer="t"), small_tokenizer())
-    stream.assert_called_with("a", mock.ANY, mock.ANY, **how)
+    documents["validation"] = TEXTS
+    found = load_examples(replace(told, streaming=True, tokenizer="t"), small_tokenizer())
+    get_documents.assert_called_with("a", "b", "c+d", "e", 4, True)
+    assert found["train"].documents is LETTERS
+    assert found["validation"].corpus.key == data.first_documents(TEXTS, small_tokenizer()).key
 
 
 def test_an_evaluation_is_the_first_batches_of_the_validation_part_or_all_of_them(
