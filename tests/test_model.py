@@ -49,6 +49,10 @@ def test_the_widths_of_a_named_size_follow_d_model_unless_they_are_given(changes
     assert config.encoder_layers == 12
 
 
+def test_a_config_is_that_of_base_unless_something_is_given():
+    assert BertConfig() == BertConfig.named("base")
+
+
 def test_an_unknown_size_is_rejected_with_the_known_ones():
     with pytest.raises(ValueError, match="tiny, mini, .*, large"):
         BertConfig.named("huge")
