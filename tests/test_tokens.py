@@ -189,6 +189,7 @@ def test_a_trained_tokenizer_is_deterministic_and_knows_every_character(texts, s
     tokenizer = data.train_tokenizer(texts, 60)
     order = np.random.default_rng(seed).permutation(len(texts))
     assert data.train_tokenizer([texts[i] for i in order], 60).to_str() == tokenizer.to_str()
+    assert data.train_tokenizer(iter(texts), 60).to_str() == tokenizer.to_str()
     assert [tokenizer.token_to_id(token) for token in data.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     assert sorted(tokenizer.get_vocab().values()) == list(range(tokenizer.get_vocab_size()))
     assert all(UNK not in ids for ids in data.encode_plain(tokenizer, texts))
@@ -230,11 +231,11 @@ def test_only_the_thousand_most_frequent_characters_are_tokens():
     """English with 9,000 Chinese characters in names needed a vocabulary of 18,049 tokens. Ties are
     broken in sorted order, so that the ids are the same each time."""
     stray = [chr(0x4E00 + i) for i in range(9000)]
-    texts = ["the cat sat on the mat"] * 3 + [f"a name {character}" for character in stray]
+    texts = ["the cat sat on the mat 龍"] * 3 + [f"a name {character}" for character in stray]
     tokenizer = data.train_tokenizer(texts, 3000)
     letters = {token for token in tokenizer.get_vocab() if len(token) == 1}
-    english = set("thecatsonmat") | set("name")
-    assert letters == english | set(stray[: 1000 - len(english)])
+    frequent = set("thecatsonmat") | set("name") | {"龍"}
+    assert letters == frequent | set(stray[: 1000 - len(frequent)])
     rare = data.encode_plain(tokenizer, [stray[-1]])
     assert rare == [[UNK]]
 
