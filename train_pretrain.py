@@ -342,17 +342,13 @@ def add_gradients(
     return torch.stack(contributions).sum(dim=0)
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
-    """Clips the accumulated gradients to norm 1 ([Code]), takes one step, zeroes the gradients.
-
-    Returns the norm before clipping, ().
-    """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Clips the accumulated gradients to norm 1 ([Code]), takes one step, zeroes the gradients."""
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return norm
 
 
 # ---- The loop ----------------------------------------------------------------
@@ -391,7 +387,6 @@ def train(
         losses_of = torch.compile(losses_of, fullgraph=True)
     if dist.is_initialized():
         losses_of = DistributedDataParallel(losses_of)
-    largest_norm = torch.zeros((), device=device)  # of all gradients so far
     started = time.perf_counter() - progress.seconds
     bar = progress_bar(options.steps, initial=progress.step, disable=rank > 0)
 
@@ -412,11 +407,10 @@ def train(
         seeds = [(options.seed, step, rank + i * ranks) for i in range(per_rank)]
         losses = add_gradients(losses_of, on_device, masked, pairs, seeds)
 
-        # Clip, and take the step. A maximum keeps NaN, and nothing here waits for a GPU.
-        norm = update(model, optimizer, rate)
-        largest_norm = torch.maximum(largest_norm, norm)
+        # Clip, and take the step. Nothing up to here waits for a GPU.
+        update(model, optimizer, rate)
 
-        # What is due after this step? Nothing is written once a gradient was not finite.
+        # What is due after this step? Nothing is written once a weight is not finite.
         done = step + 1
         progress.step = done
         progress.tokens += int(tokens)
@@ -427,7 +421,7 @@ def train(
         report_is_due = is_last or done % options.eval_every == 0
         save_is_due = is_last or done % options.save_every == 0 or must_stop
         if log_is_due or report_is_due or save_is_due:
-            on_rank_0(partial(check_is_finite, f"step {done}: a gradient", largest_norm))
+            on_rank_0(partial(check_weights, model, done))
 
         # Log. To read a loss, the CPU waits for the GPU.
         if log_is_due:
@@ -450,9 +444,16 @@ def train(
     return progress.step == options.steps
 
 
-def check_is_finite(what: str, numbers: Tensor) -> None:
-    if not numbers.isfinite().all():
-        raise ValueError(f"{what} is not finite: start again with a lower --learning-rate")
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raises ValueError if a weight is not finite. A gradient that is not finite makes weights NaN,
+    and they stay NaN: a look now and then is enough.
+    """
+    are_finite = [parameter.isfinite().all() for parameter in model.parameters()]
+    if not torch.stack(are_finite).all():
+        raise ValueError(
+            f"step {step}: a weight is not finite: start again with a lower --learning-rate, or"
+            " other --weights"
+        )
 
 
 # ---- Evaluation --------------------------------------------------------------
@@ -683,6 +684,7 @@ def pretrain(options: PretrainOptions) -> None:
         save_checkpoint(out, model, optimizer, progress=asdict(progress), identity=identity)
 
     def begin() -> None:
+        check_weights(model, progress.step)  # those of --weights may not be finite
         with (out / "metrics.jsonl").open("a") as file:
             file.truncate(min(state["metrics_bytes"], file.tell()))
         if not options.resume:
@@ -895,8 +897,6 @@ def save_checkpoint(
 
     It also holds the length of metrics.jsonl: a resumed run cuts off what was written later.
     """
-    for name, parameter in model.named_parameters():  # an update may overflow
-        check_is_finite(name, parameter)
     state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with (out / "metrics.jsonl").open("a") as file:
         os.fsync(file.fileno())

@@ -32,6 +32,7 @@ from helpers import (
     kill,
     make_review_options,
     metrics_of,
+    model_of,
     run,
     run_with_event,
     start,
@@ -41,6 +42,7 @@ from helpers import (
 )
 from strategies import (
     Malicious,
+    small_tokenizer,
     write_many_documents,
 )
 
@@ -375,15 +377,28 @@ def test_a_weight_that_is_not_finite_is_not_saved(corpus, tmp_path, monkeypatch)
     update, calls = train_pretrain.update, itertools.count()
 
     def spoiled(model, optimizer, rate):
-        norm = update(model, optimizer, rate)
+        update(model, optimizer, rate)
         if next(calls) == 1:
             model.nsp.bias.data[0] = math.inf
-        return norm
 
     monkeypatch.setattr(train_pretrain, "update", spoiled)
-    with pytest.raises(ValueError, match=r"nsp\.bias"):
+    with pytest.raises(ValueError, match="step 2.*--learning-rate"):
         run(options)
     assert checkpoint_of(tmp_path)["progress"]["step"] == 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_to_start_from_that_are_not_finite_are_rejected_before_anything_is_written(
+    bad, options, tmp_path
+):
+    torch.manual_seed(0)
+    model = model_of(options, small_tokenizer())
+    model.nsp.bias.data[0] = bad
+    model.save_pretrained(tmp_path / "model", small_tokenizer())
+    told = replace(options, tokenizer=None, weights=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="step 0.*--weights"):
+        run(told)
+    assert contents(Path(options.out)) == {}
 
 
 # ---- Nothing overwrites a run -------------------------------------------------------------------
