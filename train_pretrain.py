@@ -421,12 +421,12 @@ def train(
         report_is_due = is_last or done % options.eval_every == 0
         save_is_due = is_last or done % options.save_every == 0 or must_stop
         if log_is_due or report_is_due or save_is_due:
-            on_rank_0(partial(check_weights, model, done))
+            on_rank_0(check_weights, model, done)
 
         # Log. To read a loss, the CPU waits for the GPU.
         if log_is_due:
             mlm_loss, nsp_loss = total(*losses.tolist())
-            on_rank_0(partial(log, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss))
+            on_rank_0(log, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
             speed = progress.tokens / max(progress.seconds, 0.01)
             bar.set_postfix_str(f"loss {mlm_loss + nsp_loss:.3f}, {speed:,.0f} tokens/s", False)
 
@@ -645,9 +645,9 @@ def pretrain(options: PretrainOptions) -> None:
     options = replace(options, precision=choose_precision(options.precision, device))
     keep_freed_memory()
     out = Path(options.out)
-    on_rank_0(partial(check_folder, out, options.resume))
+    on_rank_0(check_folder, out, options.resume)
 
-    prepared = on_rank_0(partial(prepare, options))
+    prepared = on_rank_0(prepare, options)
     tokenizer, model, examples = prepared or prepare(options)
     model.to(device).train()
     optimizer = make_optimizer(model)
@@ -660,11 +660,11 @@ def pretrain(options: PretrainOptions) -> None:
         "unigram_entropy": counted.unigram_entropy(),
     }
 
-    lock = on_rank_0(partial(lock_folder, out, options.resume))  # noqa: F841, held to the end
+    lock = on_rank_0(lock_folder, out, options.resume)  # noqa: F841, held to the end
     identity = what_identifies(options, examples)
     state: dict[str, Any] = {"progress": {}, "metrics_bytes": 0}
     if options.resume:
-        state = on_rank_0(partial(load_checkpoint, out, identity))
+        state = on_rank_0(load_checkpoint, out, identity)
         state = state or load_checkpoint(out, identity)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -699,10 +699,10 @@ def pretrain(options: PretrainOptions) -> None:
     is_done = train(options, model, optimizer, batches, progress, signals, log, report, save)
 
     if is_done:
-        on_rank_0(partial(write_model, model, tokenizer, out / "model"))
-        on_rank_0(partial(draw_curves, out))
+        on_rank_0(write_model, model, tokenizer, out / "model")
+        on_rank_0(draw_curves, out)
     else:
-        on_rank_0(partial(show, f"stopped after step {progress.step}; --resume continues"))
+        on_rank_0(show, f"stopped after step {progress.step}; --resume continues")
     if dist.is_initialized():
         dist.destroy_process_group()
     if not is_done:
@@ -807,7 +807,10 @@ def join_ranks(device: str | None, accumulate: int) -> None:
 
 
 def total(*numbers: float) -> list[float]:
-    """Returns each number's sum over all ranks. The sums are on the CPU and wait for no GPU."""
+    """Returns each number's sum over all ranks. The sums are on the CPU and wait for no GPU.
+
+    If another rank has ended, this one ends, too, silently: the other one or torchrun says why.
+    """
     if not dist.is_initialized():
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
@@ -816,24 +819,17 @@ def total(*numbers: float) -> list[float]:
     except RuntimeError as error:
         if str(error).startswith("DataLoader"):  # a data worker has died meanwhile
             raise
-        raise SystemExit(2) from None  # another rank has ended; it or torchrun says why
+        raise SystemExit(2) from None
     return sums.tolist()
 
 
-def on_rank_0(work: Callable[[], Any]) -> Any:
+def on_rank_0(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Returns what `work` returns on rank 0, and None on the others, which wait for it. If it
-    fails, all ranks end: rank 0 with its error, the others silently.
+    fails, all ranks end: rank 0 with its error, the others as `total` says.
     """
-    result: Any = None
-    mistake: Exception | None = None
     rank, _ = rank_and_ranks()
-    if rank == 0:
-        try:
-            result = work()
-        except (ValueError, OSError) as error:
-            mistake = error
-    if total(mistake is not None) != [0]:
-        raise mistake or SystemExit(2)
+    result = work(*arguments, **named) if rank == 0 else None
+    total(0)
     return result
 
 
