@@ -910,7 +910,6 @@ def save_checkpoint(
             raise
         raise OSError(f"{out}/checkpoint.pt not written, the old one is kept: {error}") from error
     unfinished.replace(out / "checkpoint.pt")
-    force_to_disk(out)
 
 
 def load_checkpoint(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -930,14 +929,6 @@ def load_checkpoint(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def force_to_disk(*paths: Path) -> None:
-    """Waits until these files and folders would survive a power cut. A folder holds the names."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes a model with its tokenizer. The one before it stays until this one is complete. (A
     folder cannot be replaced at once: after a kill between the two renamings, both models are
@@ -947,12 +938,10 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     before = folder.with_name(folder.name + ".before")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished, tokenizer)
-    force_to_disk(*unfinished.iterdir(), unfinished)
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
     unfinished.rename(folder)
-    force_to_disk(folder.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
