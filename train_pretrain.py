@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -914,18 +913,13 @@ def save_checkpoint(
 
 def load_checkpoint(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Returns a run's checkpoint. Raises ValueError, with what differs, if it is another run's."""
-    try:
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{out}/checkpoint.pt is damaged: {error}") from error
-    before = state["identity"]
-    changed = [
-        f"{name} was {before.get(name)}, and is {value}"
-        for name, value in identity.items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(f"--resume: {'; '.join(changed)}")
+    path = out / "checkpoint.pt"
+    with data.reading(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, value in identity.items():
+        before = state["identity"].get(name)
+        if before != value:
+            raise ValueError(f"--resume: {name} was {before}, and is {value}")
     return state
 
 
