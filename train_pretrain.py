@@ -816,7 +816,7 @@ def total(*numbers: float) -> list[float]:
     try:
         dist.all_reduce(sums)
     except RuntimeError as error:
-        if str(error).startswith("DataLoader"):  # a data worker has died meanwhile
+        if is_death_of_worker(error):
             raise
         raise SystemExit(2) from None
     return sums.tolist()
@@ -903,11 +903,11 @@ def save_checkpoint(
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's own error, for a full disk
-        unfinished.unlink(missing_ok=True)
-        if str(error).startswith("DataLoader"):  # a data worker has died meanwhile
+    except (OSError, RuntimeError) as error:  # for a full disk, torch has an error of its own
+        if is_death_of_worker(error):
             raise
-        raise OSError(f"{out}/checkpoint.pt not written, the old one is kept: {error}") from error
+        message = f"{out}/checkpoint.pt not written (is the disk full?), the old one is kept"
+        raise OSError(f"{message}: {error}") from error
     unfinished.replace(out / "checkpoint.pt")
 
 
@@ -1016,6 +1016,11 @@ def leave_group(worker: int) -> None:
     os.setpgrp()
 
 
+def is_death_of_worker(error: Exception) -> bool:
+    """Returns whether a data worker has died. torch then raises this error at any place."""
+    return str(error).startswith("DataLoader")
+
+
 def run_script(main: Callable, cls: type) -> None:
     """Runs a script's main function with the options of its command line; each field of `cls` is
     a flag. A mistake (ValueError), a system's error (OSError) and a dead data worker end in one
@@ -1027,7 +1032,7 @@ def run_script(main: Callable, cls: type) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, ConnectionResetError, EOFError) as error:  # a worker, also while it sends
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
+        if isinstance(error, RuntimeError) and not is_death_of_worker(error):
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         reason = str(error).rstrip(". ") or "a data worker has ended"
