@@ -372,8 +372,8 @@ def train(
     log: Callable[..., None],
     report: Callable[[], None],
     save: Callable[[], None],
-) -> bool:
-    """Trains from `progress.step` on. Returns False if a signal has stopped it before the end.
+) -> None:
+    """Trains from `progress.step` on. Ends the process if a signal has asked for it.
 
     batches: this rank's micro-batches. signals: those received so far; see `note_signals`.
     log, report (an evaluation), save: record `progress` and what belongs to it, on rank 0.
@@ -436,11 +436,13 @@ def train(
         # Save, and stop if a signal asks for it.
         if save_is_due:
             on_rank_0(save)
-        if must_stop:
-            break
         bar.update()
+        if must_stop and not is_last:
+            bar.close()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            sys.exit(f"stopped after step {done}; --resume continues" if rank == 0 else 1)
     bar.close()
-    return progress.step == options.steps
 
 
 def check_weights(model: nn.Module, step: int) -> None:
@@ -695,17 +697,12 @@ def pretrain(options: PretrainOptions) -> None:
     signals = note_signals()  # before data workers start, which inherit the handlers
     on_rank_0(begin)
     batches = make_batches(options, examples["train"], progress.step)
-    is_done = train(options, model, optimizer, batches, progress, signals, log, report, save)
+    train(options, model, optimizer, batches, progress, signals, log, report, save)
 
-    if is_done:
-        on_rank_0(write_model, model, tokenizer, out / "model")
-        on_rank_0(draw_curves, out)
-    else:
-        on_rank_0(show, f"stopped after step {progress.step}; --resume continues")
+    on_rank_0(write_model, model, tokenizer, out / "model")
+    on_rank_0(draw_curves, out)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if not is_done:
-        sys.exit(1)  # so that a script that called this one does not go on
 
 
 # ---- Device and precision ----------------------------------------------------
