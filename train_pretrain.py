@@ -622,15 +622,7 @@ def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dic
     tokenizer = choose_tokenizer(options, partial(data.get_texts, *where))
     positions = options.positions or options.max_seq_length
     model = make_model(BertPretrainModel, options, tokenizer, positions)
-    if options.positions not in (None, model.config.max_seq_length):
-        rows = model.config.max_seq_length
-        raise ValueError(f"--positions {options.positions}, but the weights have {rows}")
-    examples = load_examples(options, tokenizer)
-    rank, _ = rank_and_ranks()
-    for split, dataset in examples.items():
-        if rank == 0 and isinstance(dataset, data.PretrainDataset):
-            show(f"{split}: {dataset.corpus.describe()}")
-    return tokenizer, model, examples
+    return tokenizer, model, load_examples(options, tokenizer)
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -691,6 +683,9 @@ def pretrain(options: PretrainOptions) -> None:
         if not options.resume:
             save()
         (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
+        for split, dataset in examples.items():
+            if isinstance(dataset, data.PretrainDataset):  # a stream has not been read yet
+                show(f"{split}: {dataset.corpus.describe()}")
         show("  ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
         show(f"precision {options.precision}, dropout {options.dropout:g}")
 
