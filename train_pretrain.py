@@ -191,12 +191,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     labels = batch["mlm_labels"].flatten()  # (batch * seq,)
     masked_indices = (labels != data.IGNORED_LABEL).nonzero().flatten()
     batch = {**batch, "masked_indices": masked_indices, "mlm_targets": labels[masked_indices]}
-    moved = {}
-    for name, tensor in batch.items():
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()  # does nothing if the loader has pinned it
-        moved[name] = tensor.to(device, non_blocking=True)
-    return moved
+    if device.type == "cuda":  # pinning does nothing to what the loader has pinned
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def forward(
@@ -260,21 +257,19 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """Returns AdamW with weight decay 0.01 ([BERT] A.2), except for biases and LayerNorm ([Code]).
+    """Returns AdamW with weight decay 0.01 ([BERT] A.2), except for biases and LayerNorm ([Code]):
+    matrices decay, vectors do not.
 
     Decay pulls a parameter towards 0. LayerNorm's weights start at 1 and should not be pulled away
     from it, and decaying biases has little effect. eps is that of [Code], too.
 
     Differs: [Code] lacks Adam's correction of the moments, which start at 0.
     """
-    decayed: list[Tensor] = []
-    not_decayed: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        is_exempt = name.endswith("bias") or "norm" in name
-        (not_decayed if is_exempt else decayed).append(parameter)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [
-        {"params": decayed, "weight_decay": 0.01},
-        {"params": not_decayed, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": 0.01},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     # `update` sets the learning rate before each step.
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
@@ -586,12 +581,12 @@ def load_examples(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, A
 def make_validation(
     options: PretrainOptions, examples: data.PretrainDataset, device: torch.device
 ) -> list[Batch]:
-    """Returns the batches of an evaluation: the same ones in all evaluations of a run."""
-    # The loader is endless: stop after one epoch, or earlier.
-    batches_per_epoch = math.ceil(len(examples) / options.batch_size)
-    count = min(EVALUATION_BATCHES, batches_per_epoch)
-    loader = data.get_split_dataloader(examples, options.batch_size, workers=0)
-    return [to_device(batch, device) for batch in itertools.islice(loader, count)]
+    """Returns the batches of an evaluation: the same ones in all evaluations of a run. If the
+    validation part is shorter, its later epochs follow: other pairs and masks of the same text.
+    """
+    loader = data.get_split_dataloader(examples, options.batch_size, workers=0)  # endless
+    batches = itertools.islice(loader, EVALUATION_BATCHES)
+    return [to_device(batch, device) for batch in batches]
 
 
 def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterator[Batch]:
@@ -724,7 +719,7 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     """
     if name == "auto":
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.11
-        capabilities: dict[str, bool] = get_capabilities() if device.type == "cpu" else {}
+        capabilities: dict[str, bool] = get_capabilities()
         if device.type == "cuda":
             name = "bfloat16"
         elif capabilities.get("amx_bf16"):
@@ -741,9 +736,7 @@ def autocast(precision: str, device_type: str) -> contextlib.AbstractContextMana
     """Returns the context of a forward pass. With bfloat16, it computes matrix products in
     bfloat16; weights, gradients and the optimizer's state stay float32.
     """
-    if precision == "bfloat16":
-        return torch.autocast(device_type, torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def keep_freed_memory() -> None:
