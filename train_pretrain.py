@@ -779,13 +779,14 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
     # torch sets up nccl only.
     backend = "gloo"
-    if ranks > 1 and device not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device {device} is one GPU, and there are several ranks: use cuda")
     if torch.cuda.is_available() and device != "cpu":
         backend = "cpu:gloo,cuda:nccl"
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise ValueError(f"--nproc_per_node: each rank needs a GPU, and there are {gpus}")
+        if local_rank >= gpus or device not in (None, "cuda"):
+            raise ValueError(
+                f"--nproc_per_node: each rank needs a GPU, and there are {gpus}; --device can be"
+                " cpu or cuda, but not a single GPU"
+            )
         torch.cuda.set_device(local_rank)
     dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenize for hours
 
