@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -192,12 +191,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     labels = batch["mlm_labels"].flatten()  # (batch * seq,)
     masked_indices = (labels != data.IGNORED_LABEL).nonzero().flatten()
     batch = {**batch, "masked_indices": masked_indices, "mlm_targets": labels[masked_indices]}
-    moved = {}
-    for name, tensor in batch.items():
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()  # does nothing if the loader has pinned it
-        moved[name] = tensor.to(device, non_blocking=True)
-    return moved
+    if device.type == "cuda":  # pinning does nothing to what the loader has pinned
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def forward(
@@ -261,21 +257,19 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """Returns AdamW with weight decay 0.01 ([BERT] A.2), except for biases and LayerNorm ([Code]).
+    """Returns AdamW with weight decay 0.01 ([BERT] A.2), except for biases and LayerNorm ([Code]):
+    matrices decay, vectors do not.
 
     Decay pulls a parameter towards 0. LayerNorm's weights start at 1 and should not be pulled away
     from it, and decaying biases has little effect. eps is that of [Code], too.
 
     Differs: [Code] lacks Adam's correction of the moments, which start at 0.
     """
-    decayed: list[Tensor] = []
-    not_decayed: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        is_exempt = name.endswith("bias") or "norm" in name
-        (not_decayed if is_exempt else decayed).append(parameter)
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [
-        {"params": decayed, "weight_decay": 0.01},
-        {"params": not_decayed, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": 0.01},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     # `update` sets the learning rate before each step.
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-6, fused=True)
@@ -342,17 +336,13 @@ def add_gradients(
     return torch.stack(contributions).sum(dim=0)
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> Tensor:
-    """Clips the accumulated gradients to norm 1 ([Code]), takes one step, zeroes the gradients.
-
-    Returns the norm before clipping, ().
-    """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Clips the accumulated gradients to norm 1 ([Code]), takes one step, zeroes the gradients."""
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return norm
 
 
 # ---- The loop ----------------------------------------------------------------
@@ -377,8 +367,8 @@ def train(
     log: Callable[..., None],
     report: Callable[[], None],
     save: Callable[[], None],
-) -> bool:
-    """Trains from `progress.step` on. Returns False if a signal has stopped it before the end.
+) -> None:
+    """Trains from `progress.step` on. Ends the process if a signal has asked for it.
 
     batches: this rank's micro-batches. signals: those received so far; see `note_signals`.
     log, report (an evaluation), save: record `progress` and what belongs to it, on rank 0.
@@ -391,7 +381,6 @@ def train(
         losses_of = torch.compile(losses_of, fullgraph=True)
     if dist.is_initialized():
         losses_of = DistributedDataParallel(losses_of)
-    largest_norm = torch.zeros((), device=device)  # of all gradients so far
     started = time.perf_counter() - progress.seconds
     bar = progress_bar(options.steps, initial=progress.step, disable=rank > 0)
 
@@ -412,11 +401,10 @@ def train(
         seeds = [(options.seed, step, rank + i * ranks) for i in range(per_rank)]
         losses = add_gradients(losses_of, on_device, masked, pairs, seeds)
 
-        # Clip, and take the step. A maximum keeps NaN, and nothing here waits for a GPU.
-        norm = update(model, optimizer, rate)
-        largest_norm = torch.maximum(largest_norm, norm)
+        # Clip, and take the step. Nothing up to here waits for a GPU.
+        update(model, optimizer, rate)
 
-        # What is due after this step? Nothing is written once a gradient was not finite.
+        # What is due after this step? Nothing is written once a weight is not finite.
         done = step + 1
         progress.step = done
         progress.tokens += int(tokens)
@@ -427,12 +415,12 @@ def train(
         report_is_due = is_last or done % options.eval_every == 0
         save_is_due = is_last or done % options.save_every == 0 or must_stop
         if log_is_due or report_is_due or save_is_due:
-            on_rank_0(partial(check_is_finite, f"step {done}: a gradient", largest_norm))
+            on_rank_0(check_weights, model, done)
 
         # Log. To read a loss, the CPU waits for the GPU.
         if log_is_due:
             mlm_loss, nsp_loss = total(*losses.tolist())
-            on_rank_0(partial(log, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss))
+            on_rank_0(log, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
             speed = progress.tokens / max(progress.seconds, 0.01)
             bar.set_postfix_str(f"loss {mlm_loss + nsp_loss:.3f}, {speed:,.0f} tokens/s", False)
 
@@ -443,16 +431,25 @@ def train(
         # Save, and stop if a signal asks for it.
         if save_is_due:
             on_rank_0(save)
-        if must_stop:
-            break
         bar.update()
+        if must_stop and not is_last:
+            bar.close()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            sys.exit(f"stopped after step {done}; --resume continues" if rank == 0 else 1)
     bar.close()
-    return progress.step == options.steps
 
 
-def check_is_finite(what: str, numbers: Tensor) -> None:
-    if not numbers.isfinite().all():
-        raise ValueError(f"{what} is not finite: start again with a lower --learning-rate")
+def check_weights(model: nn.Module, step: int) -> None:
+    """Raises ValueError if a weight is not finite. A gradient that is not finite makes weights NaN,
+    and they stay NaN: a look now and then is enough.
+    """
+    are_finite = [parameter.isfinite().all() for parameter in model.parameters()]
+    if not torch.stack(are_finite).all():
+        raise ValueError(
+            f"step {step}: a weight is not finite: start again with a lower --learning-rate, or"
+            " other --weights"
+        )
 
 
 # ---- Evaluation --------------------------------------------------------------
@@ -584,12 +581,12 @@ def load_examples(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, A
 def make_validation(
     options: PretrainOptions, examples: data.PretrainDataset, device: torch.device
 ) -> list[Batch]:
-    """Returns the batches of an evaluation: the same ones in all evaluations of a run."""
-    # The loader is endless: stop after one epoch, or earlier.
-    batches_per_epoch = math.ceil(len(examples) / options.batch_size)
-    count = min(EVALUATION_BATCHES, batches_per_epoch)
-    loader = data.get_split_dataloader(examples, options.batch_size, workers=0)
-    return [to_device(batch, device) for batch in itertools.islice(loader, count)]
+    """Returns the batches of an evaluation: the same ones in all evaluations of a run. If the
+    validation part is shorter, its later epochs follow: other pairs and masks of the same text.
+    """
+    loader = data.get_split_dataloader(examples, options.batch_size, workers=0)  # endless
+    batches = itertools.islice(loader, EVALUATION_BATCHES)
+    return [to_device(batch, device) for batch in batches]
 
 
 def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterator[Batch]:
@@ -619,15 +616,7 @@ def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dic
     tokenizer = choose_tokenizer(options, lambda: open_documents(options)["train"])
     positions = options.positions or options.max_seq_length
     model = make_model(BertPretrainModel, options, tokenizer, positions)
-    if options.positions not in (None, model.config.max_seq_length):
-        rows = model.config.max_seq_length
-        raise ValueError(f"--positions {options.positions}, but the weights have {rows}")
-    examples = load_examples(options, tokenizer)
-    rank, _ = rank_and_ranks()
-    for split, dataset in examples.items():
-        if rank == 0 and isinstance(dataset, data.PretrainDataset):
-            show(f"{split}: {dataset.corpus.describe()}")
-    return tokenizer, model, examples
+    return tokenizer, model, load_examples(options, tokenizer)
 
 
 def pretrain(options: PretrainOptions) -> None:
@@ -643,9 +632,9 @@ def pretrain(options: PretrainOptions) -> None:
     options = replace(options, precision=choose_precision(options.precision, device))
     keep_freed_memory()
     out = Path(options.out)
-    on_rank_0(partial(check_folder, out, options.resume))
+    on_rank_0(check_folder, out, options.resume)
 
-    prepared = on_rank_0(partial(prepare, options))
+    prepared = on_rank_0(prepare, options)
     tokenizer, model, examples = prepared or prepare(options)
     model.to(device).train()
     optimizer = make_optimizer(model)
@@ -658,11 +647,11 @@ def pretrain(options: PretrainOptions) -> None:
         "unigram_entropy": counted.unigram_entropy(),
     }
 
-    lock = on_rank_0(partial(lock_folder, out, options.resume))  # noqa: F841, held to the end
+    lock = on_rank_0(lock_folder, out, options.resume)  # noqa: F841, held to the end
     identity = what_identifies(options, examples)
     state: dict[str, Any] = {"progress": {}, "metrics_bytes": 0}
     if options.resume:
-        state = on_rank_0(partial(load_checkpoint, out, identity))
+        state = on_rank_0(load_checkpoint, out, identity)
         state = state or load_checkpoint(out, identity)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -682,28 +671,27 @@ def pretrain(options: PretrainOptions) -> None:
         save_checkpoint(out, model, optimizer, progress=asdict(progress), identity=identity)
 
     def begin() -> None:
+        check_weights(model, progress.step)  # those of --weights may not be finite
         with (out / "metrics.jsonl").open("a") as file:
             file.truncate(min(state["metrics_bytes"], file.tell()))
         if not options.resume:
             save()
         (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
+        for split, dataset in examples.items():
+            if isinstance(dataset, data.PretrainDataset):  # a stream has not been read yet
+                show(f"{split}: {dataset.corpus.describe()}")
         show("  ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
         show(f"precision {options.precision}, dropout {options.dropout:g}")
 
     signals = note_signals()  # before data workers start, which inherit the handlers
     on_rank_0(begin)
     batches = make_batches(options, examples["train"], progress.step)
-    is_done = train(options, model, optimizer, batches, progress, signals, log, report, save)
+    train(options, model, optimizer, batches, progress, signals, log, report, save)
 
-    if is_done:
-        on_rank_0(partial(write_model, model, tokenizer, out / "model"))
-        on_rank_0(partial(draw_curves, out))
-    else:
-        on_rank_0(partial(show, f"stopped after step {progress.step}; --resume continues"))
+    on_rank_0(write_model, model, tokenizer, out / "model")
+    on_rank_0(draw_curves, out)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if not is_done:
-        sys.exit(1)  # so that a script that called this one does not go on
 
 
 # ---- Device and precision ----------------------------------------------------
@@ -730,7 +718,7 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     """
     if name == "auto":
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.11
-        capabilities: dict[str, bool] = get_capabilities() if device.type == "cpu" else {}
+        capabilities: dict[str, bool] = get_capabilities()
         if device.type == "cuda":
             name = "bfloat16"
         elif capabilities.get("amx_bf16"):
@@ -747,9 +735,7 @@ def autocast(precision: str, device_type: str) -> contextlib.AbstractContextMana
     """Returns the context of a forward pass. With bfloat16, it computes matrix products in
     bfloat16; weights, gradients and the optimizer's state stay float32.
     """
-    if precision == "bfloat16":
-        return torch.autocast(device_type, torch.bfloat16)
-    return contextlib.nullcontext()
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def keep_freed_memory() -> None:
@@ -792,45 +778,42 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
     # torch sets up nccl only.
     backend = "gloo"
-    if ranks > 1 and device not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device {device} is one GPU, and there are several ranks: use cuda")
     if torch.cuda.is_available() and device != "cpu":
         backend = "cpu:gloo,cuda:nccl"
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise ValueError(f"--nproc_per_node: each rank needs a GPU, and there are {gpus}")
+        if local_rank >= gpus or device not in (None, "cuda"):
+            raise ValueError(
+                f"--nproc_per_node: each rank needs a GPU, and there are {gpus}; --device can be"
+                " cpu or cuda, but not a single GPU"
+            )
         torch.cuda.set_device(local_rank)
     dist.init_process_group(backend, timeout=timedelta(days=1))  # rank 0 may tokenize for hours
 
 
 def total(*numbers: float) -> list[float]:
-    """Returns each number's sum over all ranks. The sums are on the CPU and wait for no GPU."""
+    """Returns each number's sum over all ranks. The sums are on the CPU and wait for no GPU.
+
+    If another rank has ended, this one ends, too, silently: the other one or torchrun says why.
+    """
     if not dist.is_initialized():
         return list(numbers)
     sums = torch.tensor(numbers, dtype=torch.float64)
     try:
         dist.all_reduce(sums)
     except RuntimeError as error:
-        if str(error).startswith("DataLoader"):  # a data worker has died meanwhile
+        if is_death_of_worker(error):
             raise
-        raise SystemExit(2) from None  # another rank has ended; it or torchrun says why
+        raise SystemExit(2) from None
     return sums.tolist()
 
 
-def on_rank_0(work: Callable[[], Any]) -> Any:
+def on_rank_0(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """Returns what `work` returns on rank 0, and None on the others, which wait for it. If it
-    fails, all ranks end: rank 0 with its error, the others silently.
+    fails, all ranks end: rank 0 with its error, the others as `total` says.
     """
-    result: Any = None
-    mistake: Exception | None = None
     rank, _ = rank_and_ranks()
-    if rank == 0:
-        try:
-            result = work()
-        except (ValueError, OSError) as error:
-            mistake = error
-    if total(mistake is not None) != [0]:
-        raise mistake or SystemExit(2)
+    result = work(*arguments, **named) if rank == 0 else None
+    total(0)
     return result
 
 
@@ -894,8 +877,6 @@ def save_checkpoint(
 
     It also holds the length of metrics.jsonl: a resumed run cuts off what was written later.
     """
-    for name, parameter in model.named_parameters():  # an update may overflow
-        check_is_finite(name, parameter)
     state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     with (out / "metrics.jsonl").open("a") as file:
         os.fsync(file.fileno())
@@ -907,38 +888,25 @@ def save_checkpoint(
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's own error, for a full disk
+    except (OSError, RuntimeError) as error:  # for a full disk, torch has an error of its own
         unfinished.unlink(missing_ok=True)
-        if str(error).startswith("DataLoader"):  # a data worker has died meanwhile
+        if is_death_of_worker(error):
             raise
-        raise OSError(f"{out}/checkpoint.pt not written, the old one is kept: {error}") from error
+        message = f"{out}/checkpoint.pt not written (is the disk full?), the old one is kept"
+        raise OSError(f"{message}: {error}") from error
     unfinished.replace(out / "checkpoint.pt")
-    force_to_disk(out)
 
 
 def load_checkpoint(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Returns a run's checkpoint. Raises ValueError, with what differs, if it is another run's."""
-    try:
-        state = torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{out}/checkpoint.pt is damaged: {error}") from error
-    before = state["identity"]
-    changed = [
-        f"{name} was {before.get(name)}, and is {value}"
-        for name, value in identity.items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(f"--resume: {'; '.join(changed)}")
+    path = out / "checkpoint.pt"
+    with data.reading(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, value in identity.items():
+        before = state["identity"].get(name)
+        if before != value:
+            raise ValueError(f"--resume: {name} was {before}, and is {value}")
     return state
-
-
-def force_to_disk(*paths: Path) -> None:
-    """Waits until these files and folders would survive a power cut. A folder holds the names."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
@@ -950,12 +918,10 @@ def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     before = folder.with_name(folder.name + ".before")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished, tokenizer)
-    force_to_disk(*unfinished.iterdir(), unfinished)
     if folder.exists():
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
     unfinished.rename(folder)
-    force_to_disk(folder.parent)
     shutil.rmtree(before, ignore_errors=True)
 
 
@@ -1036,6 +1002,11 @@ def leave_group(worker: int) -> None:
     os.setpgrp()
 
 
+def is_death_of_worker(error: Exception) -> bool:
+    """Returns whether a data worker has died. torch then raises this error at any place."""
+    return str(error).startswith("DataLoader")
+
+
 def run_script(main: Callable, cls: type) -> None:
     """Runs a script's main function with the options of its command line; each field of `cls` is
     a flag. A mistake (ValueError), a system's error (OSError) and a dead data worker end in one
@@ -1047,7 +1018,7 @@ def run_script(main: Callable, cls: type) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (RuntimeError, ConnectionResetError, EOFError) as error:  # a worker, also while it sends
-        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader"):
+        if isinstance(error, RuntimeError) and not is_death_of_worker(error):
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         reason = str(error).rstrip(". ") or "a data worker has ended"

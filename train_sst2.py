@@ -39,8 +39,8 @@ from train_pretrain import (
     Precision,
     autocast,
     check_folder,
-    check_is_finite,
     check_options,
+    check_weights,
     choose_device,
     choose_precision,
     choose_tokenizer,
@@ -285,7 +285,6 @@ def fine_tune(
     steps = epochs * len(training)
     warmup = steps // 10  # the paper does not say how many; [Code] has a tenth
     step = 0
-    largest_norm = torch.zeros((), device=device)  # of all gradients so far
     best_model = model
     accuracies: list[float] = []
     identity = {"learning_rate": rate, "seed": seed}  # of this model, in every line
@@ -305,21 +304,18 @@ def fine_tune(
             loss.backward()
 
             # Clip, and take the step.
-            norm = update(model, optimizer, learning_rate(step, rate, warmup, steps))
-            largest_norm = torch.maximum(largest_norm, norm)
+            update(model, optimizer, learning_rate(step, rate, warmup, steps))
             step += 1
 
             # Log.
             if step % log_every == 0:
-                check_is_finite(f"step {step}: a gradient", largest_norm)
+                check_weights(model, step)
                 write_line(out, split="train", step=step, **identity, loss=loss.item())
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
             bar.update()
 
         # Evaluate, and keep the model if it is the best so far.
-        check_is_finite(f"step {step}: a gradient", largest_norm)
-        for name, parameter in model.named_parameters():  # an update may overflow
-            check_is_finite(name, parameter)
+        check_weights(model, step)
         metrics = evaluate(model, validation, device, precision)
         accuracies.append(metrics["accuracy"])
         if best_epoch(accuracies) == epoch:

@@ -233,10 +233,9 @@ def test_fine_tuning_stops_at_a_number_that_is_not_finite(spoiled, options, monk
     def poisoned(model, optimizer, rate):
         if spoiled == "a gradient":
             next(model.parameters()).grad.fill_(math.nan)
-        norm = update(model, optimizer, rate)
+        update(model, optimizer, rate)
         if spoiled == "a weight":
             model.classifier.bias.data[0] = math.inf
-        return norm
 
     monkeypatch.setattr(train_sst2, "update", poisoned)
     with pytest.raises(ValueError, match="finite: .*--learning-rate"):

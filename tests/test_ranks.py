@@ -100,6 +100,8 @@ def test_each_rank_takes_a_gpu_of_its_machine(monkeypatch):
     join_as(monkeypatch, "cpu", **second)[1].assert_not_called()
     with pytest.raises(ValueError, match="--nproc_per_node"):
         join_as(monkeypatch, None, gpus=2, rank=2, ranks=4, local_rank=2)
+    with pytest.raises(ValueError, match="--device"):
+        join_as(monkeypatch, "cuda:1", **second)
 
 
 def test_micro_batches_that_ranks_cannot_share_are_rejected_before_they_join(monkeypatch):

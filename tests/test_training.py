@@ -303,23 +303,18 @@ def test_examples_are_read_and_made_as_the_options_say(options, monkeypatch):
     assert found["validation"].corpus.key == data.first_documents(TEXTS, small_tokenizer()).key
 
 
-def test_an_evaluation_is_the_first_batches_of_the_validation_part_or_all_of_them(
-    options, monkeypatch
+def test_an_evaluation_is_the_first_batches_of_the_validation_part_and_then_of_its_later_epochs(
+    options,
 ):
     """Each pair of an epoch comes once before any comes again: 6 pairs fill a batch of 4, then half
     of one, which the next epoch completes."""
     examples = train_pretrain.load_examples(options, small_tokenizer())["validation"]
-
-    def sizes(batch_size: int, most: int) -> list[int]:
-        monkeypatch.setattr(train_pretrain, "EVALUATION_BATCHES", most)
-        told = replace(options, batch_size=batch_size)
-        found = train_pretrain.make_validation(told, examples, CPU)
-        return [len(batch["input_ids"]) for batch in found]
-
     assert len(examples) == 6
-    assert sizes(2, 1) == [2]
-    assert sizes(2, 2) == [2, 2]
-    assert sizes(4, 16) == [4, 4]
+    found = train_pretrain.make_validation(replace(options, batch_size=4), examples, CPU)
+    assert [len(batch["input_ids"]) for batch in found] == [4] * 16
+    loader = data.get_split_dataloader(examples, 4, workers=0)
+    for batch, expected in zip(found, loader, strict=False):
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
 
 
 def test_masked_tokens_pairs_and_tokens_without_padding_are_counted():
@@ -343,9 +338,9 @@ def test_dropout_and_positions_are_those_of_the_options(dropout, options):
     assert model_of(options, small_tokenizer()).config.max_seq_length == 16
     new.save_pretrained(options.out, small_tokenizer())
     from_weights = replace(told, tokenizer=None, weights=options.out, dropout=0.2)
-    assert dropouts_of(model_of(from_weights, small_tokenizer())) == {0.2}
-    with pytest.raises(ValueError, match="--positions 20.* 40"):
-        train_pretrain.prepare(replace(from_weights, positions=20))
+    loaded = model_of(replace(from_weights, positions=20), small_tokenizer())
+    assert dropouts_of(loaded) == {0.2}
+    assert loaded.config.max_seq_length == 40
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------
