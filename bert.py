@@ -159,7 +159,7 @@ def attention(
     d_head = q.size(-1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(d_head)  # (..., seq, seq)
 
-    # Not -inf, but the lowest finite number: a row without any key would be 0 / 0 = NaN.
+    # The lowest finite number: with -inf, a row without any key would be 0 / 0 = NaN.
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(dim=-1)
@@ -249,7 +249,7 @@ class EncoderLayer(nn.Module):
 
 class PretrainedModel(nn.Module):
     """What models share: initial weights, loading and saving. In a model of your own, name the
-    encoder `bert`, and the heads as you like.
+    encoder `bert`; a head that has a name of the table `PUBLISHED_NAMES` is saved under that one.
     """
 
     # The class in transformers that opens what is saved. BertModel opens the encoder alone.
@@ -263,8 +263,8 @@ class PretrainedModel(nn.Module):
         self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
-        """Initializes one module: weights with mean 0 and standard deviation 0.02, biases 0. A
-        LayerNorm stays as PyTorch makes it, with weight 1 and bias 0.
+        """Initializes one module: weights with mean 0 and, by default, standard deviation 0.02;
+        biases 0. A LayerNorm stays as PyTorch makes it, with weight 1 and bias 0.
 
         Why so small? The logit of a token is the dot product of its embedding and a hidden state,
         which LayerNorm gives the length sqrt(d_model). So logits start near 0, and the first MLM
@@ -301,7 +301,7 @@ class Bert(PretrainedModel):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)  # so subclasses initialize only their heads
+        self.apply(self.init_weights)  # models with heads initialize only these
 
     def forward(
         self,
@@ -501,7 +501,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     state = model.state_dict()
     our_names = {missing_prefix(state) + published_name(name): name for name in state}
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
-    # Classifiers of sentences and of tokens have one name and, with as many labels, one shape.
+    # The heads of these two classes have one name and, with as many labels, one shape.
     architectures = {model.architecture, *(published.get("architectures") or [])}
     if architectures >= {"BertForSequenceClassification", "BertForTokenClassification"}:
         found -= {"classifier.weight", "classifier.bias"}
@@ -538,7 +538,7 @@ def fetch(source: str | Path) -> Path:
         if not (directory / "model.safetensors").exists():  # then there is the older file
             snapshot_download(str(source), allow_patterns=[*files, "pytorch_model.bin"])
     except (OSError, ValueError) as error:  # no network, no such id, or not a valid id
-        raise ValueError(f"{source} is not a directory, and not found on the hub") from error
+        raise ValueError(f"{source} is not a directory, and cannot be had from the hub") from error
     return directory
 
 
@@ -591,7 +591,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     from safetensors.torch import save
 
     state = model.state_dict()
-    config = replace(model.config, num_labels=len(model.label_names))  # as it will be read
+    config = replace(model.config, num_labels=len(model.label_names))  # of id2label, as it is read
     with torch.device("meta"):  # shapes without memory
         as_configured = type(model)(config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # an error that names what does not fit

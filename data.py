@@ -57,7 +57,7 @@ IGNORED_LABEL = -100
 
 # ---- Text -> sentences -------------------------------------------------------
 
-# Raise it when `split_sentences` changes: otherwise corpora that were tokenized before are found
+# Increase it when `split_sentences` changes: otherwise corpora that were tokenized before are found
 # in the cache and used as they are.
 SPLIT_VERSION = 4
 
@@ -79,7 +79,7 @@ def split_sentences(text: str) -> list[str]:
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
     over 400 characters, it is cut at white space, or after 400 characters if there is none. (A pair
-    begins near the start of a sentence, and would not reach the middle of a longer one.)
+    meets at the start of a sentence, and would not reach the middle of a longer one.)
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -284,7 +284,7 @@ def pack(documents: list[EncodedDocument], tokenizer: Tokenizer) -> TokenizedCor
 
 
 def token_dtype(tokenizer: Tokenizer) -> str:
-    """Returns the smallest type for every id. (Ids may have gaps, so the largest one decides.)"""
+    """Returns a type that holds every id. (Ids may have gaps, so the largest one decides.)"""
     return "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "uint32"
 
 
@@ -294,12 +294,12 @@ def tokenize_corpus(
     """Tokenizes documents into a new folder, and returns them as a corpus.
 
     The folder is written under another name, and renamed when it is complete: a killed process
-    leaves no half of it. If it exists already, raises ValueError: it may hold other documents. If
-    another process is writing it, waits for that one and reuses its result.
+    leaves no half of it. If it exists already, raises FileExistsError: it may hold other documents.
+    If another process is writing it, waits for that one and reuses its result.
     """
     folder = Path(folder)
     if folder.exists():
-        raise ValueError(f"{folder} is there already; TokenizedCorpus({str(folder)!r}) opens it")
+        raise FileExistsError(f"{folder} exists; TokenizedCorpus({str(folder)!r}) opens it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
@@ -392,7 +392,7 @@ def draw_pair(
 
     start, end: a slice of the corpus. room: how many tokens both segments may have together.
 
-    1. Draw the length: `room` tokens, or with probability 0.1 any number up to it, because
+    1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
        fine-tuning meets short texts too.
     2. Take the seam after a random offset of the slice, and one in another document.
     3. Draw how long each segment is. Both seams must have room for segment A before them, and for
@@ -403,9 +403,9 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    Where the seams limit the length, one token is left over. Otherwise segment A could start its
-    document and segment B end its own, and where one seam limits A and the other limits B, only a
-    random pair would do both.
+    Where the seams limit the length, one token is left unused. If all were used, A would start its
+    document and B would end its own. Where one seam limits A and the other limits B, only a random
+    pair could do both.
 
     Differs: [Code] draws a random segment B by another rule than a true one.
     """
@@ -500,8 +500,9 @@ class PretrainDataset(Dataset):
     has other pairs and masks, and one integer is enough to resume. (A plain
     `DataLoader(dataset, shuffle=True)` never leaves epoch 0, and so repeats its masks.)
 
-    masked_share: of the tokens of both segments. Differs: [Code] takes 15% of all tokens, [CLS] and
-    [SEP] included, though it masks none of these, and max_predictions_per_seq at most.
+    masked_share: the share of both segments' tokens that is masked. Differs: [Code] takes 15% of
+    all tokens, [CLS] and [SEP] included, though it masks none of these, and at most
+    max_predictions_per_seq.
     """
 
     corpus: TokenizedCorpus
@@ -712,6 +713,8 @@ def get_documents(
     if "validation" in splits and "validation" not in split:
         return {"train": train, "validation": replace(train, rows=splits["validation"])}
     validation = replace(train)
+    if streaming and rows_per_document > 1:  # each reader would join, and hold out, other rows
+        raise ValueError("rows_per_document: a stream needs a split validation, to hold it out")
     if streaming:
         train.held_out = False
         validation.held_out = True
@@ -731,7 +734,8 @@ def get_corpus(documents: Documents, tokenizer: Tokenizer) -> TokenizedCorpus:
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "bert-in-four-files"
     folder = cache / make_key(documents.rows._fingerprint, *how)
     if not folder.exists():
-        tokenize_corpus(documents, tokenizer, folder)
+        with contextlib.suppress(FileExistsError):  # another process has just finished it
+            tokenize_corpus(documents, tokenizer, folder)
     return TokenizedCorpus(folder)
 
 
@@ -745,7 +749,7 @@ def get_dataset(
     column: str | None = None,
     streaming: bool = False,
 ) -> Any:
-    """Returns a split of a data set, or with split=None a dict of them; of a stream, always that.
+    """Returns a split of a data set, or with split=None a dict of them. A stream needs split=None.
 
     path: "sample", a hub id, or a file or directory (see `list_files`). column: the only one to
     read.
@@ -803,7 +807,7 @@ def list_files(where: Path) -> dict[str, list[StampedFile]]:
 
 
 def read_files(files: list[StampedFile], column: str | None) -> Iterator[dict]:
-    """Yields the rows of files, one after another. Other columns may differ between files."""
+    """Yields the rows of files, one after another. They may differ in all columns but this one."""
     for file, _, _ in files:
         with reading(file):
             for row in read_rows(Path(file)):
@@ -916,7 +920,7 @@ def get_split_dataloader(
     workers: int = 2,
 ) -> DataLoader:
     """Returns an endless loader of one rank's batches: they are dealt to the ranks in turn. For a
-    stream, files are dealt instead, to ranks and workers.
+    stream, files are dealt instead, or rows if the files cannot be shared evenly.
 
     start: how many batches of this rank to skip; a stream always starts at its beginning.
     workers: two should feed a fast GPU. Each one more only holds 4 more batches in memory.
@@ -933,7 +937,8 @@ def get_split_dataloader(
         return DataLoader(dataset, batch_sampler=sampler, **how)
     documents = dataset.documents
     shards = documents.rows.num_shards
-    if shards % world_size and documents.rows_per_document > 1:  # ranks would share files, by row
+    # Each rank would read every n-th row of a file, and join rows that do not belong together.
+    if shards % world_size and documents.rows_per_document > 1:
         raise ValueError(f"rows_per_document: {world_size} ranks cannot share {shards} files")
     own_rows = split_dataset_by_node(documents.rows, rank, world_size)
     own = replace(documents, rows=own_rows)
@@ -965,7 +970,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         else:
             tokenizer = Tokenizer.from_file(str(file))
         check_tokens(tokenizer)
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # "[MASK]" in a text is that token
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # for `encode`; `encode_plain` ignores it
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -2,7 +2,7 @@
 # From "BERT in four files", copyright (c) 2026 the bert-in-four-files authors.
 """Pretrain BERT: masked language model + next sentence prediction.
 
-    python train_pretrain.py                                      # the sample, on any machine
+    python train_pretrain.py                                      # the sample, on a laptop
     python train_pretrain.py --dataset DIR --tokenizer vocab.txt --size base \
         --learning-rate 1e-4 --accumulate 4 --out runs/base
     torchrun --nproc_per_node=4 train_pretrain.py ...    # on 4 GPUs, the same batches and updates
@@ -124,7 +124,8 @@ class PretrainOptions:
     learning_rate: float = 1e-3
     """Peak learning rate. base and large need 1e-4."""
     warmup_steps: int | None = None
-    """Steps in which the learning rate rises. By default a tenth of --steps."""
+    """Steps in which the learning rate rises. By default a tenth of --steps; [BERT] has a
+    hundredth."""
 
     # What is written, and when
     log_every: int = 10
@@ -143,12 +144,13 @@ class PretrainOptions:
     """Use torch.compile: minutes at the start, then faster on a GPU."""
 
     def __post_init__(self) -> None:
-        check_options(self, 0, "steps", "workers", "seed")
-        check_options(self, 1, "rows_per_document", "vocab_size", "batch_size", "accumulate")
-        check_options(self, 1, "log_every", "eval_every", "save_every")
-        check_options(self, 5, "max_seq_length")  # [CLS] a [SEP] b [SEP]
+        check_options(self)
+        check_smallest(self, 0, "steps", "workers", "seed")
+        check_smallest(self, 1, "rows_per_document", "vocab_size", "batch_size", "accumulate")
+        check_smallest(self, 1, "log_every", "eval_every", "save_every")
+        check_smallest(self, 5, "max_seq_length")  # [CLS] a [SEP] b [SEP]
         if self.positions is not None:
-            check_options(self, self.max_seq_length, "positions")
+            check_smallest(self, self.max_seq_length, "positions")
         if self.streaming and self.tokenizer is None and self.weights is None:
             raise ValueError("--streaming needs a --tokenizer: none can be learned from a stream")
         if not 0 <= self.warmup <= self.steps:
@@ -160,13 +162,17 @@ class PretrainOptions:
         return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
 
 
-def check_options(options: Any, smallest: int, *names: str) -> None:
-    """Raises ValueError if one of these numbers is smaller, or if options contradict each other."""
+def check_smallest(options: Any, smallest: int, *names: str) -> None:
+    """Raises ValueError if one of these numbers is smaller."""
     for name in names:
         number = getattr(options, name)
         if number < smallest:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} must be at least {smallest}, got {number}")
+
+
+def check_options(options: Any) -> None:
+    """Raises ValueError for a mistake in what both scripts have."""
     if not 0 <= options.dropout < 1:
         raise ValueError(f"--dropout must lie in [0, 1), got {options.dropout}")
     if None not in (options.weights, options.tokenizer):
@@ -244,7 +250,7 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
 
     A rate that is too large is a trap: at 1e-2 the first steps make all hidden states equal. The
     model then predicts one token everywhere, and cannot overfit even one pair: with n different
-    masked tokens, the loss stays at ln n.
+    masked tokens, the loss stays at ln n, and `most_frequent_prediction` at 1.
 
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
@@ -396,7 +402,8 @@ def train(
         masked, pairs, tokens, signals_received = total(*counts, len(signals))
 
         # Forward, loss, backward. The seed of a micro-batch's dropout depends on the step and on
-        # which of the step's micro-batches it is, not on the rank that computes it.
+        # which of the step's micro-batches it is, not on the rank that computes it. (They are dealt
+        # to the ranks in turn.)
         on_device = [to_device(batch, device) for batch in micro_batches]
         seeds = [(options.seed, step, rank + i * ranks) for i in range(per_rank)]
         losses = add_gradients(losses_of, on_device, masked, pairs, seeds)
@@ -518,7 +525,11 @@ def probe(
 
 
 def choose_tokenizer(options: Any, read_texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """Returns the tokenizer beside --weights, the one of --tokenizer, or one learned from texts."""
+    """Returns the tokenizer beside --weights, the one of --tokenizer, or one learned from texts.
+
+    With another tokenizer than that of its weights, a model would look up wrong embeddings, and
+    nothing would say so.
+    """
     if options.weights is not None:
         return data.load_tokenizer(fetch(options.weights))
     if options.tokenizer is not None:
@@ -592,7 +603,7 @@ def make_validation(
 def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterator[Batch]:
     """Returns this rank's micro-batches from step `start` on.
 
-    A stream cannot start anywhere: it is read again from its beginning, and the batches that
+    A stream cannot start in the middle: it is read again from its beginning, and the batches that
     the run was trained on are dropped. That is exact, but slow.
     """
     # Workers share the memory of this process until it is written to. The garbage collector writes
@@ -609,8 +620,8 @@ def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterato
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
-    """Returns tokenizer, model, and the examples of each split: everything that can fail
-    because of bad options. The model comes before the corpus, which may take hours.
+    """Returns tokenizer, model, and the examples of each split: what fails if a file is not as it
+    should be. The model is made before the corpus is tokenized, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
     tokenizer = choose_tokenizer(options, lambda: open_documents(options)["train"])
@@ -683,7 +694,8 @@ def pretrain(options: PretrainOptions) -> None:
         show("  ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
         show(f"precision {options.precision}, dropout {options.dropout:g}")
 
-    signals = note_signals()  # before data workers start, which inherit the handlers
+    # Data workers inherit this from here, and so live on until the loop ends.
+    signals = note_signals()
     on_rank_0(begin)
     batches = make_batches(options, examples["train"], progress.step)
     train(options, model, optimizer, batches, progress, signals, log, report, save)
@@ -771,8 +783,8 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     if accumulate % ranks:
         raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
 
-    # torch imports this module during the first step, and the module keeps the process group that
-    # it finds then: its threads live on and may abort the exit. Now there is no group to keep.
+    # Otherwise torch imports this module during the first step, and the module keeps the process
+    # group that it finds then: its threads live on and may abort the exit.
     import torch.distributed.nn
 
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
@@ -855,9 +867,9 @@ def write_line(out: Path, **values: Any) -> None:
 
 
 def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a resumed run must share with the one before: the text, and all options that
-    change what is computed. (Another device, or compiling, only changes rounding and dropout.) A
-    stream also depends on who reads it.
+    """Returns what a resumed run must share with the one before: the text, and all options but a
+    few. (Another device, or compiling, only changes rounding and dropout.) A stream also depends on
+    who reads it.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
@@ -1017,7 +1029,8 @@ def run_script(main: Callable, cls: type) -> None:
         return
     except KeyboardInterrupt:
         sys.exit(130)
-    except (RuntimeError, ConnectionResetError, EOFError) as error:  # a worker, also while it sends
+    # A worker has died, perhaps while it sent a batch.
+    except (RuntimeError, ConnectionResetError, EOFError) as error:
         if isinstance(error, RuntimeError) and not is_death_of_worker(error):
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more

@@ -12,7 +12,8 @@ best accuracy on the validation split is kept, and the best of these models is w
 
 Writes into the folder --out: config.json, metrics.jsonl, model/, curves.png.
 
-[BERT] Devlin et al. 2018, arXiv 1810.04805, §4.1 and A.3. [Code] google-research/bert.
+[BERT] Devlin et al. 2018, arXiv 1810.04805, §4.1 and A.3. [Code] google-research/bert, commit
+eedf5716.
 Dimensions: batch, seq.
 """
 
@@ -40,6 +41,7 @@ from train_pretrain import (
     autocast,
     check_folder,
     check_options,
+    check_smallest,
     check_weights,
     choose_device,
     choose_precision,
@@ -60,7 +62,7 @@ from train_pretrain import (
 )
 
 LABELS = ("negative", "positive")
-# Sets the random numbers for the order of the sentences apart from those of data.py, 0 and 1.
+# For random numbers of its own, the order of the sentences has another purpose than data.py's 0, 1.
 PURPOSE_SENTENCES = 2
 
 # ---- Options -----------------------------------------------------------------
@@ -125,8 +127,9 @@ class SST2Options:
     """Precision of matrix products. auto chooses the fastest here."""
 
     def __post_init__(self) -> None:
-        check_options(self, 0, "seed")
-        check_options(self, 1, "seeds", "vocab_size", "batch_size", "epochs", "log_every")
+        check_options(self)
+        check_smallest(self, 0, "seed")
+        check_smallest(self, 1, "seeds", "vocab_size", "batch_size", "epochs", "log_every")
         if not self.learning_rate:
             raise ValueError("--learning-rate needs at least one value")
         if self.max_seq_length is not None and self.max_seq_length < 3:
@@ -175,7 +178,7 @@ class SST2Batches:
 
     1. Shuffle the sentences, by (`seed`, `epoch`). The training loop sets both attributes.
     2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
-       is padding (67% in a plain random order), and every epoch still groups different sentences.
+       of SST-2 is padding (67% in a plain random order), and every epoch groups other sentences.
     3. Cut the pools into batches, and shuffle the batches.
 
     Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is
@@ -297,8 +300,8 @@ def fine_tune(
             # Forward, loss, backward. Dropout depends only on the seed of the model and on
             # the step.
             set_seed(seed, step)
-            input_ids = batch["input_ids"].to(device, non_blocking=True)
-            labels = batch["labels"].to(device, non_blocking=True)
+            input_ids = batch["input_ids"].to(device)
+            labels = batch["labels"].to(device)
             logits = forward(model, input_ids, precision)
             loss = F.cross_entropy(logits, labels)
             loss.backward()

@@ -213,7 +213,7 @@ def slowly(folder: Path, documents: int, seconds: float) -> None:
 def test_a_folder_that_is_there_is_neither_used_nor_changed(tmp_path):
     data.tokenize_corpus(TEXTS, small_tokenizer(), tmp_path / "corpus")
     before = {file.name: file.read_bytes() for file in (tmp_path / "corpus").iterdir()}
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(FileExistsError, match="opens it"):
         data.tokenize_corpus(["x y. z"] * 9, small_tokenizer(), tmp_path / "corpus")
     assert {file.name: file.read_bytes() for file in (tmp_path / "corpus").iterdir()} == before
 
@@ -284,6 +284,19 @@ def test_a_second_start_finds_the_corpus_and_whatever_it_depends_on_makes_anothe
     write_rows(tmp_path / "corpus.jsonl", rows[:-1])
     keys.add(key())
     assert len(keys) == len(made) == 8
+
+
+def test_a_corpus_that_another_process_has_just_finished_is_used(tmp_path, monkeypatch):
+    path = write_texts(tmp_path / "corpus.jsonl", TEXTS * 2)
+    documents = data.get_documents(path)["train"]
+    tokenize = data.tokenize_corpus
+
+    def too_late(documents, tokenizer, folder) -> None:
+        tokenize(documents, tokenizer, folder)
+        tokenize(documents, tokenizer, folder)
+
+    monkeypatch.setattr(data, "tokenize_corpus", too_late)
+    assert len(data.get_corpus(documents, small_tokenizer()).document_starts) - 1 == 4
 
 
 # ---- Which files are a corpus -------------------------------------------------------------------

@@ -128,6 +128,16 @@ def test_the_validation_split_is_held_out_unless_it_is_trained_on(tmp_path):
     assert not set(documents["train"]) & set(documents["validation"])
 
 
+def test_joined_rows_are_not_held_out_of_a_stream(tmp_path):
+    """Workers would join other rows than the process that evaluates, and train on what is held
+    out."""
+    path = write_texts(tmp_path / "train.jsonl", TEXTS)
+    with pytest.raises(ValueError, match="rows_per_document.*validation"):
+        data.get_documents(path, rows_per_document=2, streaming=True)
+    write_texts(tmp_path / "validation.jsonl", TEXTS)
+    assert data.get_documents(str(tmp_path), rows_per_document=2, streaming=True)
+
+
 # ---- Blocks -------------------------------------------------------------------------------------
 
 
