@@ -211,6 +211,7 @@ def slowly(folder: Path, documents: int, seconds: float) -> None:
 
 
 def test_a_folder_that_is_there_is_neither_used_nor_changed(tmp_path):
+    tmp_path = tmp_path / "new" / "below"
     data.tokenize_corpus(TEXTS, small_tokenizer(), tmp_path / "corpus")
     before = {file.name: file.read_bytes() for file in (tmp_path / "corpus").iterdir()}
     with pytest.raises(FileExistsError, match="opens it"):
@@ -408,8 +409,8 @@ def test_the_hub_is_asked_for_what_is_not_a_path(monkeypatch):
     assert asked == [(("owner/name", "plain"), {"streaming": False})]
     assert rows.column_names == ["body"]
     assert list(rows["body"]) == TEXTS * 2
-    data.get_dataset("owner/name", None, None, streaming=True)
-    assert asked[1] == (("owner/name", None), {"streaming": True})
+    data.get_documents("owner/name", "plain", column="body", streaming=True)
+    assert asked[1] == (("owner/name", "plain"), {"streaming": True})
 
 
 # ---- Splits -------------------------------------------------------------------------------------

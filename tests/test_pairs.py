@@ -160,6 +160,23 @@ def test_each_coin_says_where_one_segment_is_and_their_xor_is_the_label(docs, ro
     assert len({pair.b_end - pair.b_start for pair in pairs.values()}) == 1
 
 
+@pytest.mark.parametrize("length", [2, ROOM])
+@pytest.mark.parametrize("share", [0.0, 1 - 1e-9])
+def test_a_short_pair_has_two_tokens_or_more_and_segment_a_any_number_of_them(length, share):
+    """The extremes of what may be drawn."""
+    corpus = corpus_of([[[7]] * 300, [[8]] * 300])
+    draws = iter([0.0, share])  # short; how much of it is segment A
+
+    def integers(low: int, high: int = 0) -> int:
+        is_length = (low, high) == (2, ROOM + 1)
+        return length if is_length else (low + high) // 2
+
+    rng = SimpleNamespace(random=draws.__next__, integers=integers)
+    pair = data.draw_pair(corpus, rng, 100, 200, ROOM)
+    lengths = (pair.a_end - pair.a_start, pair.b_end - pair.b_start)
+    assert lengths == ((length - 1, 1) if share else (1, length - 1))
+
+
 @given(documents(), rooms, seeds)
 def test_a_pair_is_as_long_as_both_documents_have_room_for(docs, room, seed):
     """At both seams, as many tokens as segment A has lie before, and as many as B has behind."""
