@@ -16,7 +16,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from helpers import kill, start, wait, wait_until
+from helpers import ROOT, kill, start, wait, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import (
@@ -183,6 +183,19 @@ def test_what_fails_while_documents_are_read_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["arrays.lock"]
 
 
+def test_a_row_that_is_no_text_is_told_with_the_path_of_its_data_set(tmp_path):
+    path = write_rows(tmp_path / "corpus.jsonl", [{"text": 7}] * 5)
+    with pytest.raises(ValueError, match=f"^cannot read {re.escape(path)}: row 0: text is 7"):
+        list(data.get_documents(path)["train"])
+
+
+def test_the_sample_comes_with_the_code():
+    documents = data.get_documents("sample")
+    for part in ("train", "validation"):
+        lines = (ROOT / f"sample/corpus/{part}.jsonl").read_text().splitlines()
+        assert list(documents[part]) == [json.loads(line)["text"] for line in lines]
+
+
 def test_rows_are_joined_to_documents_with_a_blank_line_between_them():
     rows = [{"body": text} for text in ("a b.", None, "c", "", "d")]
     assert list(data.Documents("", rows, "body")) == ["a b.", "", "c", "", "d"]
@@ -254,6 +267,12 @@ def test_a_full_disk_is_one_message_that_names_the_place_and_leaves_nothing(tmp_
     with pytest.raises(ValueError, match=f"cannot write to {tmp_path}: No space"):
         data.tokenize_corpus(texts(), small_tokenizer(), tmp_path / "corpus")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.lock"]
+
+
+def test_a_full_disk_while_a_data_set_is_read_is_one_message_that_names_the_cache():
+    cache = re.escape(str(datasets.config.HF_DATASETS_CACHE))
+    with pytest.raises(ValueError, match=f"cannot read a: .*No space.*{cache}"), data.reading("a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 # ---- The cache ----------------------------------------------------------------------------------

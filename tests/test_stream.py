@@ -110,7 +110,7 @@ def test_one_document_in_a_hundred_is_held_out_where_there_is_no_validation_spli
 
 
 def test_a_stream_is_evaluated_on_its_first_64_documents():
-    texts = [f"{word(i)} aa. bb." for i in range(70)]
+    texts = ["one", *(f"{word(i)} aa. bb." for i in range(70))]
     found = data.first_documents(texts, small_tokenizer())
     encoded = list(data.encode_documents(texts, small_tokenizer(), Counter()))
     assert found.key == data.pack(encoded[:64], small_tokenizer()).key
@@ -138,6 +138,14 @@ def test_joined_rows_are_not_held_out_of_a_stream(tmp_path):
     assert data.get_documents(str(tmp_path), rows_per_document=2, streaming=True)
 
 
+def test_ranks_that_share_a_file_do_not_join_its_rows(folder):
+    documents = data.get_documents(str(folder), rows_per_document=2, streaming=True)["train"]
+    stream = replace(open_stream(folder), documents=documents)
+    data.get_split_dataloader(stream, 4, world_size=SHARDS)
+    with pytest.raises(ValueError, match=f"rows_per_document.*2 ranks.*{SHARDS} files"):
+        data.get_split_dataloader(stream, 4, world_size=2)
+
+
 # ---- Blocks -------------------------------------------------------------------------------------
 
 
@@ -148,16 +156,18 @@ def sizes_of_blocks(texts: list[str], tmp_path: Path, count: int) -> list[int]:
     return [len(block.document_starts) - 1 for block in blocks]
 
 
-def test_a_block_ends_after_so_many_tokens_or_with_its_epoch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tokens", [17, 24])
+def test_a_block_ends_after_so_many_tokens_or_with_its_epoch(tokens, tmp_path, monkeypatch):
     """Each of these documents has eight tokens with full stops; epochs have eight."""
-    monkeypatch.setattr(data, "STREAM_BLOCK", 20)
+    monkeypatch.setattr(data, "STREAM_BLOCK", tokens)
     assert sizes_of_blocks(["a aa. b bb."] * 8, tmp_path, 6) == [3, 3, 2] * 2
 
 
 def test_a_block_has_two_documents(tmp_path, monkeypatch):
     """One alone is left for the next epoch."""
     monkeypatch.setattr(data, "STREAM_BLOCK", 1)
-    assert sizes_of_blocks(["a aa. b bb."] * 3, tmp_path, 4) == [2, 2, 2, 2]
+    for documents in (2, 3):
+        assert sizes_of_blocks(["a aa. b bb."] * documents, tmp_path, 4) == [2, 2, 2, 2]
     for texts in (["a aa. b bb.", "a title"], ["a title"] * 3):
         with pytest.raises(ValueError, match="fewer than two documents"):
             sizes_of_blocks(texts, tmp_path, 1)

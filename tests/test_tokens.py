@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import unicodedata
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -131,6 +132,26 @@ def test_a_lowercasing_tokenizer_with_cased_tokens_is_rejected_whatever_file_it_
         tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="Hund"):
         data.load_tokenizer(tmp_path)
+
+
+def test_cased_tokens_in_brackets_are_no_words(tmp_path):
+    """Google's Chinese vocabulary has <S>, and others have places for tokens to come."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*VOCABULARY, "<S>", "[E1]"]))
+    assert data.load_tokenizer(tmp_path).token_to_id("[E1]") == len(VOCABULARY) + 1
+
+
+def test_what_is_no_path_is_asked_for_on_the_hub(tmp_path, monkeypatch):
+    """Of a model there, the three files of its tokenizer are loaded, and no weights."""
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
+    asked = mock.Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(data, "snapshot_download", asked)
+    assert data.load_tokenizer("owner/name").get_vocab() == small_tokenizer().get_vocab()
+    files = ["tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+    asked.assert_called_once_with("owner/name", allow_patterns=files)
+    for missing in ("vocab.txt", "tokenizer.json"):
+        with pytest.raises(ValueError, match=f"cannot read nowhere/{missing}"):
+            data.load_tokenizer(f"nowhere/{missing}")
+    assert asked.call_count == 1
 
 
 def test_special_tokens_are_special_even_if_the_file_does_not_say_so(tmp_path):
