@@ -7,7 +7,9 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,14 @@ def test_labels_are_the_integers_0_and_1(label, tmp_path):
     path = write_rows(tmp_path / "train.jsonl", [{"sentence": "a", "label": label}] * 2)
     with pytest.raises(ValueError, match=r"train, row 0: .* 0 or 1"):
         get_reviews(path, "train")
+
+
+def test_a_data_set_of_the_hub_may_have_configurations(monkeypatch):
+    rows = datasets.Dataset.from_dict({"sentence": ["a"], "label": [1]})
+    asked = mock.Mock(return_value=rows)
+    monkeypatch.setattr(data, "get_dataset", asked)
+    assert get_reviews("glue", "validation", "sst2") == (["a"], [1])
+    asked.assert_called_once_with("glue", "sst2", "validation")
 
 
 def test_sentences_are_text_in_a_column_sentence_or_text(tmp_path):
@@ -225,8 +235,10 @@ def test_evaluation_is_a_mean_over_sentences_not_batches():
     assert metrics["loss"] == pytest.approx(float(sum(losses)) / 3)
 
 
-@pytest.mark.parametrize("spoiled", ["a gradient", "a weight"])
-def test_fine_tuning_stops_at_a_number_that_is_not_finite(spoiled, options, monkeypatch):
+@pytest.mark.parametrize(
+    ("spoiled", "log_every"), [("a gradient", 1000), ("a weight", 1000), ("a weight", 1)]
+)
+def test_fine_tuning_stops_at_a_number_that_is_not_finite(spoiled, log_every, options, monkeypatch):
     """It writes no line and no model. A finite gradient may spoil a weight."""
     update = train_sst2.update
 
@@ -239,7 +251,7 @@ def test_fine_tuning_stops_at_a_number_that_is_not_finite(spoiled, options, monk
 
     monkeypatch.setattr(train_sst2, "update", poisoned)
     with pytest.raises(ValueError, match="finite: .*--learning-rate"):
-        main(replace(options, epochs=1, batch_size=500, log_every=1000))
+        main(replace(options, epochs=1, batch_size=500, log_every=log_every))
     assert not Path(options.out, "model").exists()
     assert not Path(options.out, "metrics.jsonl").exists()
 
@@ -285,7 +297,14 @@ def test_accuracy_is_that_of_the_validation_split(options):
     """There the labels are the other way round, so that what was learned is wrong."""
     turn_labels(options.dataset, "validation")
     main(options)
-    assert read_lines(Path(options.out), "validation")["accuracy"][-1] < 0.1
+    lines = read_lines(Path(options.out), "validation")
+    assert lines["accuracy"][-1] < 0.1
+    per_epoch = math.ceil(120 / options.batch_size)
+    assert [*zip(lines["epoch"], lines["step"], strict=True)] == [
+        (1, per_epoch),
+        (2, 2 * per_epoch),
+    ]
+    assert 0 < lines["seconds"][0] <= lines["seconds"][1] < 600
 
 
 def test_the_labels_of_the_test_split_change_nothing_but_its_own_score(options, tmp_path):
@@ -321,6 +340,8 @@ def test_each_split_is_read_from_its_own_data_set(options, tmp_path, monkeypatch
     assert asked == [*own, ("other", "test", None)]
     main(replace(told, out=str(tmp_path / "without")))
     assert asked[3:] == own
+    main(replace(options, dataset="sample", out=str(tmp_path / "sample")))
+    assert asked[5:] == [("sample", split, None) for split in ("train", "validation", "test")]
 
 
 def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(

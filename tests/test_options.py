@@ -44,12 +44,14 @@ def run_line(folder, monkeypatch) -> Callable[[str, str], None]:
 # What would otherwise be silent, or late, or a traceback. The message has the last word of the
 # line, or what stands here in its place.
 WRONG = [
-    (PRETRAIN, "--steps -1", ""),
+    (PRETRAIN, "--workers -1", ""),
     (PRETRAIN, "--batch-size 0", ""),
+    (PRETRAIN, "--eval-every 0", "--eval-every"),
     (PRETRAIN, "--bathc-size 8", "bathc"),
     (PRETRAIN, "--dropout nan", ""),
+    (PRETRAIN, "--dropout 1", "[0, 1)"),
     (PRETRAIN, "--steps 8 --warmup-steps 9", ""),
-    (PRETRAIN, "--max-seq-length 4", ""),
+    (PRETRAIN, "--max-seq-length 4", "--max-seq-length"),
     (PRETRAIN, "--positions 9 --max-seq-length 16", "--positions"),
     (PRETRAIN, "--weights model --max-seq-length 17", ""),
     (PRETRAIN, "--dataset corpus.jsonl --weights few", "20"),
@@ -63,6 +65,7 @@ WRONG = [
     (PRETRAIN, "--tokenizer nomask.txt", ""),
     (PRETRAIN, "--device foo", ""),
     (SST2, "--epochs 0", ""),
+    (SST2, "--seed -1", "--seed"),
     (SST2, "--learning-rate 1e-3 inf", ""),
     (SST2, "--learning-rate --seed 1", "--learning-rate"),
     (SST2, "--max-seq-length 2", "--max-seq-length"),
@@ -88,6 +91,13 @@ def test_a_mistake_is_one_message_that_names_it_with_status_2_and_no_changed_fil
     assert (named or line.split()[-1]) in (ours[0] if ours else printed)
     assert "Traceback" not in printed
     assert (set(folder.glob("**/*")), contents(folder)) == (paths, files)
+
+
+def test_the_smallest_values_are_no_mistakes():
+    none = {"steps": 0, "workers": 0, "seed": 0, "dropout": 0.0, "warmup_steps": 0}
+    one = dict.fromkeys(("batch_size", "accumulate", "log_every", "eval_every", "save_every"), 1)
+    PretrainOptions(**none, **one, max_seq_length=5, positions=5)
+    SST2Options(seed=0, seeds=1, batch_size=1, epochs=1, log_every=1, max_seq_length=3)
 
 
 # ---- How a script ends --------------------------------------------------------------------------
