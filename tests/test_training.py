@@ -22,6 +22,7 @@ from strategies import (
     corpus_of,
     dropouts_of,
     gradients,
+    publish,
     review_batches,
     small_tokenizer,
     some_batches,
@@ -43,6 +44,7 @@ from train_pretrain import (
     set_seed,
     to_device,
     update,
+    make_model,
 )
 
 DRAW_CURVES = train_pretrain.draw_curves  # before conftest.py replaces it
@@ -213,7 +215,9 @@ def test_the_probe_shows_input_targets_and_predictions_of_the_first_pair():
     model = Parrot(5)
     model.padding_idx = PADDING
     lines = probe(model, batch, small_tokenizer()).splitlines()
-    shown, targets, predicted = (line.split(": ")[1].split("|") for line in lines)
+    names, shown = zip(*(line.split(": ") for line in lines), strict=True)
+    assert names == ("Input Tokens", "Target Tokens", "Predicted Tokens")
+    shown, targets, predicted = (tokens.split("|") for tokens in shown)
     row, labels = batch["input_ids"][0], batch["mlm_labels"][0]
     assert shown == [VOCABULARY[i] for i in row[row != PADDING].tolist()]
     assert targets == [VOCABULARY[i] for i in labels[labels >= 0].tolist()]
@@ -233,7 +237,10 @@ def test_lines_count_updates_and_come_as_often_as_asked_and_at_the_end(
     rates = [learning_rate(step - 1, options.learning_rate, 0, 5) for step in training]
     assert lines["train"]["learning_rate"] == pytest.approx(rates)
     assert lines["validation"]["step"] == validation
-    assert lines["validation"]["tokens"][0] == 0 < lines["train"]["tokens"][0]
+    tokens = [0, *lines["train"]["tokens"]]
+    assert lines["validation"]["tokens"][0] == 0
+    assert tokens == sorted(set(tokens))
+    assert lines["validation"]["ln_vocab_size"][0] == math.log(len(VOCABULARY))
 
 
 def test_a_line_has_the_loss_of_its_update_and_an_evaluation_the_weights_after_it(options):
@@ -254,6 +261,20 @@ def test_a_line_has_the_loss_of_its_update_and_an_evaluation_the_weights_after_i
     found = [evaluate(each, held_out)["mlm_loss"] for each in (model, trained)]
     assert validation["mlm_loss"] == pytest.approx(found, rel=1e-5)
     assert found[0] != found[1]
+
+
+def test_weights_to_start_from_are_trained_with_dropout(options, tmp_path, monkeypatch):
+    """A model that has been loaded is in evaluation mode."""
+    modes = []
+    monkeypatch.setattr(train_pretrain, "train", lambda _, model, *__: modes.append(model.training))
+    weights = str(publish(tmp_path / "published"))
+    pretrain(replace(options, tokenizer=None, weights=weights, max_seq_length=8))
+    assert modes == [True]
+
+
+def test_a_classifier_may_have_any_number_of_labels(options):
+    model = make_model(SST2BertModel, options, small_tokenizer(), 16, num_labels=3)
+    assert model.classifier.out_features == 3
 
 
 def test_the_seed_decides_the_initial_weights(options):
