@@ -528,8 +528,3 @@ def test_a_killed_data_worker_ends_the_run_and_the_message_says_fewer_workers(
     (line,) = [text for text in lines if text.startswith("error: ")]
     assert "--workers" in line
     assert checkpoint_of(tmp_path / "run")["progress"]["step"] >= 2
-
-
-def assert_one_error_names_workers(log: Path) -> None:
-    (line,) = [text for text in log.read_text().splitlines() if text.startswith("error: ")]
-    assert "--workers" in line
