@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import data
@@ -172,6 +173,16 @@ def publish(
     """Writes a new model with its tokenizer; returns its folder."""
     cls(config, PADDING).save_pretrained(folder, small_tokenizer())
     return folder
+
+
+def change_config(published: Path, **changes) -> None:
+    path = published / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(published: Path, **changes) -> None:
+    path = published / "model.safetensors"
+    save_file({**load_file(path), **changes}, path, metadata={"format": "pt"})
 
 
 def dropouts_of(model: PretrainedModel) -> set[float]:

@@ -15,8 +15,8 @@ import pytest
 import torch
 from helpers import assert_same, run_as_main
 from safetensors.torch import load_file, save_file
-from strategies import FIXED, PUBLISHABLE, VOCABULARY, Malicious, build, publish
-from strategies import small_tokenizer
+from strategies import FIXED, PUBLISHABLE, VOCABULARY, Malicious, build, change_config
+from strategies import change_tensors, publish, small_tokenizer
 
 import bert
 import data
@@ -31,16 +31,6 @@ IDS = torch.tensor([[2, 5, 6, 3], [2, 9, 3, 0]])
 @pytest.fixture
 def published(tmp_path) -> Path:
     return publish(tmp_path / "model")
-
-
-def change_config(published: Path, **changes) -> None:
-    path = published / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def change_tensors(published: Path, **changes) -> None:
-    path = published / "model.safetensors"
-    save_file({**load_file(path), **changes}, path, metadata={"format": "pt"})
 
 
 def remove_tensors(published: Path, *words: str) -> None:
@@ -100,7 +90,6 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
     about = json.loads((folder / "tokenizer_config.json").read_text())
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert about["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
-    assert data.load_tokenizer(folder).get_vocab() == small_tokenizer().get_vocab()
     tensors = load_file(folder / "model.safetensors")
     assert len(tensors) == 5 + 3 * 16 + 2 + 5 + 2
 
