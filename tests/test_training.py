@@ -1,6 +1,7 @@
 """Pretraining: learning rate, optimizer, loss, evaluation, and what a model has to learn."""
 
 import copy
+import itertools
 import json
 import math
 import sys
@@ -62,19 +63,14 @@ def test_the_learning_rate_rises_to_the_peak_and_falls_towards_zero():
 
 def test_every_micro_batch_of_every_step_has_a_dropout_mask_of_its_own(options, monkeypatch):
     """Which mask it is depends on the seed of the run, on the step and on the micro-batch."""
-    drawn, add_gradients = [], train_pretrain.add_gradients
-
-    def noted(losses_of, batches, masked, pairs, seeds):
-        assert len(seeds) == len(batches)
-        for numbers in seeds:
-            set_seed(*numbers)
-            drawn.append(tuple(torch.rand(3).tolist()))
-        return add_gradients(losses_of, batches, masked, pairs, seeds)
-
-    monkeypatch.setattr(train_pretrain, "add_gradients", noted)
-    for seed in (0, 1, 0):
-        out = f"{options.out}-{len(drawn)}"
-        pretrain(replace(options, out=out, accumulate=2, seed=seed))
+    add_gradients = mock.Mock(wraps=train_pretrain.add_gradients)
+    monkeypatch.setattr(train_pretrain, "add_gradients", add_gradients)
+    for run, seed in enumerate((0, 1, 0)):
+        pretrain(replace(options, out=f"{options.out}-{run}", accumulate=2, seed=seed))
+    drawn = []
+    for numbers in itertools.chain.from_iterable(c.args[4] for c in add_gradients.call_args_list):
+        set_seed(*numbers)
+        drawn.append(tuple(torch.rand(3).tolist()))
     first, other, again = drawn[:8], drawn[8:16], drawn[16:]
     assert len(set(first + other)) == 16
     assert first == again
@@ -359,12 +355,9 @@ def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
         max_seq_length=24, batch_size=16, learning_rate=3e-3, dropout=0.0, workers=0,
     )  # fmt: skip
     pretrain(options)
-    validation, train = read_lines(out, "validation"), read_lines(out, "train")
-    assert validation["step"] == [0, 75, 150]
+    validation = read_lines(out, "validation")
     assert validation["mlm_loss"][0] == pytest.approx(validation["ln_vocab_size"][0], rel=0.05)
     assert validation["mlm_loss"][-1] < validation["unigram_entropy"][0] - 0.3
-    assert validation["perplexity"][-1] == pytest.approx(math.exp(validation["mlm_loss"][-1]))
-    assert train["step"] == [*range(10, 151, 10)]
     assert json.loads((out / "config.json").read_text())["learning_rate"] == 3e-3
     tokenizer = data.load_tokenizer(out / "model")
     model = BertPretrainModel.from_pretrained(out / "model")
