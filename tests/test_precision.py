@@ -123,18 +123,14 @@ def test_the_precision_is_resolved_and_kept(options, monkeypatch):
 def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(tmp_path, monkeypatch):
     capabilities = {"avx512_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    used, autocast = [], train_sst2.autocast
-
-    def noted(precision, device_type):
-        used.append(precision)
-        return autocast(precision, device_type)
-
-    monkeypatch.setattr(train_sst2, "autocast", noted)
+    autocast = mock.Mock(wraps=train_pretrain.autocast)
+    monkeypatch.setattr(train_sst2, "autocast", autocast)
     options = make_review_options(tmp_path, train=8, validation=9, test=9)
     train_sst2.main(replace(options, test_dataset=options.dataset))
     weights = f"{options.out}/model"
     train_sst2.main(replace(options, tokenizer=None, weights=weights, predict=("a",)))
-    assert used == ["bfloat16"] * 6  # training, 2 x validation, 2 x test, prediction
+    # Training, 2 x validation, 2 x test, prediction.
+    assert autocast.call_args_list == [mock.call("bfloat16", "cpu")] * 6
 
 
 # ---- To the device ------------------------------------------------------------------------------
