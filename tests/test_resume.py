@@ -41,11 +41,7 @@ from helpers import (
     wait,
     wait_until,
 )
-from strategies import (
-    Malicious,
-    small_tokenizer,
-    write_many_documents,
-)
+from strategies import Malicious, small_tokenizer, write_many_documents
 
 import train_pretrain
 import train_sst2
