@@ -405,10 +405,8 @@ def write_mistakes(folder: Path) -> Path:
     (folder / "latin.txt").write_bytes("café aa. bb.".encode("latin-1"))
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "nomask.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask") + "\n")
-    config = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
-    BertPretrainModel(config, 0).save_pretrained(folder / "model", small_tokenizer())
-    few = BertConfig.named("tiny", vocab_size=20, max_seq_length=64)
-    BertPretrainModel(few, 0).save_pretrained(folder / "few", small_tokenizer())
+    publish(folder / "model", TINY)
+    publish(folder / "few", dataclasses.replace(TINY, vocab_size=20))
     (folder / "bare").mkdir()
     shutil.copy(folder / "model/tokenizer.json", folder / "bare")
     return folder

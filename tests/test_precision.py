@@ -15,13 +15,13 @@ import torch
 import torch._dynamo
 from helpers import CrashError, checkpoint_of, crash, make_review_options, read_lines, run
 from helpers import start, wait
-from strategies import CPU, PADDING, SMALL, small_tokenizer, some_batches
+from strategies import CPU, PADDING, SMALL, TINY, some_batches
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_pretrain
 import train_sst2
-from bert import BertConfig, BertPretrainModel
+from bert import BertPretrainModel
 from train_pretrain import (
     PretrainLosses,
     add_gradients,
@@ -226,8 +226,7 @@ def test_nothing_in_a_step_waits_for_a_gpu():
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
     """The batches are large enough for the kernels of real ones."""
-    sizes = {"vocab_size": small_tokenizer().get_vocab_size(), "max_seq_length": 128}
-    model = BertPretrainModel(BertConfig.named("tiny", **sizes), PADDING).to(device).train()
+    model = BertPretrainModel(replace(TINY, max_seq_length=128), PADDING).to(device).train()
     optimizer, batches = make_optimizer(model), some_batches(3, 64)
     for batch in batches:
         batch = {k: v.repeat(1, 3) if v.dim() == 2 else v for k, v in batch.items()}

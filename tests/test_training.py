@@ -279,21 +279,20 @@ def test_examples_are_read_and_made_as_the_options_say(options, monkeypatch):
     )  # fmt: skip
     expected = corpora[LETTERS].unigram_entropy()
     assert expected != corpora[LETTERS[::-1]].unigram_entropy()
-    made, load_examples = [], train_pretrain.load_examples
-    monkeypatch.setattr(
-        train_pretrain, "load_examples", lambda *how: made.append(load_examples(*how)) or made[0]
-    )
-    pretrain(told)
+    tokenizer, _, made = train_pretrain.prepare(told)
     get_documents.assert_called_with("a", "b", "c+d", "e", 4, False)
     learned = data.train_tokenizer(LETTERS, told.vocab_size).get_vocab()
-    assert made[0]["train"].tokenizer.get_vocab() == learned
-    for examples in made[0].values():
+    assert tokenizer.get_vocab() == made["train"].tokenizer.get_vocab() == learned
+    for examples in made.values():
         found = (examples.max_seq_length, examples.seed, examples.whole_word_masking)
         assert found == (16, 3, True)
+    pretrain(told)
     assert read_lines(Path(told.out), "validation")["unigram_entropy"] == [expected]
 
     documents["validation"] = TEXTS
-    found = load_examples(replace(told, streaming=True, tokenizer="t"), small_tokenizer())
+    found = train_pretrain.load_examples(
+        replace(told, streaming=True, tokenizer="t"), small_tokenizer()
+    )
     get_documents.assert_called_with("a", "b", "c+d", "e", 4, True)
     assert found["train"].documents is LETTERS
     assert found["validation"].corpus.key == data.first_documents(TEXTS, small_tokenizer()).key

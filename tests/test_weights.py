@@ -164,6 +164,7 @@ def test_a_malicious_pickle_is_rejected_and_never_run(published, tmp_path):
 # ---- Which tensors ------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_names_that_tensorflow_gave_to_norms_are_understood(published):
     """The most used checkpoint of all says gamma and beta for weight and bias. Its position ids are
     no part of the model, and no warning names them."""
@@ -175,9 +176,7 @@ def test_the_names_that_tensorflow_gave_to_norms_are_understood(published):
     }
     assert "bert.embeddings.LayerNorm.gamma" in old
     save_file({**old, "bert.embeddings.position_ids": torch.arange(17)[None]}, path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_same_weights(BertPretrainModel.from_pretrained(published), expected)
+    assert_same_weights(BertPretrainModel.from_pretrained(published), expected)
 
 
 @pytest.mark.parametrize("cls", [Bert, BertPretrainModel])
@@ -217,8 +216,7 @@ def test_a_decoder_that_is_no_copy_of_the_embeddings_is_rejected(published):
 
 def test_heads_that_are_missing_or_not_used_are_warned_of_and_listed(published):
     """The list is for those who switch warnings off. The encoder is that of pretraining."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
+    with pytest.warns(UserWarning, match="initialized|not used") as found:
         model = SST2BertModel.from_pretrained(published)
     assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
     assert_same_weights(model.bert, quietly(Bert.from_pretrained, published))
@@ -299,8 +297,7 @@ def test_a_classifier_of_other_labels_or_of_tokens_is_not_used(of, labels, tmp_p
     config = dataclasses.replace(PUBLISHABLE, num_labels=labels)
     SST2BertModel(config).save_pretrained(tmp_path)
     change_config(tmp_path, architectures=[f"BertFor{of}Classification"])
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
+    with pytest.warns(UserWarning, match="classifier") as found:
         model = SST2BertModel.from_pretrained(tmp_path, num_labels=2)
     assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
     assert str(found[-1].message).endswith("classifier.bias, classifier.weight")
