@@ -89,16 +89,6 @@ def test_a_step_without_gradient_shrinks_exactly_what_decays():
         torch.testing.assert_close(after, expected, rtol=1e-6, atol=0)
 
 
-def test_an_update_clips_the_gradient_to_norm_one_and_clears_it():
-    model = torch.nn.Linear(2, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    model.weight.grad = torch.tensor([[30.0, 40.0]])
-    sgd = torch.optim.SGD(model.parameters(), lr=0.0, fused=True)
-    update(model, sgd, rate=1.0)
-    torch.testing.assert_close(model.weight.data, torch.tensor([[-0.6, -0.8]]))
-    assert model.weight.grad is None
-
-
 # ---- The loss -----------------------------------------------------------------------------------
 
 
