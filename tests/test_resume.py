@@ -415,6 +415,12 @@ def test_a_new_run_is_rejected_where_another_one_has_left_anything(left, options
     assert list(contents(out).values()) == [b"of another run"]
 
 
+def test_a_run_that_was_killed_before_it_wrote_anything_may_be_started_again(options):
+    Path(options.out).mkdir(parents=True)
+    Path(options.out, "metrics.jsonl").touch()
+    run(replace(options, steps=0))
+
+
 @pytest.mark.parametrize("has_folder", [True, False])
 def test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing(has_folder, options):
     """A run that started anew would overwrite the metrics and the model that are there."""
