@@ -326,10 +326,11 @@ def test_each_split_is_read_from_its_own_data_set(options, tmp_path, monkeypatch
     asked = mock.Mock(return_value=(["a b"], [1]))
     monkeypatch.setattr(train_sst2, "get_reviews", asked)
     monkeypatch.setattr(train_sst2, "fine_tune", lambda model, *_: (model, 0.5))
-    told = replace(options, dataset_name="sst2")
+    told = replace(options, dataset_name="sst2", tokenizer=None, vocab_size=60)
     main(replace(told, test_dataset="other"))
     main(replace(told, out=str(tmp_path / "without")))
-    own = [mock.call(told.dataset, split, "sst2") for split in ("train", "validation")]
+    splits = ("train", "train", "validation")  # the first one for the vocabulary
+    own = [mock.call(told.dataset, split, "sst2") for split in splits]
     assert asked.call_args_list == [*own, mock.call("other", "test", None), *own]
     asked.reset_mock()
     main(replace(options, dataset="sample", out=str(tmp_path / "sample")))

@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from helpers import assert_same, run_as_main
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from strategies import FIXED, PUBLISHABLE, VOCABULARY, Malicious, build, change_config
 from strategies import change_tensors, publish, small_tokenizer
@@ -90,8 +91,9 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
     about = json.loads((folder / "tokenizer_config.json").read_text())
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert about["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
-    tensors = load_file(folder / "model.safetensors")
-    assert len(tensors) == 5 + 3 * 16 + 2 + 5 + 2
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert len(file.keys()) == 5 + 3 * 16 + 2 + 5 + 2
 
 
 def test_without_a_tokenizer_a_model_is_saved_where_no_other_tokenizer_lies(tmp_path):
@@ -438,7 +440,8 @@ def test_a_token_with_the_id_that_the_model_takes_for_padding_is_read():
 
 def test_the_command_prints_a_line_for_each_mask(published, capsys):
     """A published tokenizer.json may pad and truncate: MiniLM's pads to 128 tokens."""
-    model = BertPretrainModel.from_pretrained(published)
+    sharp = dataclasses.replace(PUBLISHABLE, initializer_range=1.0)  # every token counts
+    model = BertPretrainModel.from_pretrained(publish(published, sharp))
     expected = fill_masks(model, small_tokenizer(), "a [MASK] b [MASK]")
     padded = small_tokenizer()
     padded.enable_padding(length=16)
