@@ -50,7 +50,10 @@ def test_the_widths_of_a_named_size_follow_d_model_unless_they_are_given(changes
 
 
 def test_a_config_is_that_of_base_unless_something_is_given():
-    assert BertConfig() == BertConfig.named("base")
+    config = BertConfig()
+    assert config == BertConfig.named("base")
+    assert (config.dropout, config.attention_dropout) == (0.1, 0.1)
+    assert (config.layer_norm_eps, config.initializer_range) == (1e-12, 0.02)
 
 
 def test_an_unknown_size_is_rejected_with_the_known_ones():
