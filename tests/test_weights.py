@@ -450,6 +450,7 @@ def test_the_command_prints_a_line_for_each_mask(published, capsys):
     run_as_main(bert.__file__, str(published), "a [MASK] b [MASK]")
     lines = capsys.readouterr().out.splitlines()
     for line, guesses in zip(lines, expected, strict=True):
-        assert all(f"{token} {prob:.3f}" in line for token, prob in guesses.items())
+        shown = [f"{token} {prob:.3f}" for token, prob in guesses.items()]
+        assert line == "  ".join(["[MASK]", *shown])
     with pytest.raises(SystemExit, match="no/such/place"):
         run_as_main(bert.__file__, "no/such/place", "a")
