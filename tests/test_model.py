@@ -55,6 +55,8 @@ def test_a_config_is_that_of_base_unless_something_is_given():
     assert (config.dropout, config.attention_dropout) == (0.1, 0.1)
     assert (config.layer_norm_eps, config.initializer_range) == (1e-12, 0.02)
     assert (config.type_vocab_size, config.num_labels) == (2, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.head_num = 3
 
 
 def test_an_unknown_size_is_rejected_with_the_known_ones():
