@@ -78,8 +78,8 @@ def split_sentences(text: str) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
-    over 400 characters, it is cut at white space, or after 400 characters if there is none. (A pair
-    meets at the start of a sentence, and would not reach the middle of a longer one.)
+    over 400 characters, it is cut at white space, or after 400 characters if there is none. (The
+    segments of a pair meet at the start of a sentence; they would not reach far into a longer one.)
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -675,8 +675,7 @@ class Documents:
         texts = self.texts()
         for parts in iter(lambda: list(islice(texts, self.rows_per_document)), []):
             document = "\n\n".join(part for part in parts if part)
-            is_held_out = zlib.crc32(document.encode()) % 100 == 0
-            if self.held_out in (None, is_held_out):
+            if self.held_out is None or is_held_out(document) == self.held_out:
                 yield document
 
     def texts(self) -> Iterator[str]:
@@ -687,6 +686,11 @@ class Documents:
                 if not isinstance(text, str | None):
                     raise ValueError(f"row {index}: {self.column} is {text!r}, not text")
                 yield text or ""
+
+
+def is_held_out(document: str) -> bool:
+    """Returns whether this is one of the hundredth of the documents that a stream holds out."""
+    return zlib.crc32(document.encode()) % 100 == 0
 
 
 def get_documents(
@@ -712,18 +716,19 @@ def get_documents(
     train = Documents(path, rows, column, rows_per_document)
     if "validation" in splits and "validation" not in split:
         return {"train": train, "validation": replace(train, rows=splits["validation"])}
-    validation = replace(train)
-    if streaming and rows_per_document > 1:  # each reader would join, and hold out, other rows
-        raise ValueError("rows_per_document: a stream needs a split validation, to hold it out")
     if streaming:
-        train.held_out = False
-        validation.held_out = True
-    else:
-        held_out = max(2 * rows_per_document, len(rows) // 100)
-        end = max(0, len(rows) - held_out)
-        train.rows = rows.select(range(end))
-        validation.rows = rows.select(range(end, len(rows)))
-    return {"train": train, "validation": validation}
+        if rows_per_document > 1:  # each reader would join, and hold out, other rows
+            raise ValueError("rows_per_document: a stream needs a split validation, to hold it out")
+        return {
+            "train": replace(train, held_out=False),
+            "validation": replace(train, held_out=True),
+        }
+    end = max(0, len(rows) - max(2 * rows_per_document, len(rows) // 100))
+    held_out = rows.select(range(end, len(rows)))
+    return {
+        "train": replace(train, rows=rows.select(range(end))),
+        "validation": replace(train, rows=held_out),
+    }
 
 
 def get_corpus(documents: Documents, tokenizer: Tokenizer) -> TokenizedCorpus:
