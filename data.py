@@ -79,7 +79,7 @@ def split_sentences(text: str) -> list[str]:
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
     over 400 characters, it is cut at white space, or after 400 characters if there is none. (The
-    segments of a pair meet at the start of a sentence; they would not reach far into a longer one.)
+    segments of a pair meet at the start of a sentence, and the middle of a longer one is far away.)
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -114,7 +114,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     The 1,000 most frequent characters are tokens; a word with any other is [UNK]. Without a
     limit, stray characters would fill the vocabulary. Then the trainer joins pieces until there are
-    `vocab_size` tokens. `texts` is iterated twice, so it may be larger than memory.
+    `vocab_size` tokens. `texts` is read twice and not stored, unless it is an iterator.
 
     The same texts give the same ids, in any order. The trainer alone would order equally frequent
     characters differently each time. So each character, alone and as a ## piece, is a fixed token.
@@ -403,9 +403,9 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    Where the seams limit the length, one token is left unused. If all were used, A would start its
-    document and B would end its own. Where one seam limits A and the other limits B, only a random
-    pair could do both.
+    Where the seams limit the length, one token is left unused, unless there are only two. If A took
+    all tokens before the seams and B all after them, A would start a document and B would end one.
+    Where one seam limits A and the other limits B, only a random pair could do both.
 
     Differs: [Code] draws a random segment B by another rule than a true one.
     """
@@ -424,7 +424,7 @@ def draw_pair(
     length = min(target, max(2, room_before + room_after - 1))
     length_a = min(1 + int(rng.random() * (length - 1)), room_before)
     length_b = min(length - length_a, room_after)
-    length_a = length - length_b  # what segment B has no room for
+    length_a = length - length_b  # segment A also takes what B has no room for
 
     coin_a = int(rng.integers(2))
     coin_b = int(rng.integers(2))
@@ -689,7 +689,7 @@ class Documents:
 
 
 def is_held_out(document: str) -> bool:
-    """Returns whether this is one of the hundredth of the documents that a stream holds out."""
+    """Returns whether a stream holds this document out: about one in a hundred."""
     return zlib.crc32(document.encode()) % 100 == 0
 
 
@@ -1008,6 +1008,6 @@ def check_tokens(tokenizer: Tokenizer) -> None:
     lowercases = tokenizer.normalizer and tokenizer.normalizer.normalize_str("A") == "a"
     if cased and lowercases:
         raise ValueError(
-            f"text is lowercased, but {cased[0]} is a token: keep vocab.txt alone, beside a"
-            ' tokenizer_config.json with {"do_lower_case": false}'
+            f"text is lowercased, but {cased[0]} is a token: use a folder with vocab.txt and a"
+            ' tokenizer_config.json that has {"do_lower_case": false}'
         )

@@ -5,7 +5,7 @@
     python train_pretrain.py                                      # the sample, on a laptop
     python train_pretrain.py --dataset DIR --tokenizer vocab.txt --size base \
         --learning-rate 1e-4 --accumulate 4 --out runs/base
-    torchrun --nproc_per_node=4 train_pretrain.py ...    # on 4 GPUs, the same batches and updates
+    torchrun --nproc_per_node=4 train_pretrain.py --accumulate 4 ...    # on 4 GPUs, the same steps
 
 Writes into the folder --out:
     config.json    the options
@@ -408,7 +408,7 @@ def train(
         seeds = [(options.seed, step, rank + i * ranks) for i in range(per_rank)]
         losses = add_gradients(losses_of, on_device, masked, pairs, seeds)
 
-        # Clip, and take the step. Nothing up to here waits for a GPU.
+        # Clip, and take the step. Nothing up to here, and nothing in it, waits for a GPU.
         update(model, optimizer, rate)
 
         # What is due after this step? Nothing is written once a weight is not finite.
@@ -868,8 +868,8 @@ def write_line(out: Path, **values: Any) -> None:
 
 def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
     """Returns what a resumed run must share with the one before: the text, and all options but a
-    few. (Another device, or compiling, only changes rounding and dropout.) A stream also depends on
-    who reads it.
+    few. (If --precision is named, another device, or compiling, only changes rounding and dropout.)
+    A stream also depends on who reads it.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
@@ -1015,7 +1015,7 @@ def leave_group(worker: int) -> None:
 
 
 def is_death_of_worker(error: Exception) -> bool:
-    """Returns whether a data worker has died. torch then raises this error at any place."""
+    """Returns whether a data worker has died, or sends nothing. torch may raise this anywhere."""
     return str(error).startswith("DataLoader")
 
 
