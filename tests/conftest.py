@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 # No test needs the hub. The libraries read this when they are imported, so they are imported later.
+# (Torch, too: with -n 2, the process that deals tests to the others can do without it.)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # As a terminal has them, whatever has started the tests: nohup and `&` let children ignore some.
@@ -25,7 +25,9 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "random"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> torch.device:
+def device(request):
+    import torch
+
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     return torch.device(request.param)
@@ -34,6 +36,8 @@ def device(request) -> torch.device:
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     """Every test starts with the same seed, and with the precision that no earlier run has set."""
+    import torch
+
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
 

@@ -168,7 +168,7 @@ def test_the_model_of_the_best_epoch_is_returned(tmp_path, monkeypatch):
     assert same == [False, True, False]
 
 
-@pytest.mark.parametrize(("sentences", "dropout"), [(12, 0.0), (1, 0.5), (1, 0.0)])
+@pytest.mark.parametrize(("sentences", "dropout"), [(6, 0.0), (1, 0.5), (1, 0.0)])
 def test_every_epoch_of_every_seed_has_an_order_and_dropout_masks_of_its_own(
     sentences, dropout, tmp_path
 ):
