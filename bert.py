@@ -5,7 +5,7 @@
 Read it from top to bottom: configuration, embeddings, attention, encoder layer, encoder, heads.
 After them come loading and saving, and a small command:
 
-    python bert.py DIRECTORY "the [MASK] sat on the [MASK]"
+    python bert.py DIRECTORY "the [MASK] sat on the [MASK]"    # it has a tokenizer.json
 
 The file is made to be copied. It needs PyTorch; safetensors for files, tokenizers to fill masks.
 
@@ -159,8 +159,8 @@ def attention(
     d_head = q.size(-1)
     scores = q @ k.transpose(-2, -1) / math.sqrt(d_head)  # (..., seq, seq)
 
-    # The lowest finite number: with -inf, a row without any key would be 0 / 0 = NaN.
     if mask is not None:
+        # The lowest finite number: with -inf, a row without any key would be 0 / 0 = NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     probs = scores.softmax(dim=-1)
 
@@ -200,7 +200,7 @@ class MultiHeadAttention(nn.Module):
         k = self.split_heads(self.key(x))
         v = self.split_heads(self.value(x))
 
-        # Neither function below knows by itself whether the model is being trained.
+        # Both functions below have to be told whether the model is being trained.
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config.fused_attention:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
@@ -242,14 +242,14 @@ class EncoderLayer(nn.Module):
         """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
-        # If you replace GELU, change hidden_act in FIXED_FIELDS, too.
+        # If you replace GELU, do so in the MLM head, too, and change hidden_act in FIXED_FIELDS.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 
 
 class PretrainedModel(nn.Module):
     """What models share: initial weights, loading and saving. In a model of your own, name the
-    encoder `bert`; a head that has a name of the table `PUBLISHED_NAMES` is saved under that one.
+    encoder `bert`. A head that `PUBLISHED_NAMES` lists is saved under its name there.
     """
 
     # The class in transformers that opens what is saved. BertModel opens the encoder alone.
@@ -301,7 +301,7 @@ class Bert(PretrainedModel):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)  # models with heads initialize only these
+        self.apply(self.init_weights)  # a model with heads initializes these by itself
 
     def forward(
         self,
@@ -371,7 +371,7 @@ class BertPretrainModel(PretrainedModel):
         *,
         masked_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns mlm_logits and nsp_logits, the latter (batch, 2): 0 = next, 1 = random.
+        """Returns mlm_logits and nsp_logits, (batch, 2), with a column for next and one for random.
 
         The first three arguments are those of `Bert`. masked_indices: (masked,), where MLM logits
         are wanted, counted through the whole batch: token c of sequence r is r * seq + c.
@@ -383,7 +383,7 @@ class BertPretrainModel(PretrainedModel):
         nsp_logits = self.nsp(self.bert.pool(hidden_states))
 
         if masked_indices is not None:
-            if masked_indices.dim() != 1:  # True and False for each token, for example
+            if masked_indices.dim() != 1:  # but a bool for each token, for example
                 raise ValueError(f"masked_indices are (masked,), not {masked_indices.shape}")
             hidden_states = hidden_states.flatten(0, 1)[masked_indices]  # (masked, d_model)
         transformed = self.mlm_norm(F.gelu(self.mlm_dense(hidden_states)))
@@ -423,9 +423,9 @@ class SST2BertModel(PretrainedModel):
 # A published BERT is a directory with config.json, model.safetensors (or the older
 # pytorch_model.bin), and tokenizer.json or vocab.txt.
 
-# Our name of a module or parameter: its published name, without `bert.` and `.weight` or `.bias`.
+# Our name of a module (or of mlm_bias): its published name, without `bert.`, `.weight`, `.bias`.
 PUBLISHED_NAMES = {
-    "embeddings.token": "embeddings.word_embeddings",  # also the decoder
+    "embeddings.token": "embeddings.word_embeddings",  # and the decoder, which is tied to it
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.segment": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
@@ -473,7 +473,7 @@ def published_name(name: str) -> str:
 
 
 def missing_prefix(tensors: dict[str, Tensor]) -> str:
-    """Returns `bert.` for an encoder alone: models with heads have it in their names already."""
+    """Returns the prefix that these names lack: `bert.` for an encoder alone, else none."""
     return "" if any(name.startswith("bert.") for name in tensors) else "bert."
 
 
@@ -482,8 +482,8 @@ def missing_prefix(tensors: dict[str, Tensor]) -> str:
 
 def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, changes: dict) -> Any:
     """Returns a model of class `cls` into which each tensor of the same published name and shape is
-    copied. An incomplete encoder is an error. A pooler or heads that the files lack keep their
-    initial weights: `model.missing_parameters` lists them, and a warning names them.
+    copied. An encoder that differs in any is an error. A pooler or heads that the files lack keep
+    their initial weights: `model.missing_parameters` lists them, and a warning names them.
     """
     directory = fetch(source)
     try:
@@ -518,7 +518,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     model.missing_parameters = loaded.missing_keys
     if "classifier.weight" in found and published.get("id2label"):
         model.label_names = [published["id2label"][str(i)] for i in range(model.config.num_labels)]
-    for what, names in (("initialized, not in", loaded.missing_keys), ("not used, of", unused)):
+    for what, names in (("no fitting tensor in", loaded.missing_keys), ("not used, of", unused)):
         if names:
             warnings.warn(f"{what} {directory}: {', '.join(names)}", stacklevel=3)
     return model.eval()
@@ -535,7 +535,7 @@ def fetch(source: str | Path) -> Path:
     files = ["config.json", *TOKENIZER_FILES, "model.safetensors"]
     try:
         directory = Path(snapshot_download(str(source), allow_patterns=files))
-        if not (directory / "model.safetensors").exists():  # then there is the older file
+        if not (directory / "model.safetensors").exists():  # then try the older file
             snapshot_download(str(source), allow_patterns=[*files, "pytorch_model.bin"])
     except (OSError, ValueError) as error:  # no network, no such id, or not a valid id
         raise ValueError(f"{source} is not a directory, and cannot be had from the hub") from error
@@ -548,7 +548,7 @@ def read_config(published: dict[str, Any]) -> BertConfig:
         if published.get(key, value) != value:
             raise ValueError(f"{key} is {published[key]!r}, not {value!r}")
 
-    # The defaults of d_k and d_v: only a config.json that was written here has values for them.
+    # Only a config.json that was written here has d_k and d_v. In all others they are the width.
     width = published.get("hidden_size")
     values: dict[str, Any] = {"attention_d_k": width, "attention_d_v": width}
     for field in fields(BertConfig):
@@ -594,11 +594,11 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     config = replace(model.config, num_labels=len(model.label_names))  # of id2label, as it is read
     with torch.device("meta"):  # shapes without memory
         as_configured = type(model)(config, model.padding_idx)
-    as_configured.load_state_dict(state, assign=True)  # an error that names what does not fit
+    as_configured.load_state_dict(state, assign=True)  # raises if a weight does not fit
     if tokenizer is None and any((directory / name).exists() for name in TOKENIZER_FILES):
         raise ValueError(f"{directory} has a tokenizer: pass the model's own, to replace it")
 
-    published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(model.config).items()}
+    published = {PUBLISHED_FIELDS.get(name, name): v for name, v in asdict(config).items()}
     published |= FIXED_FIELDS
     published["architectures"] = [model.architecture]
     published["pad_token_id"] = model.padding_idx

@@ -98,7 +98,8 @@ def wordpiece(vocabulary: dict[str, int] | None, **normalizer: bool | None) -> T
     """Returns a WordPiece tokenizer. [Code] tokenization.py.
 
     vocabulary: the id of each token, or None for a tokenizer to be trained. normalizer:
-    `lowercase`, by default True; `strip_accents`, by default the same; `handle_chinese_chars`.
+    `lowercase`, by default True; `strip_accents`, by default as `lowercase`;
+    `handle_chinese_chars`, by default True.
 
     Differs: words of more than 100 characters are [UNK], as in transformers; [Code] allows 200.
     """
@@ -114,12 +115,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     The 1,000 most frequent characters are tokens; a word with any other is [UNK]. Without a
     limit, stray characters would fill the vocabulary. Then the trainer joins pieces until there are
-    `vocab_size` tokens. `texts` is read twice and not stored, unless it is an iterator.
+    `vocab_size` tokens. `texts` is read twice. An iterator can be read only once, and is stored.
 
     The same texts give the same ids, in any order. The trainer alone would order equally frequent
     characters differently each time. So each character, alone and as a ## piece, is a fixed token.
     """
-    if isinstance(texts, Iterator):  # which can be read only once
+    if isinstance(texts, Iterator):
         texts = list(texts)
     learner = wordpiece(None)
     characters: Counter[str] = Counter()
@@ -208,8 +209,8 @@ class TokenizedCorpus:
 
     @property
     def key(self) -> str:
-        """Returns a string that identifies this corpus. A folder in the cache is named after all
-        that its content depends on; see `get_corpus`.
+        """Returns a string that identifies this corpus: the name of its folder, since `get_corpus`
+        names folders after all that their content depends on.
         """
         if isinstance(self.source, CorpusArrays):
             return make_key(*(array.tobytes() for array in self.source))
@@ -223,8 +224,8 @@ class TokenizedCorpus:
         return f"{documents:,} documents, {sentences:,} sentences, {len(self):,} tokens{notes}"
 
     def unigram_entropy(self) -> float:
-        """Returns the MLM loss, in nats, of a model that knows only how often each token occurs
-        (counted in the first ten million tokens).
+        """Returns about the MLM loss, in nats, of a model that knows only how often each token
+        occurs (counted in the first ten million tokens).
         """
         counts = np.bincount(self.tokens[:10_000_000])
         shares = counts[counts > 0] / counts.sum()
@@ -244,7 +245,7 @@ def make_key(*parts: Any) -> str:
 
 
 def span_around(starts: np.ndarray, offset: int) -> tuple[int, int]:
-    """Returns the largest of the sorted `starts` up to `offset`, and the one after it."""
+    """Returns the neighbours start, end in the sorted `starts` with start <= offset < end."""
     after = starts.searchsorted(offset, side="right")
     return starts.item(after - 1), starts.item(after)
 
@@ -294,8 +295,8 @@ def tokenize_corpus(
     """Tokenizes documents into a new folder, and returns them as a corpus.
 
     The folder is written under another name, and renamed when it is complete: a killed process
-    leaves no half of it. If it exists already, raises FileExistsError: it may hold other documents.
-    If another process is writing it, waits for that one and reuses its result.
+    leaves no half of it. If it exists, raises FileExistsError: it may hold other documents. If
+    another process is just writing it, waits for that one, and returns what it has written.
     """
     folder = Path(folder)
     if folder.exists():
@@ -340,7 +341,7 @@ def write_corpus(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -
     if usable < 2:
         raise ValueError(
             f"only {usable} documents have two sentences, but 2 are needed; {dict(notes)}"
-            " (rows_per_document joins rows)"
+            " (if each row is a sentence, rows_per_document joins them)"
         )
     (folder / "sentence_starts.int64").write_bytes(sentence_starts)
     (folder / "document_starts.int64").write_bytes(document_starts)
@@ -377,7 +378,7 @@ class Pair(NamedTuple):
 
 
 def find_seam(corpus: TokenizedCorpus, offset: int) -> Seam:
-    """Returns the seam after `offset` in its document or, in the last sentence, the one before."""
+    """Returns the end of the sentence around `offset` or, in a document's last one, its start."""
     document_start, document_end = span_around(corpus.document_starts, offset)
     sentence_start, sentence_end = span_around(corpus.sentence_starts, offset)
     is_last_sentence = sentence_end == document_end
@@ -394,18 +395,20 @@ def draw_pair(
 
     1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
        fine-tuning meets short texts too.
-    2. Take the seam after a random offset of the slice, and one in another document.
+    2. Take a seam at a random offset of the slice, and one in another document.
     3. Draw how long each segment is. Both seams must have room for segment A before them, and for
        segment B after them, so that each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
-       starts at one of them. The same seam twice is a true pair, two seams are a random one.
+       starts at one of them. The same seam twice is a true pair, two seams are a random one. (One
+       example in four is a true pair of the other document.)
 
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    Where the seams limit the length, one token is left unused, unless there are only two. If A took
-    all tokens before the seams and B all after them, A would start a document and B would end one.
-    Where one seam limits A and the other limits B, only a random pair could do both.
+    Where documents are so short that the room at the seams limits the length, one token of it is
+    left unused, unless there are only two. With all of it, A would start a document if it ends at
+    the seam with less room before it, and B would end one if it starts at the seam with less room
+    after it. If these are two seams, only a random pair could do both.
 
     Differs: [Code] draws a random segment B by another rule than a true one.
     """
@@ -422,9 +425,9 @@ def draw_pair(
     room_before = min(seam.offset - seam.document_start, other.offset - other.document_start)
     room_after = min(seam.document_end - seam.offset, other.document_end - other.offset)
     length = min(target, max(2, room_before + room_after - 1))
-    length_a = min(1 + int(rng.random() * (length - 1)), room_before)
-    length_b = min(length - length_a, room_after)
-    length_a = length - length_b  # segment A also takes what B has no room for
+    drawn_a = min(1 + int(rng.random() * (length - 1)), room_before)
+    length_b = min(length - drawn_a, room_after)
+    length_a = length - length_b  # at least drawn_a: it also takes what B has no room for
 
     coin_a = int(rng.integers(2))
     coin_b = int(rng.integers(2))
@@ -462,7 +465,7 @@ def mask_tokens(
     mask_id: int,
     ordinary_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the input and the labels of the masked language model for one row, int64 (seq,).
+    """Returns a row's ids with masks, and its labels, both int64 (seq,).
 
     [BERT] §3.1 task 1 and A.1. Each token at a masked column, independently of the others,
     - becomes [MASK] with probability 0.8. (Fine-tuning has no [MASK]; hence the other two.)
@@ -495,14 +498,14 @@ Example = dict[str, np.ndarray]  # see `PretrainDataset.__getitem__`
 class PretrainDataset(Dataset):
     """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
 
-    Indices continue over epochs: `dataset[index]` is example index % len(dataset) of epoch
-    index // len(dataset). It depends on the arguments below and on its index alone. So every epoch
-    has other pairs and masks, and one integer is enough to resume. (A plain
+    Indices continue over epochs: `dataset[index]` is example `index % len(dataset)` of epoch
+    `index // len(dataset)`. It depends on the arguments below and on its index alone. So every
+    epoch has other pairs and masks, and one integer is enough to resume. (A plain
     `DataLoader(dataset, shuffle=True)` never leaves epoch 0, and so repeats its masks.)
 
-    masked_share: the share of both segments' tokens that is masked. Differs: [Code] takes 15% of
-    all tokens, [CLS] and [SEP] included, though it masks none of these, and at most
-    max_predictions_per_seq.
+    masked_share: the share of both segments' tokens that is masked; at least one is. Differs:
+    [Code] masks 15% of the number of all tokens, [CLS] and [SEP] counted though never masked, but
+    at most max_predictions_per_seq.
     """
 
     corpus: TokenizedCorpus
@@ -532,7 +535,7 @@ class PretrainDataset(Dataset):
         return max(1, len(self.corpus) // self.room)
 
     def __iter__(self) -> Iterator[Example]:
-        """Yields the examples of the first epoch, in order."""
+        """Yields the examples of the first epoch: indices have no end, but a `for` needs one."""
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Example:
@@ -585,7 +588,8 @@ class PretrainDataset(Dataset):
             return rng.permutation(candidates)[:masked_count]
         continues_word = self.is_piece[input_ids[candidates]]
         first_of_b = first_sep - 1  # among the candidates
-        continues_word[[0, first_of_b]] = False  # a segment starts a word, even with a ## piece
+        # A segment may start in the middle of a word: there, too, a word starts.
+        continues_word[[0, first_of_b]] = False
         return candidates[choose_words(continues_word, masked_count, rng)]
 
     def batch(self, indices: Iterable[int]) -> dict[str, torch.Tensor]:
@@ -596,10 +600,10 @@ class PretrainDataset(Dataset):
 def collate(
     examples: list[Example], padding_idx: int, length: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Returns a batch, int64 (batch, seq): each array padded to `length`, or to the longest one.
+    """Returns a batch, int64: `nsp_labels` are (batch,), all others (batch, seq).
 
-    `input_ids` are padded with `padding_idx`, `token_type_ids` with 0, `mlm_labels` with -100;
-    `nsp_labels` are (batch,).
+    They are padded to `length`, or to the longest example: `input_ids` with `padding_idx`,
+    `token_type_ids` with 0, `mlm_labels` with -100.
     """
     padding = {"input_ids": padding_idx, "token_type_ids": 0, "mlm_labels": IGNORED_LABEL}
     if length is None:
@@ -661,8 +665,8 @@ class Documents:
     """The documents of a data set, as texts. They can be read any number of times.
 
     rows: a split of `datasets`, stored or streamed. rows_per_document: > 1 joins that many rows,
-    with a blank line between them, for corpora with a sentence per row. held_out: True for one
-    document in a hundred, False for all others, None for all.
+    with a blank line between them, for corpora with a sentence per row. held_out: True takes only
+    one document in a hundred, False all others, None all.
     """
 
     path: str
@@ -812,7 +816,9 @@ def list_files(where: Path) -> dict[str, list[StampedFile]]:
 
 
 def read_files(files: list[StampedFile], column: str | None) -> Iterator[dict]:
-    """Yields the rows of files, one after another. They may differ in all columns but this one."""
+    """Yields the rows of files, one after another. If a column is named, only it is read, and the
+    files may differ in all others.
+    """
     for file, _, _ in files:
         with reading(file):
             for row in read_rows(Path(file)):
@@ -832,8 +838,10 @@ def read_rows(file: Path) -> Iterator[dict]:
         with file.open(encoding="utf-8") as lines:
             is_list = lines.read(1) == "["
             lines.seek(0)
-            rows = (json.loads(line) for line in lines if line.strip())
-            yield from json.load(lines) if is_list else rows
+            if is_list:
+                yield from json.load(lines)
+            else:
+                yield from (json.loads(line) for line in lines if line.strip())
 
 
 @contextlib.contextmanager
@@ -859,8 +867,9 @@ STREAM_BLOCK = 1_000_000  # tokens, about 8,000 examples of 128
 class Stream(IterableDataset):
     """Endless examples from a corpus that is not stored because it exceeds the disk.
 
-    Each worker reads shards of its own and treats one block of documents at a time as a corpus:
-    tokens, pairs, masks, every example once, in a random order.
+    Each worker reads shards of its own, which `datasets` deals to it, and treats one block of
+    documents at a time as a corpus: tokens, pairs, masks, every example once. Examples are shuffled
+    within a block only; blocks come in the order of the files.
 
     documents: of a streamed split. make_dataset: makes the examples of a block.
     """
@@ -874,12 +883,12 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # The index of a block, among those of all workers, is the epoch of its random numbers.
-        indices = count(self.rank * workers + worker, self.world_size * workers)
-        for block, corpus in zip(indices, self.blocks(), strict=False):
+        # The number of a block, among those of all workers, is the epoch of its random numbers.
+        epochs = count(self.rank * workers + worker, self.world_size * workers)
+        for epoch, corpus in zip(epochs, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
-            for index in permutation(dataset.seed, block, len(dataset)).tolist():
-                yield dataset[block * len(dataset) + index]
+            for index in permutation(dataset.seed, epoch, len(dataset)).tolist():
+                yield dataset[epoch * len(dataset) + index]
 
     def blocks(self) -> Iterator[TokenizedCorpus]:
         """Yields blocks, epoch after epoch. A block ends after `STREAM_BLOCK` tokens or with its
@@ -924,11 +933,13 @@ def get_split_dataloader(
     world_size: int = 1,
     workers: int = 2,
 ) -> DataLoader:
-    """Returns an endless loader of one rank's batches: they are dealt to the ranks in turn. For a
-    stream, files are dealt instead, or rows if the files cannot be shared evenly.
+    """Returns an endless loader of one rank's batches: one sequence of batches is dealt to the
+    ranks in turn. For a stream, files are dealt instead, or rows if the files cannot be shared
+    evenly.
 
     start: how many batches of this rank to skip; a stream always starts at its beginning.
-    workers: two should feed a fast GPU. Each one more only holds 4 more batches in memory.
+    workers: two should feed a fast GPU. Each one more only holds 4 more batches in memory, and one
+    more block of a stream.
     """
     how: dict[str, Any] = {
         "num_workers": workers,
@@ -975,7 +986,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         else:
             tokenizer = Tokenizer.from_file(str(file))
         check_tokens(tokenizer)
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # for `encode`; `encode_plain` ignores it
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # for `encode`; `encode_plain` adds none
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -996,7 +1007,7 @@ def read_vocabulary(file: Path) -> Tokenizer:
 
 def check_tokens(tokenizer: Tokenizer) -> None:
     """Raises ValueError if a special token is missing, or if text is lowercased and a token has
-    upper case, which no text can match. (<S> may, in Google's Chinese vocabulary.)
+    upper case, which no text can match. (Tokens like <S>, in Google's Chinese vocabulary, may.)
     """
     vocabulary = tokenizer.get_vocab()
     missing = set(SPECIAL_TOKENS) - set(vocabulary)

@@ -72,7 +72,7 @@ class PretrainOptions:
     out: str = "runs/pretrain"
     """Folder of the run: a new one, or with --resume that of the stopped run."""
     resume: bool = False
-    """Resume from the last checkpoint in --out."""
+    """Resume from the last checkpoint in --out. A run keeps its options, --steps included."""
     steps: int = 4000
     """Updates of the weights. With 0, the model is evaluated and written, but not trained."""
     seed: int = 0
@@ -92,8 +92,8 @@ class PretrainOptions:
     streaming: bool = False
     """Read the corpus without storing it, instead of tokenizing it once to disk."""
     tokenizer: str | None = None
-    """vocab.txt, tokenizer.json, directory or hub id. Not allowed with --weights, whose own
-    tokenizer is used. Without either, one is learned, for lowercased text without accents."""
+    """vocab.txt, tokenizer.json, directory or hub id. Not allowed with --weights, which bring
+    their own. Without either, one is learned, for lowercased text without accents."""
     vocab_size: int = 2000
     """Size of the vocabulary that is learned without --tokenizer or --weights."""
 
@@ -248,9 +248,10 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     because Adam's first estimates of the moments are poor, and because the gradients of a post-LN
     model are large at the start.
 
-    A rate that is too large is a trap: at 1e-2 the first steps make all hidden states equal. The
-    model then predicts one token everywhere, and cannot overfit even one pair: with n different
-    masked tokens, the loss stays at ln n, and `most_frequent_prediction` at 1.
+    A rate that is too large is a trap. At 1e-2, the first steps make all hidden states equal, so
+    the model predicts one token everywhere, and it does not get out. Even when it is trained on a
+    single pair, with n different masked tokens, the loss stays at ln n, and
+    `most_frequent_prediction` at 1.
 
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
@@ -408,10 +409,10 @@ def train(
         seeds = [(options.seed, step, rank + i * ranks) for i in range(per_rank)]
         losses = add_gradients(losses_of, on_device, masked, pairs, seeds)
 
-        # Clip, and take the step. Nothing up to here, and nothing in it, waits for a GPU.
+        # Clip, and take the step. Neither this nor anything above waits for a GPU.
         update(model, optimizer, rate)
 
-        # What is due after this step? Nothing is written once a weight is not finite.
+        # What is due after this step? Before anything is written, the weights are checked.
         done = step + 1
         progress.step = done
         progress.tokens += int(tokens)
@@ -470,8 +471,8 @@ def evaluate(
 
     Losses are in nats. Perplexity is exp(MLM loss), without the NSP loss.
     `most_frequent_prediction` is the share of masked tokens that get the most frequent prediction.
-    It is 1.0 when the model predicts the same token everywhere, as it does early in
-    training. The model keeps its mode.
+    It is 1.0 when the model predicts the same token everywhere. That is normal early in training;
+    for later, see `learning_rate`. The model keeps its mode.
     """
     was_training = model.training
     model.eval()
@@ -542,7 +543,7 @@ def make_model(
 ) -> Any:
     """Returns the model of --weights, or a new one with initial weights from torch's seed.
 
-    The dropout in the config of the weights does not count: a model that was pretrained without
+    --dropout replaces the dropout in the config of the weights: a model that was pretrained without
     dropout would otherwise be fine-tuned without, and nobody would notice.
     positions: rows of the position table of a new model. Position embeddings are learned, so no
     sequence can have more tokens than the table has rows.
@@ -620,8 +621,8 @@ def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterato
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
-    """Returns tokenizer, model, and the examples of each split: what fails if a file is not as it
-    should be. The model is made before the corpus is tokenized, which may take hours.
+    """Returns tokenizer, model, and the examples of each split: all in which a mistake in a file
+    shows. The model is made before the corpus is tokenized, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
     tokenizer = choose_tokenizer(options, lambda: open_documents(options)["train"])
@@ -868,7 +869,8 @@ def write_line(out: Path, **values: Any) -> None:
 
 def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
     """Returns what a resumed run must share with the one before: the text, and all options but a
-    few. (If --precision is named, another device, or compiling, only changes rounding and dropout.)
+    few. Another device, or compiling, changes only rounding and the masks of dropout; but where
+    --precision is auto, another device may choose another precision, which is an error.
     A stream also depends on who reads it.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}

@@ -288,7 +288,6 @@ def fine_tune(
     steps = epochs * len(training)
     warmup = steps // 10  # the paper does not say how many; [Code] has a tenth
     step = 0
-    best_model = model
     accuracies: list[float] = []
     identity = {"learning_rate": rate, "seed": seed}  # of this model, in every line
     started = time.perf_counter()
@@ -338,7 +337,7 @@ def fine_tune(
 
 
 def prepare(options: SST2Options) -> tuple[Tokenizer, SST2BertModel, int]:
-    """Returns the tokenizer, a model, and how many tokens of a sentence are read."""
+    """Returns the tokenizer, a model, and how long a row may be, with [CLS] and [SEP]."""
 
     def read_texts() -> list[str]:
         texts, _ = get_reviews(options.dataset, "train", options.dataset_name)
@@ -360,7 +359,6 @@ def train(options: SST2Options) -> None:
     out = Path(options.out)
     check_folder(out)
 
-    # All splits are read now: a mistake in the test split should surface now, not hours later.
     tokenizer, _, longest = prepare(options)
 
     def load(path: str, split: str, name: str | None = None) -> SST2Batches:
@@ -368,6 +366,7 @@ def train(options: SST2Options) -> None:
         rows = encode_sentences(tokenizer, texts, longest)
         return SST2Batches(rows, labels, options.batch_size, tokenizer.get_vocab()[data.PAD])
 
+    # All splits are read now: a mistake in the test split should surface now, not hours later.
     training = load(options.dataset, "train", options.dataset_name)
     validation = load(options.dataset, "validation", options.dataset_name)
     test_source = options.test_dataset or ("sample" if options.dataset == "sample" else None)
@@ -381,7 +380,7 @@ def train(options: SST2Options) -> None:
     for rate in options.learning_rate:
         accuracies = []
         for seed in range(options.seed, options.seed + options.seeds):
-            torch.manual_seed(seed)  # decides the initial weights, at least of the classifier
+            torch.manual_seed(seed)  # decides the initial weights; with --weights, the classifier's
             new_model = make_model(SST2BertModel, options, tokenizer, longest)
             model, accuracy = fine_tune(
                 new_model.to(device),

@@ -218,7 +218,7 @@ def test_a_decoder_that_is_no_copy_of_the_embeddings_is_rejected(published):
 
 def test_heads_that_are_missing_or_not_used_are_warned_of_and_listed(published):
     """The list is for those who switch warnings off. The encoder is that of pretraining."""
-    with pytest.warns(UserWarning, match="initialized|not used") as found:
+    with pytest.warns(UserWarning, match="no fitting tensor|not used") as found:
         model = SST2BertModel.from_pretrained(published)
     assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
     assert_same_weights(model.bert, quietly(Bert.from_pretrained, published))
