@@ -939,7 +939,7 @@ def get_split_dataloader(
 
     start: how many batches of this rank to skip; a stream always starts at its beginning.
     workers: two should feed a fast GPU. Each one more only holds 4 more batches in memory, and one
-    more block of a stream.
+    more block of a stream. A stream starts no more of them than there are files.
     """
     how: dict[str, Any] = {
         "num_workers": workers,
@@ -959,6 +959,7 @@ def get_split_dataloader(
     own_rows = split_dataset_by_node(documents.rows, rank, world_size)
     own = replace(documents, rows=own_rows)
     stream = replace(dataset, documents=own, rank=rank, world_size=world_size)
+    how["num_workers"] = min(workers, own_rows.num_shards)
     return DataLoader(stream, batch_size, **how)
 
 

@@ -93,10 +93,17 @@ def test_every_document_is_read_once_in_an_epoch(world_size, workers, folder):
     assert seen == texts_in(folder)
 
 
-def test_a_worker_without_a_file_is_one_too_many(folder):
+def test_no_worker_is_started_that_would_have_no_file(folder):
+    batches = loader(folder, workers=SHARDS + 1)
+    assert batches.num_workers == SHARDS
+    assert len(list(islice(batches, 2 * SHARDS))) == 2 * SHARDS
+
+
+def test_a_worker_with_fewer_than_two_documents_is_one_too_many(tmp_path):
+    for name in "ab":
+        write_texts(tmp_path / f"{name}.jsonl", [f"{name} aa. bb."])
     with pytest.raises(ValueError, match="use fewer --workers"):
-        list(islice(loader(folder, workers=SHARDS + 1), SHARDS + 1))
-    assert len(list(islice(loader(folder, workers=SHARDS), SHARDS))) == SHARDS
+        next(iter(loader(tmp_path, workers=2)))
 
 
 def test_one_document_in_a_hundred_is_held_out_where_there_is_no_validation_split(tmp_path):
