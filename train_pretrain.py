@@ -31,10 +31,12 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -538,9 +540,7 @@ def choose_tokenizer(options: Any, read_texts: Callable[[], Iterable[str]]) -> T
     return data.train_tokenizer(read_texts(), options.vocab_size)
 
 
-def make_model(
-    cls: Any, options: Any, tokenizer: Tokenizer, positions: int, num_labels: int = 2
-) -> Any:
+def make_model(cls: Any, options: Any, tokenizer: Tokenizer, positions: int) -> Any:
     """Returns the model of --weights, or a new one with initial weights from torch's seed.
 
     --dropout replaces the dropout in the config of the weights: a model that was pretrained without
@@ -548,8 +548,8 @@ def make_model(
     positions: rows of the position table of a new model. Position embeddings are learned, so no
     sequence can have more tokens than the table has rows.
     """
-    changes: dict[str, Any] = {"num_labels": num_labels}
-    changes |= {"dropout": options.dropout, "attention_dropout": options.dropout}
+    dropout = options.dropout
+    changes = {"dropout": dropout, "attention_dropout": dropout, "num_labels": 2}
     vocabulary = tokenizer.get_vocab()
     padding_idx = vocabulary[data.PAD]
     if options.weights is not None:
@@ -1023,8 +1023,9 @@ def is_death_of_worker(error: Exception) -> bool:
 
 def run_script(main: Callable, cls: type) -> None:
     """Runs a script's main function with the options of its command line; each field of `cls` is
-    a flag. A mistake (ValueError), a system's error (OSError) and a dead data worker end in one
-    message. Anything else is a bug, and keeps its traceback.
+    a flag. A mistake (a ValueError raised here), a system's error (OSError) and a dead data worker
+    end in one message. Anything else, such as a ValueError that torch raises, is a bug, and keeps
+    its traceback.
     """
     try:
         main(tyro.cli(cls, config=(tyro.conf.FlagCreatePairsOff,)))
@@ -1039,8 +1040,12 @@ def run_script(main: Callable, cls: type) -> None:
         reason = str(error).rstrip(". ") or "a data worker has ended"
         message = f"{reason}: it died or cannot send its batch; try fewer --workers, and --resume"
     except (ValueError, OSError) as error:
+        # In the text of a traceback, since an error of a data worker brings the worker's as a text.
+        files = re.findall(r'File "(.+)", line', traceback.format_exc())
+        is_ours = Path(files[-1]).resolve().parent == Path(__file__).resolve().parent
+        if isinstance(error, ValueError) and not is_ours:
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        # An error of a data worker has the worker's traceback in its message.
         message = lines[-1] if "DataLoader worker" in lines[0] else " ".join(lines)
     print(f"\nerror: {message}", file=sys.stderr)
     sys.exit(2)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import contents
 from strategies import write_mistakes
 
 import train_pretrain
 import train_sst2
-from train_pretrain import PretrainOptions, pretrain, run_script
+from train_pretrain import PretrainOptions, check_smallest, pretrain, run_script
 from train_sst2 import SST2Options, main
 
 PRETRAIN, SST2 = "train_pretrain.py", "train_sst2.py"
@@ -119,26 +120,45 @@ def test_ctrl_c_while_a_run_is_prepared_ends_it_with_130_and_no_traceback(
     assert not (tmp_path / "run").exists()
 
 
-class Broken(torch.utils.data.Dataset):
+def make_mistake() -> None:
+    check_smallest(PretrainOptions(), 7, "workers")
+
+
+def have_bug() -> None:
+    F.cross_entropy(torch.ones(2, 3), torch.ones(3))  # a ValueError, too
+
+
+class Failing(torch.utils.data.Dataset):
+    def __init__(self, fail) -> None:
+        self.fail = fail
+
     def __getitem__(self, index):
-        raise ValueError("row 7 is wrong")
+        self.fail()
 
     def __len__(self):
         return 1
 
 
-def test_a_mistake_that_a_data_worker_finds_is_shown_without_its_traceback(monkeypatch, capsys):
+@pytest.fixture
+def in_worker(monkeypatch):
+    """Returns a function that calls another one in a data worker."""
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # not 5 s
     monkeypatch.setattr(sys, "argv", ["script"])
-    loader = torch.utils.data.DataLoader(Broken(), num_workers=1)
+    yield lambda fail: list(torch.utils.data.DataLoader(Failing(fail), num_workers=1))
+    gc.collect()  # the worker ends here, not in another test
+
+
+def test_a_mistake_that_a_data_worker_finds_is_shown_without_its_traceback(in_worker, capsys):
     with pytest.raises(SystemExit) as ended:
-        run_script(lambda _: list(loader), PretrainOptions)
+        run_script(lambda _: in_worker(make_mistake), PretrainOptions)
     assert ended.value.code == 2
-    gc.collect()  # its worker ends here, not in another test
-    assert capsys.readouterr().err.strip() == "error: ValueError: row 7 is wrong"
+    shown = capsys.readouterr().err.strip()
+    assert shown == "error: ValueError: --workers must be at least 7, got 2"
 
 
-def test_our_own_error_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["script"])
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        run_script(lambda _: torch.ones(2, 3) @ torch.ones(2, 3), PretrainOptions)
+def test_a_bug_keeps_its_traceback_in_a_data_worker_too(in_worker):
+    """Whoever changes a loss or a batch needs to see where it failed."""
+    with pytest.raises(ValueError, match="Expected input batch_size"):
+        run_script(lambda _: have_bug(), PretrainOptions)
+    with pytest.raises(ValueError, match="in have_bug"):
+        run_script(lambda _: in_worker(have_bug), PretrainOptions)

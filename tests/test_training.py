@@ -45,7 +45,6 @@ from train_pretrain import (
     set_seed,
     to_device,
     update,
-    make_model,
 )
 
 DRAW_CURVES = train_pretrain.draw_curves  # before conftest.py replaces it
@@ -256,11 +255,6 @@ def test_weights_to_start_from_are_trained_with_dropout(options, tmp_path, monke
     weights = str(publish(tmp_path / "published"))
     pretrain(replace(options, tokenizer=None, weights=weights, max_seq_length=8))
     assert modes == [True]
-
-
-def test_a_classifier_may_have_any_number_of_labels(options):
-    model = make_model(SST2BertModel, options, small_tokenizer(), 16, num_labels=3)
-    assert model.classifier.out_features == 3
 
 
 def test_the_seed_decides_the_initial_weights(options):
