@@ -3,11 +3,12 @@
 """BERT in one file: the model, its heads, and the format in which weights are published.
 
 Read it from top to bottom: configuration, embeddings, attention, encoder layer, encoder, heads.
-After them come loading and saving, and a small command:
+After them come loading and saving, and a small command, for a directory with a tokenizer.json:
 
-    python bert.py DIRECTORY "the [MASK] sat on the [MASK]"    # it has a tokenizer.json
+    python bert.py DIRECTORY "the [MASK] sat on the [MASK]"
 
-The file is made to be copied. It needs PyTorch; safetensors for files, tokenizers to fill masks.
+The file is made to be copied. It needs PyTorch; safetensors for files, huggingface_hub for hub ids,
+tokenizers to fill masks.
 
 Sources:
     [BERT]         Devlin et al. 2018, arXiv 1810.04805
@@ -70,8 +71,8 @@ class BertConfig:
     num_labels: int = 2  # of the classifier
 
     # True: PyTorch's scaled_dot_product_attention, which is faster and needs less memory.
-    # False: `attention` below, which shows every step. Tests check that both give the same outputs,
-    # except for a sequence that is nothing but padding.
+    # False: `attention` below, which shows every step. Both give the same outputs, except where all
+    # of a sequence is padding: `attention` then averages all values, PyTorch may return zeros.
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
@@ -165,7 +166,7 @@ def attention(
     probs = scores.softmax(dim=-1)
 
     # Dropout sets some probabilities to 0 and scales up the others, so each query ignores a few
-    # random tokens. [Code] The returned probabilities are those before dropout.
+    # random tokens ([Code]). The probabilities that are returned have all of them.
     output = F.dropout(probs, dropout) @ v
     return output, probs
 
@@ -248,8 +249,8 @@ class EncoderLayer(nn.Module):
 
 
 class PretrainedModel(nn.Module):
-    """What models share: initial weights, loading and saving. In a model of your own, name the
-    encoder `bert`. A head that `PUBLISHED_NAMES` lists is saved under its name there.
+    """What models share: initial weights, loading and saving. A model of your own is made with
+    (config, padding_idx) and has its encoder in `bert`; heads may have any names.
     """
 
     # The class in transformers that opens what is saved. BertModel opens the encoder alone.
@@ -301,7 +302,7 @@ class Bert(PretrainedModel):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.pooler = nn.Linear(config.d_model, config.d_model)
-        self.apply(self.init_weights)  # a model with heads initializes these by itself
+        self.apply(self.init_weights)  # heads are initialized where they are made
 
     def forward(
         self,
@@ -371,7 +372,7 @@ class BertPretrainModel(PretrainedModel):
         *,
         masked_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns mlm_logits and nsp_logits, (batch, 2), with a column for next and one for random.
+        """Returns mlm_logits, and nsp_logits (batch, 2) with the columns next, random.
 
         The first three arguments are those of `Bert`. masked_indices: (masked,), where MLM logits
         are wanted, counted through the whole batch: token c of sequence r is r * seq + c.
@@ -383,7 +384,7 @@ class BertPretrainModel(PretrainedModel):
         nsp_logits = self.nsp(self.bert.pool(hidden_states))
 
         if masked_indices is not None:
-            if masked_indices.dim() != 1:  # but a bool for each token, for example
+            if masked_indices.dim() != 1:  # such as a bool for each token
                 raise ValueError(f"masked_indices are (masked,), not {masked_indices.shape}")
             hidden_states = hidden_states.flatten(0, 1)[masked_indices]  # (masked, d_model)
         transformed = self.mlm_norm(F.gelu(self.mlm_dense(hidden_states)))
@@ -423,7 +424,7 @@ class SST2BertModel(PretrainedModel):
 # A published BERT is a directory with config.json, model.safetensors (or the older
 # pytorch_model.bin), and tokenizer.json or vocab.txt.
 
-# Our name of a module (or of mlm_bias): its published name, without `bert.`, `.weight`, `.bias`.
+# Our name of a module: its published name, both without `bert.` and without `.weight` or `.bias`.
 PUBLISHED_NAMES = {
     "embeddings.token": "embeddings.word_embeddings",  # and the decoder, which is tied to it
     "embeddings.position": "embeddings.position_embeddings",
@@ -440,7 +441,7 @@ PUBLISHED_NAMES = {
     "pooler": "pooler.dense",
     "mlm_dense": "cls.predictions.transform.dense",
     "mlm_norm": "cls.predictions.transform.LayerNorm",
-    "mlm_bias": "cls.predictions.bias",
+    "mlm_bias": "cls.predictions.bias",  # a parameter
     "nsp": "cls.seq_relationship",
 }
 PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where they differ
@@ -482,8 +483,9 @@ def missing_prefix(tensors: dict[str, Tensor]) -> str:
 
 def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, changes: dict) -> Any:
     """Returns a model of class `cls` into which each tensor of the same published name and shape is
-    copied. An encoder that differs in any is an error. A pooler or heads that the files lack keep
-    their initial weights: `model.missing_parameters` lists them, and a warning names them.
+    copied. For the encoder, a tensor too few, too many or of another shape is an error. Pooler and
+    heads may be missing and keep their initial weights: `model.missing_parameters` lists these, and
+    a warning names them.
     """
     directory = fetch(source)
     try:
@@ -501,13 +503,9 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     state = model.state_dict()
     our_names = {missing_prefix(state) + published_name(name): name for name in state}
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
-    # The heads of these two classes have one name and, with as many labels, one shape.
-    architectures = {model.architecture, *(published.get("architectures") or [])}
-    if architectures >= {"BertForSequenceClassification", "BertForTokenClassification"}:
-        found -= {"classifier.weight", "classifier.bias"}
-
     unused = sorted(tensors.keys() - found - REDUNDANT)
-    wrong = [n for n in [*our_names, *unused] if n not in found and n.startswith(ENCODER)]
+    misfits = {*our_names, *unused} - found
+    wrong = sorted(name for name in misfits if name.startswith(ENCODER))
     if wrong:
         raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
     is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKENS])
@@ -591,7 +589,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     from safetensors.torch import save
 
     state = model.state_dict()
-    config = replace(model.config, num_labels=len(model.label_names))  # of id2label, as it is read
+    config = replace(model.config, num_labels=len(model.label_names))  # as it will be read
     with torch.device("meta"):  # shapes without memory
         as_configured = type(model)(config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # raises if a weight does not fit

@@ -63,12 +63,14 @@ SPLIT_VERSION = 4
 
 # A sentence ends after . ! ? or an ellipsis before white space, but not after an initial
 # or a title. A lookbehind, (?<!...), must have a fixed width, so "mrs" needs its own.
-# The marks of the second line need no white space: Chinese and Japanese 。！？, Hindi । ॥,
+# The marks of the third line need no white space: Chinese and Japanese 。！？, Hindi । ॥,
 # Urdu ۔ ؟, Ethiopic ።, Khmer ។. A blank line ends a sentence, too. Closing quotation marks
-# and brackets belong to the sentence that they close.
+# and brackets belong to the sentence that they close. The first line repeats all marks:
+# `re` finds a match fast if the pattern starts with one set.
 SENTENCE_END = re.compile(
-    r"""[.!?…](?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
-    r"""|[。！？।॥۔؟።។]+["'”’)\]」』）】]*|\n\s*\n"""
+    r"""[.!?…。！？।॥۔؟።។\n](?:"""
+    r"""(?<=[.!?…])(?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
+    r"""|(?<=[。！？।॥۔؟።។])[。！？।॥۔؟።។]*["'”’)\]」』）】]*|(?<=\n)\s*\n)"""
 )
 # Up to 400 characters before white space or the end; or exactly 400 if there is no white space.
 PIECE = re.compile(r".{1,400}(?:\s|\Z)|.{400}", re.DOTALL)
@@ -78,8 +80,8 @@ def split_sentences(text: str) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
-    over 400 characters, it is cut at white space, or after 400 characters if there is none. (The
-    segments of a pair meet at the start of a sentence, and the middle of a longer one is far away.)
+    over 400 characters, it is cut at white space, or after 400 characters if there is none: the
+    segments of a pair meet where a sentence starts, and tokens far from there are never drawn.
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -209,8 +211,8 @@ class TokenizedCorpus:
 
     @property
     def key(self) -> str:
-        """Returns a string that identifies this corpus: the name of its folder, since `get_corpus`
-        names folders after all that their content depends on.
+        """Returns a string that identifies a corpus in memory or of `get_corpus`, which names a
+        folder after all that its content depends on.
         """
         if isinstance(self.source, CorpusArrays):
             return make_key(*(array.tobytes() for array in self.source))
@@ -224,7 +226,7 @@ class TokenizedCorpus:
         return f"{documents:,} documents, {sentences:,} sentences, {len(self):,} tokens{notes}"
 
     def unigram_entropy(self) -> float:
-        """Returns about the MLM loss, in nats, of a model that knows only how often each token
+        """Returns the MLM loss, in nats, to expect of a model that knows only how often each token
         occurs (counted in the first ten million tokens).
         """
         counts = np.bincount(self.tokens[:10_000_000])
@@ -332,9 +334,10 @@ def write_corpus(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -
     document_starts = array("q", [0])
     with (folder / f"tokens.{dtype}").open("wb") as file:
         for document in encode_documents(documents, tokenizer, notes):
+            tokens = np.fromiter(chain.from_iterable(document), dtype)
+            file.write(tokens.tobytes())
+            unknown += int((tokens == unknown_id).sum())
             for sentence in document:
-                file.write(np.array(sentence, dtype).tobytes())
-                unknown += sentence.count(unknown_id)
                 sentence_starts.append(sentence_starts[-1] + len(sentence))
             document_starts.append(sentence_starts[-1])
     usable = len(document_starts) - 1
@@ -378,7 +381,9 @@ class Pair(NamedTuple):
 
 
 def find_seam(corpus: TokenizedCorpus, offset: int) -> Seam:
-    """Returns the end of the sentence around `offset` or, in a document's last one, its start."""
+    """Returns the seam at the end of the sentence around `offset` or, if that sentence is the last
+    one of its document, at the start of the sentence.
+    """
     document_start, document_end = span_around(corpus.document_starts, offset)
     sentence_start, sentence_end = span_around(corpus.sentence_starts, offset)
     is_last_sentence = sentence_end == document_end
@@ -395,7 +400,8 @@ def draw_pair(
 
     1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
        fine-tuning meets short texts too.
-    2. Take a seam at a random offset of the slice, and one in another document.
+    2. Take the seam nearest after a random offset of the slice, and one in another document; see
+       `find_seam`.
     3. Draw how long each segment is. Both seams must have room for segment A before them, and for
        segment B after them, so that each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
@@ -405,10 +411,10 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    Where documents are so short that the room at the seams limits the length, one token of it is
-    left unused, unless there are only two. With all of it, A would start a document if it ends at
-    the seam with less room before it, and B would end one if it starts at the seam with less room
-    after it. If these are two seams, only a random pair could do both.
+    In short documents there may be fewer tokens than the target. Then one of them stays unused
+    (unless there are only two). If all were used, A would start a document at the seam with less
+    room before it, B would end one at the seam with less room after it, and where these are two
+    seams, only a random pair could do both.
 
     Differs: [Code] draws a random segment B by another rule than a true one.
     """
@@ -425,9 +431,9 @@ def draw_pair(
     room_before = min(seam.offset - seam.document_start, other.offset - other.document_start)
     room_after = min(seam.document_end - seam.offset, other.document_end - other.offset)
     length = min(target, max(2, room_before + room_after - 1))
-    drawn_a = min(1 + int(rng.random() * (length - 1)), room_before)
-    length_b = min(length - drawn_a, room_after)
-    length_a = length - length_b  # at least drawn_a: it also takes what B has no room for
+    drawn_length = min(1 + int(rng.random() * (length - 1)), room_before)
+    length_b = min(length - drawn_length, room_after)
+    length_a = length - length_b  # also takes what B has no room for
 
     coin_a = int(rng.integers(2))
     coin_b = int(rng.integers(2))
@@ -465,7 +471,7 @@ def mask_tokens(
     mask_id: int,
     ordinary_ids: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a row's ids with masks, and its labels, both int64 (seq,).
+    """Returns a row's ids, changed at the masked columns, and its labels, both int64 (seq,).
 
     [BERT] §3.1 task 1 and A.1. Each token at a masked column, independently of the others,
     - becomes [MASK] with probability 0.8. (Fine-tuning has no [MASK]; hence the other two.)
@@ -504,8 +510,8 @@ class PretrainDataset(Dataset):
     `DataLoader(dataset, shuffle=True)` never leaves epoch 0, and so repeats its masks.)
 
     masked_share: the share of both segments' tokens that is masked; at least one is. Differs:
-    [Code] masks 15% of the number of all tokens, [CLS] and [SEP] counted though never masked, but
-    at most max_predictions_per_seq.
+    [Code] also counts [CLS] and [SEP], which it never masks, and masks at most
+    max_predictions_per_seq tokens.
     """
 
     corpus: TokenizedCorpus
@@ -548,7 +554,8 @@ class PretrainDataset(Dataset):
         size = len(self)
         epoch, index_in_epoch = divmod(index, size)
         rng = np.random.default_rng((self.seed, PURPOSE_EXAMPLE, epoch, index_in_epoch))
-        # Each example of an epoch draws its first seam from its own slice of the corpus.
+        # Each example of an epoch draws its first seam from its own slice of the corpus, so that
+        # seams are spread evenly. (That does not mean that an epoch draws each token once.)
         part_start = index_in_epoch * len(self.corpus) // size
         part_end = (index_in_epoch + 1) * len(self.corpus) // size
         pair = draw_pair(self.corpus, rng, part_start, part_end, self.room)
@@ -883,7 +890,7 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # The number of a block, among those of all workers, is the epoch of its random numbers.
+        # In a block's random numbers, its number among those of all workers stands for the epoch.
         epochs = count(self.rank * workers + worker, self.world_size * workers)
         for epoch, corpus in zip(epochs, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
@@ -891,8 +898,8 @@ class Stream(IterableDataset):
                 yield dataset[epoch * len(dataset) + index]
 
     def blocks(self) -> Iterator[TokenizedCorpus]:
-        """Yields blocks, epoch after epoch. A block ends after `STREAM_BLOCK` tokens or with its
-        epoch, but not before it has two documents.
+        """Yields blocks, pass after pass. A block ends after `STREAM_BLOCK` tokens or with the
+        pass, but not before it has two documents.
         """
         block: list[EncodedDocument] = []
         while True:
@@ -1008,7 +1015,7 @@ def read_vocabulary(file: Path) -> Tokenizer:
 
 def check_tokens(tokenizer: Tokenizer) -> None:
     """Raises ValueError if a special token is missing, or if text is lowercased and a token has
-    upper case, which no text can match. (Tokens like <S>, in Google's Chinese vocabulary, may.)
+    upper case, which no text can match. (<S> does not count: Google's Chinese vocabulary has it.)
     """
     vocabulary = tokenizer.get_vocab()
     missing = set(SPECIAL_TOKENS) - set(vocabulary)

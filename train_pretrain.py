@@ -13,7 +13,7 @@ Writes into the folder --out:
                    N updates; a training line has the loss whose gradient made update N
     checkpoint.pt  the latest checkpoint: --resume continues from there
     model/         at the end, weights and tokenizer in the published format
-    curves.png     losses and accuracies over the steps
+    curves.png     losses and accuracies over the steps, if matplotlib is there
 
 Read `train` first: the loop, with the training step in order. Above it stand the parts of a step
 (loss, learning rate, gradients, update). Below it stand evaluation, what prepares a run, and how a
@@ -74,7 +74,8 @@ class PretrainOptions:
     out: str = "runs/pretrain"
     """Folder of the run: a new one, or with --resume that of the stopped run."""
     resume: bool = False
-    """Resume from the last checkpoint in --out. A run keeps its options, --steps included."""
+    """Resume from the last checkpoint in --out. Name the other options again: most must be the
+    same, --steps included."""
     steps: int = 4000
     """Updates of the weights. With 0, the model is evaluated and written, but not trained."""
     seed: int = 0
@@ -215,7 +216,7 @@ def forward(
         mlm_logits, nsp_logits = model(
             batch["input_ids"], batch["token_type_ids"], masked_indices=batch["masked_indices"]
         )
-    if precision == "bfloat16":  # a model in float64 keeps its digits
+    if precision == "bfloat16":  # not always, since it would shorten float64
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
     return mlm_logits, nsp_logits
 
@@ -621,8 +622,9 @@ def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterato
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
-    """Returns tokenizer, model, and the examples of each split: all in which a mistake in a file
-    shows. The model is made before the corpus is tokenized, which may take hours.
+    """Returns tokenizer, model, and the examples of each split. This reads all files of the user:
+    mistakes in them show before anything is written. The model is made before the corpus is
+    tokenized, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
     tokenizer = choose_tokenizer(options, lambda: open_documents(options)["train"])
@@ -695,7 +697,8 @@ def pretrain(options: PretrainOptions) -> None:
         show("  ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
         show(f"precision {options.precision}, dropout {options.dropout:g}")
 
-    # Data workers inherit this from here, and so live on until the loop ends.
+    # Data workers inherit this from here. So SIGTERM and SIGHUP to all processes do not end them
+    # before the loop ends. (See `leave_group` for Ctrl-C.)
     signals = note_signals()
     on_rank_0(begin)
     batches = make_batches(options, examples["train"], progress.step)
@@ -726,8 +729,8 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     - float32: all matrix products in float32.
     - medium: float32 in memory, but matrix products may round their factors to bfloat16.
     - bfloat16: autocast, see `autocast`.
-    - auto: the fastest of them on this device. A CPU without AMX and AVX512-BF16 emulates bfloat16,
-      and would take forty times as long.
+    - auto: bfloat16 on a GPU, the fastest of them on a CPU. A CPU without AMX and AVX512-BF16
+      emulates bfloat16, and would take forty times as long.
     """
     if name == "auto":
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.11
@@ -821,8 +824,8 @@ def total(*numbers: float) -> list[float]:
 
 
 def on_rank_0(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Returns what `work` returns on rank 0, and None on the others, which wait for it. If it
-    fails, all ranks end: rank 0 with its error, the others as `total` says.
+    """Calls `work` on rank 0 alone, while the others wait, and returns its result there, None on
+    the others. If it fails, all ranks end: rank 0 with its error, the others as `total` says.
     """
     rank, _ = rank_and_ranks()
     result = work(*arguments, **named) if rank == 0 else None
@@ -869,9 +872,8 @@ def write_line(out: Path, **values: Any) -> None:
 
 def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
     """Returns what a resumed run must share with the one before: the text, and all options but a
-    few. Another device, or compiling, changes only rounding and the masks of dropout; but where
-    --precision is auto, another device may choose another precision, which is an error.
-    A stream also depends on who reads it.
+    few, which change at most rounding and the masks of dropout. --precision is compared as it was
+    chosen, if it is auto. A stream also depends on who reads it.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}

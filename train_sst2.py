@@ -62,7 +62,7 @@ from train_pretrain import (
 )
 
 LABELS = ("negative", "positive")
-# For random numbers of its own, the order of the sentences has another purpose than data.py's 0, 1.
+# data.py has the purposes 0 and 1. This one makes the random numbers of an order independent.
 PURPOSE_SENTENCES = 2
 
 # ---- Options -----------------------------------------------------------------
@@ -191,10 +191,11 @@ class SST2Batches:
         labels: list[int],
         batch_size: int,
         padding_idx: int = 0,
-        seed: int | None = None,
     ) -> None:
         self.rows, self.labels, self.batch_size = rows, labels, batch_size
-        self.padding_idx, self.seed, self.epoch = padding_idx, seed, 0
+        self.padding_idx = padding_idx
+        self.seed: int | None = None
+        self.epoch = 0
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.batch_size)
@@ -257,11 +258,6 @@ def evaluate(
     return {"loss": loss / sentences, "accuracy": correct / sentences}
 
 
-def best_epoch(accuracies: list[float]) -> int:
-    """Returns the index of the highest accuracy, and of several the first."""
-    return int(np.argmax(accuracies))
-
-
 # ---- Fine-tuning of one model ------------------------------------------------
 
 
@@ -288,7 +284,7 @@ def fine_tune(
     steps = epochs * len(training)
     warmup = steps // 10  # the paper does not say how many; [Code] has a tenth
     step = 0
-    accuracies: list[float] = []
+    best_accuracy = -1.0
     identity = {"learning_rate": rate, "seed": seed}  # of this model, in every line
     started = time.perf_counter()
     bar = progress_bar(steps, desc=f"lr {rate:g} seed {seed}")
@@ -319,8 +315,8 @@ def fine_tune(
         # Evaluate, and keep the model if it is the best so far.
         check_weights(model, step)
         metrics = evaluate(model, validation, device, precision)
-        accuracies.append(metrics["accuracy"])
-        if best_epoch(accuracies) == epoch:
+        if metrics["accuracy"] > best_accuracy:
+            best_accuracy = metrics["accuracy"]
             best_model = copy.deepcopy(model)
         seconds = round(time.perf_counter() - started, 2)
         line = {"step": step, "epoch": epoch + 1, "seconds": seconds, **identity, **metrics}
@@ -330,7 +326,7 @@ def fine_tune(
             f"accuracy {metrics['accuracy']:.4f}"
         )
     bar.close()
-    return best_model, max(accuracies)
+    return best_model, best_accuracy
 
 
 # ---- A run: every learning rate, every seed ----------------------------------
@@ -425,7 +421,7 @@ def predict(options: SST2Options) -> None:
     if model.missing_parameters:  # an untrained classifier would guess, and print a probability
         raise ValueError(
             f"--predict needs the model/ of a run on SST-2; {options.weights} has no"
-            f" {', '.join(model.missing_parameters)}"
+            f" fitting {', '.join(model.missing_parameters)}"
         )
     model.eval().to(device)
     # In someone else's model, class 0 may be the positive one.

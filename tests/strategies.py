@@ -386,7 +386,9 @@ def write_reviews(folder: Path, **splits: int) -> str:
 def review_batches(sizes: list[int], batch_size: int, seed: int | None) -> SST2Batches:
     """Returns batches of sentences: the i-th is sizes[i] times the token i + 1, labelled i % 2."""
     rows = [[i + 1] * size for i, size in enumerate(sizes)]
-    return SST2Batches(rows, [i % 2 for i in range(len(sizes))], batch_size, seed=seed)
+    batches = SST2Batches(rows, [i % 2 for i in range(len(sizes))], batch_size)
+    batches.seed = seed
+    return batches
 
 
 def write_mistakes(folder: Path) -> Path:
