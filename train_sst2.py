@@ -186,11 +186,7 @@ class SST2Batches:
     """
 
     def __init__(
-        self,
-        rows: list[list[int]],
-        labels: list[int],
-        batch_size: int,
-        padding_idx: int = 0,
+        self, rows: list[list[int]], labels: list[int], batch_size: int, padding_idx: int = 0
     ) -> None:
         self.rows, self.labels, self.batch_size = rows, labels, batch_size
         self.padding_idx = padding_idx

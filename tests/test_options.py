@@ -5,6 +5,7 @@ What is no mistake of a person keeps its traceback.
 import gc
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,23 +129,13 @@ def have_bug() -> None:
     F.cross_entropy(torch.ones(2, 3), torch.ones(3))  # a ValueError, too
 
 
-class Failing(torch.utils.data.Dataset):
-    def __init__(self, fail) -> None:
-        self.fail = fail
-
-    def __getitem__(self, index):
-        self.fail()
-
-    def __len__(self):
-        return 1
-
-
 @pytest.fixture
 def in_worker(monkeypatch):
     """Returns a function that calls another one in a data worker."""
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # not 5 s
     monkeypatch.setattr(sys, "argv", ["script"])
-    yield lambda fail: list(torch.utils.data.DataLoader(Failing(fail), num_workers=1))
+    loader = partial(torch.utils.data.DataLoader, [0], num_workers=1)
+    yield lambda fail: list(loader(collate_fn=lambda _: fail()))
     gc.collect()  # the worker ends here, not in another test
 
 
