@@ -419,7 +419,7 @@ def predict(options: SST2Options) -> None:
             f"--predict needs the model/ of a run on SST-2; {options.weights} has no"
             f" fitting {', '.join(model.missing_parameters)}"
         )
-    model.eval().to(device)
+    model.to(device)
     # In someone else's model, class 0 may be the positive one.
     labels = LABELS if model.label_names[0].startswith("LABEL_") else model.label_names
     for text in options.predict or ():
