@@ -143,8 +143,7 @@ def test_a_mistake_that_a_data_worker_finds_is_shown_without_its_traceback(in_wo
     with pytest.raises(SystemExit) as ended:
         run_script(lambda _: in_worker(make_mistake), PretrainOptions)
     assert ended.value.code == 2
-    shown = capsys.readouterr().err.strip()
-    assert shown == "error: ValueError: --workers must be at least 7, got 2"
+    assert capsys.readouterr().err == "\nerror: ValueError: --workers must be at least 7, got 2\n"
 
 
 def test_a_bug_keeps_its_traceback_in_a_data_worker_too(in_worker):

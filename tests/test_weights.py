@@ -91,6 +91,7 @@ def test_the_files_of_a_model_are_the_published_ones(tmp_path):
     about = json.loads((folder / "tokenizer_config.json").read_text())
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert about["model_input_names"] == ["input_ids", "token_type_ids", "attention_mask"]
+    assert all(about[f"{token[1:-1].lower()}_token"] == token for token in data.SPECIAL_TOKENS)
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         assert len(file.keys()) == 5 + 3 * 16 + 2 + 5 + 2
