@@ -222,7 +222,7 @@ BUGS = {
     "31 segment A is always from where the offset was drawn, and only B may be elsewhere": Bug(
         data, "draw_pair", "coin_a = int(rng.integers(2))", "coin_a = 0",
         "test_one_segment_tells_nothing_about_the_label",
-        {"segment": "segment B", "drawn": lambda: test_pairs.draw_kind("two documents")},
+        {"first": 2, "drawn": lambda: test_pairs.draw_kind("two documents")},
     ),
     "31 segment A starts a document, segment B ends another, and so the pair is random": Bug(
         data, "draw_pair", "max(2, room_before + room_after - 1)", "room_before + room_after",

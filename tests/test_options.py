@@ -5,7 +5,6 @@ What is no mistake of a person keeps its traceback.
 import gc
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import contents
 from strategies import write_mistakes
+from torch.utils.data import DataLoader
 
 import train_pretrain
 import train_sst2
@@ -134,8 +134,7 @@ def in_worker(monkeypatch):
     """Returns a function that calls another one in a data worker."""
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # not 5 s
     monkeypatch.setattr(sys, "argv", ["script"])
-    loader = partial(torch.utils.data.DataLoader, [0], num_workers=1)
-    yield lambda fail: list(loader(collate_fn=lambda _: fail()))
+    yield lambda fail: list(DataLoader([0], num_workers=1, collate_fn=lambda _: fail()))
     gc.collect()  # the worker ends here, not in another test
 
 

@@ -125,6 +125,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 # ---- The sample ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_samples_files_are_those_that_the_generator_writes(tmp_path):
     generate.main(tmp_path)
     written = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("**/*.jsonl"))

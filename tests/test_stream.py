@@ -233,6 +233,7 @@ def options(folder, tmp_path_factory):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_reads_a_stream_again_and_skips_what_it_has_trained_on(
     workers, options, folder, tmp_path, monkeypatch
