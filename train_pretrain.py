@@ -1042,9 +1042,10 @@ def run_script(main: Callable, cls: type) -> None:
         reason = str(error).rstrip(". ") or "a data worker has ended"
         message = f"{reason}: it died or cannot send its batch; try fewer --workers, and --resume"
     except (ValueError, OSError) as error:
-        # In the text of a traceback, since an error of a data worker brings the worker's as a text.
-        files = re.findall(r'File "(.+)", line', traceback.format_exc())
-        is_ours = Path(files[-1]).resolve().parent == Path(__file__).resolve().parent
+        # The last file of a traceback raised the error. It is looked for in the text, because an
+        # error of a data worker brings the worker's traceback as text.
+        raised_in = re.findall(r'File "(.+)", line', traceback.format_exc())[-1]
+        is_ours = Path(raised_in).resolve().parent == Path(__file__).resolve().parent
         if isinstance(error, ValueError) and not is_ours:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -203,8 +203,7 @@ BUGS = {
     ),
     "26 the lowest accuracy is the best": Bug(
         train_sst2, "fine_tune", "> best_accuracy", "< abs(best_accuracy)",
-        "test_the_model_of_the_best_epoch_is_returned",
-        {"accuracies": (0.5, 0.9, 0.7), "best": 1},
+        "test_the_model_of_the_best_epoch_is_returned", {"accuracies": (0.5, 0.9, 0.7), "best": 1},
     ),
     "27 the same order every epoch": Bug(
         train_sst2.SST2Batches, "__iter__", "self.epoch, 0)", "0, 0)",

@@ -147,6 +147,8 @@ def test_a_mistake_that_a_data_worker_finds_is_shown_without_its_traceback(in_wo
 
 def test_a_bug_keeps_its_traceback_in_a_data_worker_too(in_worker):
     """Whoever changes a loss or a batch needs to see where it failed."""
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        run_script(lambda _: torch.ones(2, 3) @ torch.ones(2, 3), PretrainOptions)
     with pytest.raises(ValueError, match="Expected input batch_size"):
         run_script(lambda _: have_bug(), PretrainOptions)
     with pytest.raises(ValueError, match="in have_bug"):
