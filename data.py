@@ -80,8 +80,8 @@ def split_sentences(text: str) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
-    over 400 characters, it is cut at white space, or after 400 characters if there is none: the
-    segments of a pair meet where a sentence starts, and tokens far from there are never drawn.
+    over 400 characters, it is cut at white space, or after 400 characters if there is none: tokens
+    far from both ends of a sentence would never be drawn.
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -202,7 +202,7 @@ class TokenizedCorpus:
             raise ValueError("a corpus needs two documents of two sentences")
 
     def __reduce__(self) -> tuple:
-        """Pickles the folder's name: a worker that is not forked maps the files itself."""
+        """Pickles the source: a worker that is not forked maps the files of a folder itself."""
         return TokenizedCorpus, (self.source,)
 
     def __len__(self) -> int:
@@ -211,8 +211,8 @@ class TokenizedCorpus:
 
     @property
     def key(self) -> str:
-        """Returns a string that identifies a corpus in memory or of `get_corpus`, which names a
-        folder after all that its content depends on.
+        """Returns a hash of arrays in memory, or the name of a folder, which identifies what is in
+        it only if `get_corpus` chose the name.
         """
         if isinstance(self.source, CorpusArrays):
             return make_key(*(array.tobytes() for array in self.source))
@@ -296,8 +296,8 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Tokenizes documents into a new folder, and returns them as a corpus.
 
-    The folder is written under another name, and renamed when it is complete: a killed process
-    leaves no half of it. If it exists, raises FileExistsError: it may hold other documents. If
+    The folder is written under another name, and renamed when it is complete: it is never half
+    there. If it exists, raises FileExistsError: it may hold other documents. If
     another process is just writing it, waits for that one, and returns what it has written.
     """
     folder = Path(folder)
@@ -400,8 +400,7 @@ def draw_pair(
 
     1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
        fine-tuning meets short texts too.
-    2. Take the seam nearest after a random offset of the slice, and one in another document; see
-       `find_seam`.
+    2. Take the seam of a random offset in the slice, and one in another document; see `find_seam`.
     3. Draw how long each segment is. Both seams must have room for segment A before them, and for
        segment B after them, so that each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
@@ -411,10 +410,9 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    In short documents there may be fewer tokens than the target. Then one of them stays unused
-    (unless there are only two). If all were used, A would start a document at the seam with less
-    room before it, B would end one at the seam with less room after it, and where these are two
-    seams, only a random pair could do both.
+    Short documents may have no more tokens at their seams than the target. Then one stays unused
+    (unless there are only two). Otherwise A would always start a document at one seam, and B end
+    one at a seam; where these two seams differ, only a random pair could do both.
 
     Differs: [Code] draws a random segment B by another rule than a true one.
     """
@@ -554,8 +552,8 @@ class PretrainDataset(Dataset):
         size = len(self)
         epoch, index_in_epoch = divmod(index, size)
         rng = np.random.default_rng((self.seed, PURPOSE_EXAMPLE, epoch, index_in_epoch))
-        # Each example of an epoch draws its first seam from its own slice of the corpus, so that
-        # seams are spread evenly. (That does not mean that an epoch draws each token once.)
+        # Each example of an epoch draws the offset of its first seam from its own slice of the
+        # corpus, so that seams are spread evenly. (An epoch does not draw each token once.)
         part_start = index_in_epoch * len(self.corpus) // size
         part_end = (index_in_epoch + 1) * len(self.corpus) // size
         pair = draw_pair(self.corpus, rng, part_start, part_end, self.room)
@@ -585,8 +583,8 @@ class PretrainDataset(Dataset):
     ) -> np.ndarray:
         """Returns the masked columns, int64 (masked,): none of them is [CLS] or [SEP].
 
-        At least one is: an example without any would teach the masked language model nothing, and a
-        batch of such examples would have a mean loss of 0 / 0.
+        They are never empty: an example without any would teach the masked language model nothing,
+        and a batch of such examples would have a mean loss of 0 / 0.
         """
         columns = np.arange(len(input_ids))
         candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 : -1]])
@@ -655,7 +653,7 @@ class EpochSampler(Sampler):
     def __iter__(self) -> Iterator[list[int]]:
         for batch in count(self.start * self.world_size + self.rank, self.world_size):
             indices = []
-            # A turn is the number of an example in the endless sequence of all epochs.
+            # A turn is a place in the endless shuffled sequence of examples.
             first_turn = batch * self.batch_size
             for turn in range(first_turn, first_turn + self.batch_size):
                 epoch, turn_in_epoch = divmod(turn, self.size)
@@ -729,7 +727,7 @@ def get_documents(
         return {"train": train, "validation": replace(train, rows=splits["validation"])}
     if streaming:
         if rows_per_document > 1:  # each reader would join, and hold out, other rows
-            raise ValueError("rows_per_document: a stream needs a split validation, to hold it out")
+            raise ValueError("rows_per_document: a stream needs a split validation, not trained on")
         return {
             "train": replace(train, held_out=False),
             "validation": replace(train, held_out=True),
@@ -743,8 +741,8 @@ def get_documents(
 
 
 def get_corpus(documents: Documents, tokenizer: Tokenizer) -> TokenizedCorpus:
-    """Returns documents as a corpus. They are tokenized once, into a folder in the cache of
-    `datasets` that is named after all that its content depends on.
+    """Returns stored documents as a corpus. They are tokenized once, into a folder in the cache of
+    `datasets`. Its name depends on all that its content depends on.
     """
     how = (tokenizer.to_str(), documents.column, documents.rows_per_document, SPLIT_VERSION)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "bert-in-four-files"
@@ -823,7 +821,7 @@ def list_files(where: Path) -> dict[str, list[StampedFile]]:
 
 
 def read_files(files: list[StampedFile], column: str | None) -> Iterator[dict]:
-    """Yields the rows of files, one after another. If a column is named, only it is read, and the
+    """Yields the rows of files, one after another. If a column is named, only it is kept, and the
     files may differ in all others.
     """
     for file, _, _ in files:
@@ -835,7 +833,7 @@ def read_files(files: list[StampedFile], column: str | None) -> Iterator[dict]:
 
 
 def read_rows(file: Path) -> Iterator[dict]:
-    """Yields the rows of a file. A .txt file is one row, and so one document."""
+    """Yields the rows of a file. A .txt file is one row."""
     if file.suffix.lower() == ".txt":
         yield {"text": file.read_text(encoding="utf-8")}
     elif file.suffix.lower() == ".parquet":
@@ -853,7 +851,7 @@ def read_rows(file: Path) -> Iterator[dict]:
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turns what the libraries raise when they cannot read into a ValueError of one line."""
+    """Turns any error in its block, most of them of libraries, into a ValueError of one line."""
     try:
         yield
     except Exception as error:  # of datasets, tokenizers, pyarrow, gzip, fsspec: they share no base
@@ -890,7 +888,7 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # In a block's random numbers, its number among those of all workers stands for the epoch.
+        # The random numbers of a block have its number, among the blocks of all workers, as epoch.
         epochs = count(self.rank * workers + worker, self.world_size * workers)
         for epoch, corpus in zip(epochs, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
@@ -946,7 +944,7 @@ def get_split_dataloader(
 
     start: how many batches of this rank to skip; a stream always starts at its beginning.
     workers: two should feed a fast GPU. Each one more only holds 4 more batches in memory, and one
-    more block of a stream. A stream starts no more of them than there are files.
+    more block of a stream. A stream starts at most one for each file of the rank.
     """
     how: dict[str, Any] = {
         "num_workers": workers,
@@ -994,14 +992,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         else:
             tokenizer = Tokenizer.from_file(str(file))
         check_tokens(tokenizer)
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # for `encode`; `encode_plain` adds none
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # in texts, but not for `encode_plain`
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
 def read_vocabulary(file: Path) -> Tokenizer:
-    """Returns the tokenizer of a vocab.txt, where the id of a token is the number of its line."""
+    """Returns the tokenizer of a vocab.txt, where the id of a token counts the lines before it."""
     tokens = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     config = file.with_name("tokenizer_config.json")
     about = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
