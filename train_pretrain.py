@@ -30,6 +30,7 @@ import gc
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -617,7 +618,7 @@ def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterato
     loader = data.get_split_dataloader(
         examples, options.batch_size, first, rank, ranks, options.workers
     )
-    loader.worker_init_fn = leave_group
+    loader.worker_init_fn = outlive_signals
     return itertools.islice(loader, trained_on - first, None)
 
 
@@ -697,8 +698,6 @@ def pretrain(options: PretrainOptions) -> None:
         show("  ".join(f"{name} {value:.3f} nats" for name, value in baselines.items()))
         show(f"precision {options.precision}, dropout {options.dropout:g}")
 
-    # Data workers inherit this from here. So SIGTERM and SIGHUP to all processes do not end them
-    # before the loop ends. (See `leave_group` for Ctrl-C.)
     signals = note_signals()
     on_rank_0(begin)
     batches = make_batches(options, examples["train"], progress.step)
@@ -1011,11 +1010,15 @@ def note_signals() -> list[int]:
     return noted
 
 
-def leave_group(worker: int) -> None:
-    """Moves a data worker to a process group of its own: Ctrl-C goes to a whole group, and workers
-    have to make batches until the loop ends. worker: its index, from DataLoader.
+def outlive_signals(worker: int) -> None:
+    """Prepares a data worker for signals that go to all processes of a run: it has to make batches
+    until the loop has ended. worker: its index, from DataLoader.
     """
-    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # At its own end, Python sends SIGTERM to its children and waits for them. So SIGTERM is not
+    # ignored, but leaves the run half a minute.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def is_death_of_worker(error: Exception) -> bool:
@@ -1038,7 +1041,6 @@ def run_script(main: Callable, cls: type) -> None:
     except (RuntimeError, ConnectionResetError, EOFError) as error:
         if isinstance(error, RuntimeError) and not is_death_of_worker(error):
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
         reason = str(error).rstrip(". ") or "a data worker has ended"
         message = f"{reason}: it died or cannot send its batch; try fewer --workers, and --resume"
     except (ValueError, OSError) as error:
@@ -1050,6 +1052,10 @@ def run_script(main: Callable, cls: type) -> None:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         message = lines[-1] if "DataLoader worker" in lines[0] else " ".join(lines)
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
+        for worker in multiprocessing.active_children():
+            worker.kill()
     print(f"\nerror: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -2,7 +2,7 @@
 What is no mistake of a person keeps its traceback.
 """
 
-import gc
+import multiprocessing
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import contents
+from helpers import contents, wait_until
 from strategies import write_mistakes
 from torch.utils.data import DataLoader
 
@@ -132,10 +132,8 @@ def have_bug() -> None:
 @pytest.fixture
 def in_worker(monkeypatch):
     """Returns a function that calls another one in a data worker."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # not 5 s
     monkeypatch.setattr(sys, "argv", ["script"])
-    yield lambda fail: list(DataLoader([0], num_workers=1, collate_fn=lambda _: fail()))
-    gc.collect()  # the worker ends here, not in another test
+    return lambda fail: list(DataLoader([0], num_workers=1, collate_fn=lambda _: fail()))
 
 
 def test_a_mistake_that_a_data_worker_finds_is_shown_without_its_traceback(in_worker, capsys):
@@ -151,5 +149,6 @@ def test_a_bug_keeps_its_traceback_in_a_data_worker_too(in_worker):
         run_script(lambda _: torch.ones(2, 3) @ torch.ones(2, 3), PretrainOptions)
     with pytest.raises(ValueError, match="Expected input batch_size"):
         run_script(lambda _: have_bug(), PretrainOptions)
-    with pytest.raises(ValueError, match="in have_bug"):
+    with pytest.raises(ValueError, match="in have_bug") as _holds_the_loader:
         run_script(lambda _: in_worker(have_bug), PretrainOptions)
+    wait_until(lambda: not multiprocessing.active_children(), seconds=4)
