@@ -278,7 +278,7 @@ def run_with_event(options: PretrainOptions, number: int, event: Callable, *argu
         train_pretrain.run_script(pretrain, PretrainOptions)
 
 
-def in_process(options: PretrainOptions, number: int = -1, event=die, *arguments) -> int:
+def in_process(options, number=-1, event=die, *arguments, output=os.devnull) -> int:
     """Pretrains in a process of its own; returns its exit status, which is -9 if it was killed."""
-    (status,) = wait(start(run_with_event, options, number, event, *arguments))
+    (status,) = wait(start(run_with_event, options, number, event, *arguments, output=output))
     return status

@@ -195,22 +195,25 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(corpus, uninter
 # ---- Signals ------------------------------------------------------------------------------------
 
 
-def signal_group(number: int) -> None:
-    os.killpg(0, number)
+def signal_all_processes(number: int) -> None:
+    for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+        os.kill(process.pid, number)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
-def test_a_signal_to_the_whole_group_saves_and_ends_and_the_run_resumes_to_the_same_bits(
-    number, workers, corpus, uninterrupted, tmp_path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_saves_and_ends_and_the_run_resumes_to_the_same_bits(
+    number, corpus, uninterrupted, tmp_path
 ):
     """No checkpoint is due before the end, so the signal has saved the one that is found."""
-    options = replace(OPTIONS, dataset=corpus, out=str(tmp_path), save_every=1000, workers=workers)
-    assert in_process(options, 5, signal_group, number) == 1
-    assert checkpoint_of(tmp_path)["progress"]["step"] == 7  # that update, and one more
-    assert not (tmp_path / "model").exists()
+    out, output = tmp_path / "run", tmp_path / "output"
+    options = replace(OPTIONS, dataset=corpus, out=str(out), save_every=1000, workers=2)
+    assert in_process(options, 5, signal_all_processes, number, output=output) == 1
+    assert output.read_text().splitlines()[-1] == "stopped after step 7; --resume continues"
+    assert checkpoint_of(out)["progress"]["step"] == 7  # that update, and one more
+    assert not (out / "model").exists()
     assert in_process(replace(options, resume=True)) == 0
-    assert_same(state(tmp_path), uninterrupted)
+    assert_same(state(out), uninterrupted)
 
 
 @pytest.fixture
@@ -255,13 +258,16 @@ def finished(corpus, tmp_path) -> PretrainOptions:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_a_checkpoint_is_on_disk_before_it_has_its_name(options, monkeypatch):
     """A computer that loses its power keeps what was forced to disk, and perhaps nothing else."""
-    done, replace_file = [], Path.replace
+    done, on_disk, replace_file = [], {}, Path.replace
 
     def noted_fsync(descriptor):
-        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append(path.name)
+        on_disk[path] = path.stat().st_size
 
     def noted_replace(path, other):
         done.append(f"{path.name} -> {Path(other).name}")
+        assert on_disk[path] == path.stat().st_size
         return replace_file(path, other)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
@@ -287,11 +293,17 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(finished):
     assert contents(Path(finished.out)) == before
 
 
-def test_resuming_a_finished_run_changes_nothing(finished):
+def test_resuming_a_finished_run_changes_nothing_but_what_is_left_of_a_kill(finished):
     """A run that was killed while it wrote model/ is completed so."""
-    before = state(Path(finished.out))
+    out = Path(finished.out)
+    before, names = state(out), {path.name for path in out.iterdir()}
+    (out / "model.before" / "old").mkdir(parents=True)
+    (out / "model.unfinished" / "old").mkdir(parents=True)
+    (out / "curves.png").unlink()
     run(finished)
-    assert_same(state(Path(finished.out)), before)
+    assert_same(state(out), before)
+    assert {path.name for path in out.iterdir()} == names
+    assert not (out / "model" / "old").exists()
 
 
 def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(options):
@@ -322,6 +334,7 @@ def test_the_clock_of_a_resumed_run_goes_on(options, monkeypatch):
     lines = (Path(options.out) / "metrics.jsonl").read_text().splitlines()
     seconds = [json.loads(line)["seconds"] for line in lines]
     assert seconds == sorted(seconds)
+    assert seconds[0] == 0
     assert seconds[-1] < 60
 
 
