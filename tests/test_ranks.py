@@ -52,6 +52,7 @@ from train_pretrain import (
     add_gradients,
     count,
     join_ranks,
+    on_rank_0,
     rank_and_ranks,
     to_device,
     total,
@@ -81,6 +82,7 @@ def join_as(
     ("device", "gpus", "backend"),
     [
         (None, 1, "cpu:gloo,cuda:nccl"),
+        ("cuda", 1, "cpu:gloo,cuda:nccl"),
         ("cpu", 1, "gloo"),
         (None, 0, "gloo"),
     ],
@@ -148,7 +150,8 @@ def save_gradients(file: Path) -> None:
     train_pretrain.dist.init_process_group = lambda _, **more: init("cpu:gloo,cuda:gloo", **more)
     join_ranks("cpu", accumulate=4)
     rank, ranks = rank_and_ranks()
-    assert total(rank, 10) == [1, 20]
+    assert total(rank, 2**24 + 1) == [1, 2**25 + 2]  # exact, not in float32
+    assert on_rank_0(int, "5") == (5 if rank == 0 else None)
     model, batches = model_and_batches()
     masked, pairs, _ = total(*count(batches[rank::ranks], PADDING))
     mine = [to_device(batch, torch.device("cpu")) for batch in batches[rank::ranks]]
