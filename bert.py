@@ -3,9 +3,9 @@
 """BERT in one file: the model, its heads, and the format in which weights are published.
 
 Read it from top to bottom: configuration, embeddings, attention, encoder layer, encoder, heads.
-After them come loading and saving, and a small command, for a directory with a tokenizer.json:
+After them come loading and saving, and a small command, for a model with a tokenizer.json:
 
-    python bert.py DIRECTORY "the [MASK] sat on the [MASK]"
+    python bert.py DIRECTORY_OR_HUB_ID "the [MASK] sat on the [MASK]"
 
 The file is made to be copied. It needs PyTorch; safetensors for files, huggingface_hub for hub ids,
 tokenizers to fill masks.
@@ -145,8 +145,8 @@ def attention(
     This is the explicit form, to read and to test against. A model computes it only with
     `fused_attention=False`; by default PyTorch's own function does the same.
 
-    q, k, v: (..., seq, d_head), the queries, keys and values of one head, or of several at once.
-    The values may have another width than queries and keys.
+    q, k, v: (..., seq, d_head), the queries, keys and values of one head, or of several at once;
+    d_head may be another one for v.
     mask: bool, broadcastable to (..., seq, seq), True where a query (row) may attend to a key
     (column).
     dropout: the probability with which a probability is dropped; 0 outside of training.
@@ -249,8 +249,8 @@ class EncoderLayer(nn.Module):
 
 
 class PretrainedModel(nn.Module):
-    """What models share: initial weights, loading and saving. A model of your own is made with
-    (config, padding_idx) and has its encoder in `bert`; heads may have any names.
+    """What models share: initial weights, loading and saving. A model of your own takes (config,
+    padding_idx) and keeps its encoder, a `Bert`, as `self.bert`; heads may have any names.
     """
 
     # The class in transformers that opens what is saved. BertModel opens the encoder alone.
@@ -426,7 +426,7 @@ class SST2BertModel(PretrainedModel):
 
 # Our name of a module: its published name, both without `bert.` and without `.weight` or `.bias`.
 PUBLISHED_NAMES = {
-    "embeddings.token": "embeddings.word_embeddings",  # and the decoder, which is tied to it
+    "embeddings.token": "embeddings.word_embeddings",  # the decoder is the same matrix
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.segment": "embeddings.token_type_embeddings",
     "embeddings.norm": "embeddings.LayerNorm",
@@ -453,7 +453,7 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# What config.json says of every BERT. Other values would change the outputs.
+# What config.json says of every BERT, if it says it. Other values would change the outputs.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKENS = "bert.embeddings.word_embeddings.weight"
 ENCODER = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
@@ -508,6 +508,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     wrong = sorted(name for name in misfits if name.startswith(ENCODER))
     if wrong:
         raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
+    # A model without the masked language model does not need the decoder.
     is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKENS])
     if "cls.predictions.transform.dense.weight" in found and not is_tied:
         raise ValueError(f"{directory}: {DECODER} is not the matrix of the token embeddings")
@@ -583,13 +584,13 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) -> None:
-    """Writes a model and its tokenizer in the published format, for `from_pretrained` and for
-    transformers. Validates everything before it writes anything.
+    """Writes a model and its tokenizer in the published format, for `from_pretrained` and, if d_k
+    and d_v are d_model, for transformers. Writes nothing if config and weights do not fit.
     """
     from safetensors.torch import save
 
     state = model.state_dict()
-    config = replace(model.config, num_labels=len(model.label_names))  # as it will be read
+    config = replace(model.config, num_labels=len(model.label_names))  # so they are counted
     with torch.device("meta"):  # shapes without memory
         as_configured = type(model)(config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # raises if a weight does not fit
@@ -642,7 +643,7 @@ def fill_masks(
     vocabulary = tokenizer.get_vocab()
     ids = [tokenizer.encode(text).ids]  # with [CLS] and [SEP]
     input_ids = torch.tensor(ids, device=model.mlm_bias.device)  # (1, seq)
-    every_token = torch.ones_like(input_ids)  # there is no padding
+    every_token = torch.ones_like(input_ids)  # a [PAD] that is written in the text, too
     masked_indices = (input_ids[0] == vocabulary["[MASK]"]).nonzero().flatten()
     was_training = model.training
     model.eval()

@@ -61,12 +61,12 @@ IGNORED_LABEL = -100
 # in the cache and used as they are.
 SPLIT_VERSION = 4
 
-# A sentence ends after . ! ? or an ellipsis before white space, but not after an initial
-# or a title. A lookbehind, (?<!...), must have a fixed width, so "mrs" needs its own.
-# The marks of the third line need no white space: Chinese and Japanese 。！？, Hindi । ॥,
-# Urdu ۔ ؟, Ethiopic ።, Khmer ។. A blank line ends a sentence, too. Closing quotation marks
-# and brackets belong to the sentence that they close. The first line repeats all marks:
-# `re` finds a match fast if the pattern starts with one set.
+# First line: all marks, because `re` finds a match fast if the pattern starts with one set.
+# Second line: a sentence ends after . ! ? or an ellipsis before white space, but not after an
+# initial or a title. A lookbehind, (?<!...), must have a fixed width, so "mrs" needs its own.
+# Third line: after marks that need no white space, Chinese and Japanese 。！？, Hindi । ॥,
+# Urdu ۔ ؟, Ethiopic ።, Khmer ។, and at a blank line. Closing quotation marks and brackets
+# belong to the sentence that they close.
 SENTENCE_END = re.compile(
     r"""[.!?…。！？।॥۔؟።។\n](?:"""
     r"""(?<=[.!?…])(?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
@@ -81,7 +81,7 @@ def split_sentences(text: str) -> list[str]:
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
     over 400 characters, it is cut at white space, or after 400 characters if there is none: tokens
-    far from both ends of a sentence would never be drawn.
+    far from both ends of a sentence are never drawn (see `draw_pair`).
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -211,8 +211,8 @@ class TokenizedCorpus:
 
     @property
     def key(self) -> str:
-        """Returns a hash of arrays in memory, or the name of a folder, which identifies what is in
-        it only if `get_corpus` chose the name.
+        """Returns what identifies this corpus: a hash of arrays in memory, or the folder's name,
+        if `get_corpus` chose it.
         """
         if isinstance(self.source, CorpusArrays):
             return make_key(*(array.tobytes() for array in self.source))
@@ -401,8 +401,8 @@ def draw_pair(
     1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
        fine-tuning meets short texts too.
     2. Take the seam of a random offset in the slice, and one in another document; see `find_seam`.
-    3. Draw how long each segment is. Both seams must have room for segment A before them, and for
-       segment B after them, so that each segment fits at either seam.
+    3. Draw how long each segment is. A is cut to the room before the seams, B to the room after
+       them, the smaller room of the two seams: so each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
        starts at one of them. The same seam twice is a true pair, two seams are a random one. (One
        example in four is a true pair of the other document.)
@@ -410,11 +410,13 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    Short documents may have no more tokens at their seams than the target. Then one stays unused
-    (unless there are only two). Otherwise A would always start a document at one seam, and B end
-    one at a seam; where these two seams differ, only a random pair could do both.
+    In short documents, both rooms together may have no more tokens than the target. Then the pair
+    has one token fewer than the rooms (unless they have two). Otherwise A would fill its room, and
+    start a document at one of the seams, and B would end a document at one; if these are different
+    seams, both happen in random pairs only.
 
-    Differs: [Code] draws a random segment B by another rule than a true one.
+    Differs: [Code] draws a random segment B by another rule than a true one, so that its length or
+    its style can tell the label.
     """
     is_short = rng.random() < 0.1
     target = int(rng.integers(2, room + 1)) if is_short else room
@@ -429,7 +431,7 @@ def draw_pair(
     room_before = min(seam.offset - seam.document_start, other.offset - other.document_start)
     room_after = min(seam.document_end - seam.offset, other.document_end - other.offset)
     length = min(target, max(2, room_before + room_after - 1))
-    drawn_length = min(1 + int(rng.random() * (length - 1)), room_before)
+    drawn_length = min(1 + int(rng.random() * (length - 1)), room_before)  # of A, at first
     length_b = min(length - drawn_length, room_after)
     length_a = length - length_b  # also takes what B has no room for
 
@@ -714,8 +716,8 @@ def get_documents(
 
     name: the configuration of a hub data set that has several.
     split: what to train on: "train", "train+unsupervised", "train[:10%]"; of a stream, one whole
-    split. The split "validation" is evaluated on. Where there is none, or where it is trained on,
-    the last 1% of the rows are held out, but at least two documents; of a stream, one document in
+    split. The split "validation" is evaluated on. If there is none, or if `split` names it, the
+    last 1% of the rows are held out, but at least two documents; of a stream, one document in
     a hundred.
     """
     splits = get_dataset(path, name, None, column, streaming)
@@ -727,7 +729,7 @@ def get_documents(
         return {"train": train, "validation": replace(train, rows=splits["validation"])}
     if streaming:
         if rows_per_document > 1:  # each reader would join, and hold out, other rows
-            raise ValueError("rows_per_document: a stream needs a split validation, not trained on")
+            raise ValueError("rows_per_document: a stream then needs a held-out split validation")
         return {
             "train": replace(train, held_out=False),
             "validation": replace(train, held_out=True),
@@ -888,7 +890,7 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # The random numbers of a block have its number, among the blocks of all workers, as epoch.
+        # A block's number, among the blocks of all workers, takes the place of the epoch.
         epochs = count(self.rank * workers + worker, self.world_size * workers)
         for epoch, corpus in zip(epochs, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
@@ -897,7 +899,7 @@ class Stream(IterableDataset):
 
     def blocks(self) -> Iterator[TokenizedCorpus]:
         """Yields blocks, pass after pass. A block ends after `STREAM_BLOCK` tokens or with the
-        pass, but not before it has two documents.
+        pass. It has two documents or more: a single one that is left starts the next pass's block.
         """
         block: list[EncodedDocument] = []
         while True:
@@ -943,7 +945,7 @@ def get_split_dataloader(
     evenly.
 
     start: how many batches of this rank to skip; a stream always starts at its beginning.
-    workers: two should feed a fast GPU. Each one more only holds 4 more batches in memory, and one
+    workers: two should feed a fast GPU. Each one more takes memory for 4 more batches, and for one
     more block of a stream. A stream starts at most one for each file of the rank.
     """
     how: dict[str, Any] = {
@@ -992,7 +994,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         else:
             tokenizer = Tokenizer.from_file(str(file))
         check_tokens(tokenizer)
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # in texts, but not for `encode_plain`
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # texts may hold them, see `encode_plain`
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -15,9 +15,9 @@ Writes into the folder --out:
     model/         at the end, weights and tokenizer in the published format
     curves.png     losses and accuracies over the steps, if matplotlib is there
 
-Read `train` first: the loop, with the training step in order. Above it stand the parts of a step
-(loss, learning rate, gradients, update). Below it stand evaluation, what prepares a run, and how a
-run is saved, resumed and stopped.
+The loop is `train`, with the training step in order. Above it stand the parts of a step (loss,
+learning rate, gradients, update). Below it stand evaluation, what prepares a run, and how a run is
+saved, resumed and stopped.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
 Dimensions: batch, seq, vocab, and masked (all masked tokens of a batch).
@@ -109,7 +109,7 @@ class PretrainOptions:
     batch_size: int = 32
     """Examples in a micro-batch."""
     accumulate: int = 1
-    """Micro-batches in a step, divided among the ranks."""
+    """Micro-batches in a step, of all ranks together."""
     workers: int = 2
     """Processes per rank that prepare batches."""
 
@@ -318,7 +318,7 @@ def add_gradients(
 
     losses_of: `PretrainLosses`, possibly compiled, possibly in DistributedDataParallel.
     masked, pairs: how many the step has, in all micro-batches of all ranks.
-    seeds: for each micro-batch, the numbers that seed its dropout; by default none is seeded.
+    seeds: for each micro-batch, the numbers that seed its dropout. Without them, nothing is seeded.
     Returns what these micro-batches contribute to the MLM and to the NSP loss of the step, (2,).
 
     Example: two micro-batches with MLM sums of 12 nats at 3 masked tokens and 20 nats at 5. They
@@ -407,8 +407,8 @@ def train(
         masked, pairs, tokens, signals_received = total(*counts, len(signals))
 
         # Forward, loss, backward. The seed of a micro-batch's dropout depends on the step and on
-        # which of the step's micro-batches it is, not on the rank that computes it. (They are dealt
-        # to the ranks in turn.)
+        # which of the step's micro-batches it is, not on the rank that computes it.
+        # (`EpochSampler` deals them to the ranks in turn.)
         on_device = [to_device(batch, device) for batch in micro_batches]
         seeds = [(options.seed, step, rank + i * ranks) for i in range(per_rank)]
         losses = add_gradients(losses_of, on_device, masked, pairs, seeds)
@@ -624,8 +624,8 @@ def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterato
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
     """Returns tokenizer, model, and the examples of each split. This reads all files of the user:
-    mistakes in them show before anything is written. The model is made before the corpus is
-    tokenized, which may take hours.
+    mistakes in them show before anything is written to --out. The model is made before the corpus
+    is tokenized, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
     tokenizer = choose_tokenizer(options, lambda: open_documents(options)["train"])
@@ -786,8 +786,8 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     if accumulate % ranks:
         raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
 
-    # Otherwise torch imports this module during the first step, and the module keeps the process
-    # group that it finds then: its threads live on and may abort the exit.
+    # If torch imported this module later, during the first step, the module would keep the process
+    # group: the group's threads would outlive it, and might abort the end of the process.
     import torch.distributed.nn
 
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
@@ -828,7 +828,7 @@ def on_rank_0(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     """
     rank, _ = rank_and_ranks()
     result = work(*arguments, **named) if rank == 0 else None
-    total(0)
+    total(0)  # waits for all ranks
     return result
 
 

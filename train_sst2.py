@@ -62,7 +62,7 @@ from train_pretrain import (
 )
 
 LABELS = ("negative", "positive")
-# data.py has the purposes 0 and 1. This one makes the random numbers of an order independent.
+# data.py has the purposes 0 and 1: the random numbers of this one are independent of theirs.
 PURPOSE_SENTENCES = 2
 
 # ---- Options -----------------------------------------------------------------
@@ -351,7 +351,7 @@ def train(options: SST2Options) -> None:
     out = Path(options.out)
     check_folder(out)
 
-    tokenizer, _, longest = prepare(options)
+    tokenizer, _, longest = prepare(options)  # each seed makes a model of its own
 
     def load(path: str, split: str, name: str | None = None) -> SST2Batches:
         texts, labels = get_reviews(path, split, name)
@@ -420,7 +420,7 @@ def predict(options: SST2Options) -> None:
             f" fitting {', '.join(model.missing_parameters)}"
         )
     model.to(device)
-    # In someone else's model, class 0 may be the positive one.
+    # In someone else's model, class 0 may be the positive one, and its names say so.
     labels = LABELS if model.label_names[0].startswith("LABEL_") else model.label_names
     for text in options.predict or ():
         rows = encode_sentences(tokenizer, [text], longest)
