@@ -189,10 +189,6 @@ BUGS = {
         "mlm_sum / len(batch['masked_indices']) / len(micro_batches)",
         "test_accumulated_gradients_are_those_of_the_whole_batch",
     ),
-    "25 a restart repeats the data": Bug(
-        data.EpochSampler, "__iter__", "self.start * self.world_size + self.rank", "self.rank",
-        "test_each_epoch_visits_every_example_once_for_any_ranks_and_start",
-    ),
     "27 the same order every epoch": Bug(
         train_sst2.SST2Batches, "__iter__", "self.epoch, 0)", "0, 0)",
         "test_bucket_orders_differ_by_epoch_and_seed_and_batches_are_of_similar_length",

@@ -368,7 +368,7 @@ def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
     assert model.config.vocab_size == tokenizer.get_vocab_size() <= 60
 
 
-# ---- The picture of a run -----------------------------------------------------------------------
+# ---- What a person sees ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -380,6 +380,12 @@ def test_both_kinds_of_runs_are_drawn_from_their_metrics(tmp_path):
     train_pretrain.write_line(tmp_path, split="test", accuracy=0.5)
     DRAW_CURVES(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("error", [OSError, UnicodeError])
+def test_a_terminal_that_is_closed_or_cannot_display_a_text_ends_no_run(error, monkeypatch):
+    monkeypatch.setattr(train_pretrain.tqdm, "write", mock.Mock(side_effect=error))
+    train_pretrain.show("text")
 
 
 def test_without_matplotlib_a_run_has_no_picture(tmp_path, monkeypatch):
