@@ -455,8 +455,8 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
 }
 # What config.json says of every BERT, if it says it. Other values would change the outputs.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
-TOKENS = "bert.embeddings.word_embeddings.weight"
-ENCODER = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
+TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
+ENCODER_PREFIXES = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
 DECODER = "cls.predictions.decoder.weight"  # in many files; a copy of the token embeddings
 REDUNDANT = {DECODER, "cls.predictions.decoder.bias", "bert.embeddings.position_ids"}
 ROLES = ("unk", "sep", "pad", "cls", "mask")  # of special tokens
@@ -505,11 +505,11 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
     unused = sorted(tensors.keys() - found - REDUNDANT)
     misfits = {*our_names, *unused} - found
-    wrong = sorted(name for name in misfits if name.startswith(ENCODER))
+    wrong = sorted(name for name in misfits if name.startswith(ENCODER_PREFIXES))
     if wrong:
         raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
     # A model without the masked language model does not need the decoder.
-    is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKENS])
+    is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKEN_EMBEDDINGS])
     if "cls.predictions.transform.dense.weight" in found and not is_tied:
         raise ValueError(f"{directory}: {DECODER} is not the matrix of the token embeddings")
 

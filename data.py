@@ -431,8 +431,8 @@ def draw_pair(
     room_before = min(seam.offset - seam.document_start, other.offset - other.document_start)
     room_after = min(seam.document_end - seam.offset, other.document_end - other.offset)
     length = min(target, max(2, room_before + room_after - 1))
-    drawn_length = min(1 + int(rng.random() * (length - 1)), room_before)  # of A, at first
-    length_b = min(length - drawn_length, room_after)
+    length_a_drawn = min(1 + int(rng.random() * (length - 1)), room_before)  # of A, at first
+    length_b = min(length - length_a_drawn, room_after)
     length_a = length - length_b  # also takes what B has no room for
 
     coin_a = int(rng.integers(2))
@@ -627,7 +627,7 @@ def collate(
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
-def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+def order_of_epoch(seed: int, epoch: int, size: int) -> np.ndarray:
     """Returns the order of an epoch's examples: the numbers from 0 to size - 1, shuffled."""
     return np.random.default_rng((seed, PURPOSE_ORDER, epoch, 0)).permutation(size)
 
@@ -659,7 +659,7 @@ class EpochSampler(Sampler):
             first_turn = batch * self.batch_size
             for turn in range(first_turn, first_turn + self.batch_size):
                 epoch, turn_in_epoch = divmod(turn, self.size)
-                order = permutation(self.seed, epoch, self.size)
+                order = order_of_epoch(self.seed, epoch, self.size)
                 indices.append(epoch * self.size + int(order[turn_in_epoch]))
             yield indices
 
@@ -794,7 +794,7 @@ def select_split(splits: dict[str, Any], split: str) -> Any:
 
 
 StampedFile = tuple[str, int, int]  # its path, its size, and when it was changed
-PAGES = ("README.md", "LICENSE")  # of a data set, beside its files
+IGNORED_FILES = ("README.md", "LICENSE")  # of a data set, beside its files
 
 
 def list_files(where: Path) -> dict[str, list[StampedFile]]:
@@ -803,12 +803,12 @@ def list_files(where: Path) -> dict[str, list[StampedFile]]:
 
     In a directory, and in those below it, a file whose name starts with the word train, validation
     or test belongs to that split, and all others are train. Files of other kinds are rejected,
-    since their text would be missed, except hidden ones and `PAGES`.
+    since their text would be missed, except hidden ones and `IGNORED_FILES`.
     """
     splits: dict[str, list[StampedFile]] = {}
     for file in sorted(where.rglob("*")) if where.is_dir() else [where]:
         is_hidden = any(part.startswith(".") for part in file.relative_to(where).parts)
-        if is_hidden or not file.is_file() or file.name in PAGES:
+        if is_hidden or not file.is_file() or file.name in IGNORED_FILES:
             continue
         if file.suffix.lower() not in {".txt", ".json", ".jsonl", ".parquet"}:
             raise ValueError(f"{file.name} is not a .txt, .json, .jsonl or .parquet file")
@@ -894,7 +894,7 @@ class Stream(IterableDataset):
         epochs = count(self.rank * workers + worker, self.world_size * workers)
         for epoch, corpus in zip(epochs, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
-            for index in permutation(dataset.seed, epoch, len(dataset)).tolist():
+            for index in order_of_epoch(dataset.seed, epoch, len(dataset)).tolist():
                 yield dataset[epoch * len(dataset) + index]
 
     def blocks(self) -> Iterator[TokenizedCorpus]:

@@ -184,7 +184,7 @@ def test_every_example_of_a_block_comes_once_in_a_random_order(folder):
     stream = open_stream(folder)
     for block, corpus in enumerate(islice(stream.blocks(), 2)):
         dataset = stream.make_dataset(corpus)
-        order = data.permutation(0, block, len(dataset)).tolist()
+        order = data.order_of_epoch(0, block, len(dataset)).tolist()
         assert order != sorted(order)
         expected = [dataset[block * len(dataset) + index] for index in order]
         found = list(islice(stream, block * len(dataset), (block + 1) * len(dataset)))
