@@ -166,7 +166,7 @@ def attention(
     probs = scores.softmax(dim=-1)
 
     # Dropout sets some probabilities to 0 and scales up the others, so each query ignores a few
-    # random tokens ([Code]). The probabilities that are returned have all of them.
+    # random tokens ([Code]). Those that are returned are from before dropout.
     output = F.dropout(probs, dropout) @ v
     return output, probs
 
@@ -453,7 +453,7 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# What config.json says of every BERT, if it says it. Other values would change the outputs.
+# What a config.json of BERT has, if it has these keys. Other values would change the outputs.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 ENCODER_PREFIXES = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
@@ -504,7 +504,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     our_names = {missing_prefix(state) + published_name(name): name for name in state}
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
     unused = sorted(tensors.keys() - found - REDUNDANT)
-    misfits = {*our_names, *unused} - found
+    misfits = {*our_names, *unused} - found  # ours without a tensor, tensors without a place
     wrong = sorted(name for name in misfits if name.startswith(ENCODER_PREFIXES))
     if wrong:
         raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
@@ -517,7 +517,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     model.missing_parameters = loaded.missing_keys
     if "classifier.weight" in found and published.get("id2label"):
         model.label_names = [published["id2label"][str(i)] for i in range(model.config.num_labels)]
-    for what, names in (("no fitting tensor in", loaded.missing_keys), ("not used, of", unused)):
+    for what, names in (("no fitting tensor in", loaded.missing_keys), ("unused, of", unused)):
         if names:
             warnings.warn(f"{what} {directory}: {', '.join(names)}", stacklevel=3)
     return model.eval()
@@ -590,7 +590,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     from safetensors.torch import save
 
     state = model.state_dict()
-    config = replace(model.config, num_labels=len(model.label_names))  # so they are counted
+    config = replace(model.config, num_labels=len(model.label_names))  # as loading counts
     with torch.device("meta"):  # shapes without memory
         as_configured = type(model)(config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # raises if a weight does not fit
@@ -643,7 +643,7 @@ def fill_masks(
     vocabulary = tokenizer.get_vocab()
     ids = [tokenizer.encode(text).ids]  # with [CLS] and [SEP]
     input_ids = torch.tensor(ids, device=model.mlm_bias.device)  # (1, seq)
-    every_token = torch.ones_like(input_ids)  # a [PAD] that is written in the text, too
+    every_token = torch.ones_like(input_ids)  # even a [PAD] written in the text
     masked_indices = (input_ids[0] == vocabulary["[MASK]"]).nonzero().flatten()
     was_training = model.training
     model.eval()

@@ -115,9 +115,9 @@ LARGEST_ALPHABET = 1000
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Returns an uncased WordPiece tokenizer learned from texts.
 
-    The 1,000 most frequent characters are tokens; a word with any other is [UNK]. Without a
-    limit, stray characters would fill the vocabulary. Then the trainer joins pieces until there are
-    `vocab_size` tokens. `texts` is read twice. An iterator can be read only once, and is stored.
+    The 1,000 most frequent characters are tokens; a word with any other is [UNK]. (A corpus may
+    have far more, most of them rare.) Then the trainer joins pieces until there are `vocab_size`
+    tokens. `texts` is read twice. An iterator can be read only once, and is stored.
 
     The same texts give the same ids, in any order. The trainer alone would order equally frequent
     characters differently each time. So each character, alone and as a ## piece, is a fixed token.
@@ -212,7 +212,7 @@ class TokenizedCorpus:
     @property
     def key(self) -> str:
         """Returns what identifies this corpus: a hash of arrays in memory, or the folder's name,
-        if `get_corpus` chose it.
+        which only `get_corpus` makes unique.
         """
         if isinstance(self.source, CorpusArrays):
             return make_key(*(array.tobytes() for array in self.source))
@@ -401,8 +401,9 @@ def draw_pair(
     1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
        fine-tuning meets short texts too.
     2. Take the seam of a random offset in the slice, and one in another document; see `find_seam`.
-    3. Draw how long each segment is. A is cut to the room before the seams, B to the room after
-       them, the smaller room of the two seams: so each segment fits at either seam.
+    3. Split the length between A and B at random. A gets at most what both seams have before them
+       in their documents, B at most what both have after them, and the other one takes the rest:
+       so each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
        starts at one of them. The same seam twice is a true pair, two seams are a random one. (One
        example in four is a true pair of the other document.)
@@ -410,10 +411,9 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    In short documents, both rooms together may have no more tokens than the target. Then the pair
-    has one token fewer than the rooms (unless they have two). Otherwise A would fill its room, and
-    start a document at one of the seams, and B would end a document at one; if these are different
-    seams, both happen in random pairs only.
+    Where documents are short, one token of this room stays unused (unless it is only two). If both
+    segments filled it, A would begin a document at one of the seams, and B would end one at one of
+    them. If these are different seams, both could only happen in a random pair.
 
     Differs: [Code] draws a random segment B by another rule than a true one, so that its length or
     its style can tell the label.
@@ -728,7 +728,7 @@ def get_documents(
     if "validation" in splits and "validation" not in split:
         return {"train": train, "validation": replace(train, rows=splits["validation"])}
     if streaming:
-        if rows_per_document > 1:  # each reader would join, and hold out, other rows
+        if rows_per_document > 1:  # each reader would join other rows, and so hold out others
             raise ValueError("rows_per_document: a stream then needs a held-out split validation")
         return {
             "train": replace(train, held_out=False),
@@ -890,7 +890,8 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # A block's number, among the blocks of all workers, takes the place of the epoch.
+        # A block's number, among the blocks of all workers, takes the place of the epoch:
+        # `__getitem__` divides by the same length, and gets it back.
         epochs = count(self.rank * workers + worker, self.world_size * workers)
         for epoch, corpus in zip(epochs, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
@@ -994,7 +995,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         else:
             tokenizer = Tokenizer.from_file(str(file))
         check_tokens(tokenizer)
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))  # texts may hold them, see `encode_plain`
+    # For `fill_masks`, a [MASK] in a text is then a mask; for `encode_plain`, it is plain text.
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

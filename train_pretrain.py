@@ -217,7 +217,7 @@ def forward(
         mlm_logits, nsp_logits = model(
             batch["input_ids"], batch["token_type_ids"], masked_indices=batch["masked_indices"]
         )
-    if precision == "bfloat16":  # not always, since it would shorten float64
+    if precision == "bfloat16":  # not always: tests compare in float64
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
     return mlm_logits, nsp_logits
 
@@ -260,7 +260,7 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
     Differs: the first step of [Code] has the learning rate 0, and so changes nothing. Its decay
-    counts from step 0, so its rate drops by a tenth at the end of a warmup of a tenth.
+    counts from step 0: after a warmup of a tenth, the rate falls from the peak to 0.9 of it.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -623,9 +623,9 @@ def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterato
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
-    """Returns tokenizer, model, and the examples of each split. This reads all files of the user:
-    mistakes in them show before anything is written to --out. The model is made before the corpus
-    is tokenized, which may take hours.
+    """Returns tokenizer, model, and the examples of each split. This reads all files of the user
+    (of a stream, only documents to evaluate on): mistakes in them show before anything is written
+    to --out. The model is made before the corpus is tokenized, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
     tokenizer = choose_tokenizer(options, lambda: open_documents(options)["train"])
@@ -650,7 +650,7 @@ def pretrain(options: PretrainOptions) -> None:
     on_rank_0(check_folder, out, options.resume)
 
     prepared = on_rank_0(prepare, options)
-    tokenizer, model, examples = prepared or prepare(options)
+    tokenizer, model, examples = prepared or prepare(options)  # other ranks have None so far
     model.to(device).train()
     optimizer = make_optimizer(model)
     validation = make_validation(options, examples["validation"], device)
@@ -786,8 +786,8 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     if accumulate % ranks:
         raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
 
-    # If torch imported this module later, during the first step, the module would keep the process
-    # group: the group's threads would outlive it, and might abort the end of the process.
+    # torch would import this module during the first step. It would then keep the process group's
+    # threads alive, which may abort the end of the process.
     import torch.distributed.nn
 
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
@@ -870,9 +870,9 @@ def write_line(out: Path, **values: Any) -> None:
 
 
 def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a resumed run must share with the one before: the text, and all options but a
-    few, which change at most rounding and the masks of dropout. --precision is compared as it was
-    chosen, if it is auto. A stream also depends on who reads it.
+    """Returns what a resumed run must share with the one before: the text, and all options but
+    those of `may_change`, which change at most rounding and the masks of dropout. --precision is
+    never auto here. Of a stream, the numbers of workers and ranks decide the batches, too.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
@@ -1017,7 +1017,7 @@ def outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # At its own end, Python sends SIGTERM to its children and waits for them. So SIGTERM is not
-    # ignored, but leaves the run half a minute.
+    # ignored: it ends the worker half a minute later, by SIGALRM.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 

@@ -420,7 +420,7 @@ def predict(options: SST2Options) -> None:
             f" fitting {', '.join(model.missing_parameters)}"
         )
     model.to(device)
-    # In someone else's model, class 0 may be the positive one, and its names say so.
+    # LABEL_0 and LABEL_1 say nothing. Real names may come in another order than ours.
     labels = LABELS if model.label_names[0].startswith("LABEL_") else model.label_names
     for text in options.predict or ():
         rows = encode_sentences(tokenizer, [text], longest)

@@ -368,7 +368,7 @@ def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
     assert model.config.vocab_size == tokenizer.get_vocab_size() <= 60
 
 
-# ---- What a person sees ---------------------------------------------------------------------------
+# ---- What a person sees --------------------------------------------------------------------------
 
 
 @pytest.mark.slow
