@@ -260,7 +260,7 @@ class PretrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.padding_idx = padding_idx
-        self.label_names = [f"LABEL_{i}" for i in range(config.num_labels)]  # id2label
+        self.label_names = [f"LABEL_{i}" for i in range(config.num_labels)]  # id2label of a config
         self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
@@ -482,10 +482,10 @@ def missing_prefix(tensors: dict[str, Tensor]) -> str:
 
 
 def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, changes: dict) -> Any:
-    """Returns a model of class `cls` into which each tensor of the same published name and shape is
-    copied. For the encoder, a tensor too few, too many or of another shape is an error. Pooler and
-    heads may be missing and keep their initial weights: `model.missing_parameters` lists these, and
-    a warning names them.
+    """Returns a model of class `cls`. Each tensor with the published name and the shape of one of
+    its parameters is copied into it. For the encoder, a tensor too few, too many or of another
+    shape is an error. Pooler and heads may be missing and keep their initial weights:
+    `model.missing_parameters` lists these, and a warning names them.
     """
     directory = fetch(source)
     try:
@@ -590,7 +590,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     from safetensors.torch import save
 
     state = model.state_dict()
-    config = replace(model.config, num_labels=len(model.label_names))  # as loading counts
+    config = replace(model.config, num_labels=len(model.label_names))  # loading counts them
     with torch.device("meta"):  # shapes without memory
         as_configured = type(model)(config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # raises if a weight does not fit
@@ -643,7 +643,7 @@ def fill_masks(
     vocabulary = tokenizer.get_vocab()
     ids = [tokenizer.encode(text).ids]  # with [CLS] and [SEP]
     input_ids = torch.tensor(ids, device=model.mlm_bias.device)  # (1, seq)
-    every_token = torch.ones_like(input_ids)  # even a [PAD] written in the text
+    every_token = torch.ones_like(input_ids)  # also a [PAD] that the text contains
     masked_indices = (input_ids[0] == vocabulary["[MASK]"]).nonzero().flatten()
     was_training = model.training
     model.eval()

@@ -117,9 +117,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     The 1,000 most frequent characters are tokens; a word with any other is [UNK]. (A corpus may
     have far more, most of them rare.) Then the trainer joins pieces until there are `vocab_size`
-    tokens. `texts` is read twice. An iterator can be read only once, and is stored.
+    tokens. `texts` is read twice; an iterator becomes a list.
 
-    The same texts give the same ids, in any order. The trainer alone would order equally frequent
+    The same texts, in any order, give the same ids. The trainer alone would order equally frequent
     characters differently each time. So each character, alone and as a ## piece, is a fixed token.
     """
     if isinstance(texts, Iterator):
@@ -199,7 +199,7 @@ class TokenizedCorpus:
 
         sentences = np.diff(self.sentence_starts.searchsorted(self.document_starts))  # (documents,)
         if len(sentences) < 2 or sentences.min() < 2:
-            raise ValueError("a corpus needs two documents of two sentences")
+            raise ValueError("a corpus needs two documents, and each of them two sentences")
 
     def __reduce__(self) -> tuple:
         """Pickles the source: a worker that is not forked maps the files of a folder itself."""
@@ -401,9 +401,9 @@ def draw_pair(
     1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
        fine-tuning meets short texts too.
     2. Take the seam of a random offset in the slice, and one in another document; see `find_seam`.
-    3. Split the length between A and B at random. A gets at most what both seams have before them
-       in their documents, B at most what both have after them, and the other one takes the rest:
-       so each segment fits at either seam.
+    3. Split the length between A and B at random. A gets at most `room_before`: what its document
+       holds before a seam, the smaller of the two; B at most `room_after`. The other one takes the
+       rest. So each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
        starts at one of them. The same seam twice is a true pair, two seams are a random one. (One
        example in four is a true pair of the other document.)
@@ -411,9 +411,9 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    Where documents are short, one token of this room stays unused (unless it is only two). If both
-    segments filled it, A would begin a document at one of the seams, and B would end one at one of
-    them. If these are different seams, both could only happen in a random pair.
+    The length is at most room_before + room_after - 1, or 2. Otherwise A would begin a document at
+    one of the seams, and B would end one at one of them. If these are different seams, both could
+    only happen in a random pair.
 
     Differs: [Code] draws a random segment B by another rule than a true one, so that its length or
     its style can tell the label.
@@ -594,7 +594,7 @@ class PretrainDataset(Dataset):
         if not self.whole_word_masking:
             return rng.permutation(candidates)[:masked_count]
         continues_word = self.is_piece[input_ids[candidates]]
-        first_of_b = first_sep - 1  # among the candidates
+        first_of_b = first_sep - 1  # in `candidates`, which lack [CLS]
         # A segment may start in the middle of a word: there, too, a word starts.
         continues_word[[0, first_of_b]] = False
         return candidates[choose_words(continues_word, masked_count, rng)]
@@ -890,8 +890,8 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # A block's number, among the blocks of all workers, takes the place of the epoch:
-        # `__getitem__` divides by the same length, and gets it back.
+        # A block's number, among the blocks of all workers, takes the place of the epoch, which
+        # `__getitem__` gets back from the index.
         epochs = count(self.rank * workers + worker, self.world_size * workers)
         for epoch, corpus in zip(epochs, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
@@ -946,8 +946,8 @@ def get_split_dataloader(
     evenly.
 
     start: how many batches of this rank to skip; a stream always starts at its beginning.
-    workers: two should feed a fast GPU. Each one more takes memory for 4 more batches, and for one
-    more block of a stream. A stream starts at most one for each file of the rank.
+    workers: two should feed a fast GPU. Each further one takes memory for 4 batches, and for a
+    block of a stream. A stream starts at most one for each file of the rank.
     """
     how: dict[str, Any] = {
         "num_workers": workers,
@@ -1003,7 +1003,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def read_vocabulary(file: Path) -> Tokenizer:
-    """Returns the tokenizer of a vocab.txt, where the id of a token counts the lines before it."""
+    """Returns the tokenizer of a vocab.txt, where an id is the number of a line, from 0."""
     tokens = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     config = file.with_name("tokenizer_config.json")
     about = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}

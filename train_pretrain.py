@@ -260,7 +260,7 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
     Differs: the first step of [Code] has the learning rate 0, and so changes nothing. Its decay
-    counts from step 0: after a warmup of a tenth, the rate falls from the peak to 0.9 of it.
+    counts from step 0: after a warmup of a tenth, the rate jumps from the peak to 0.9 of it.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -382,7 +382,7 @@ def train(
     """Trains from `progress.step` on. Ends the process if a signal has asked for it.
 
     batches: this rank's micro-batches. signals: those received so far; see `note_signals`.
-    log, report (an evaluation), save: record `progress` and what belongs to it, on rank 0.
+    log, report (an evaluation), save: called on rank 0, write `progress` and what belongs to it.
     """
     rank, ranks = rank_and_ranks()
     per_rank = options.accumulate // ranks  # micro-batches
@@ -475,8 +475,8 @@ def evaluate(
 
     Losses are in nats. Perplexity is exp(MLM loss), without the NSP loss.
     `most_frequent_prediction` is the share of masked tokens that get the most frequent prediction.
-    It is 1.0 when the model predicts the same token everywhere. That is normal early in training;
-    for later, see `learning_rate`. The model keeps its mode.
+    It is 1.0 when the model predicts the same token everywhere. That is normal early in training.
+    Later, see `learning_rate`: the rate is too large. The model keeps its mode.
     """
     was_training = model.training
     model.eval()
@@ -596,7 +596,7 @@ def make_validation(
     options: PretrainOptions, examples: data.PretrainDataset, device: torch.device
 ) -> list[Batch]:
     """Returns the batches of an evaluation: the same ones in all evaluations of a run. If the
-    validation part is shorter, its later epochs follow: other pairs and masks of the same text.
+    validation part has fewer, its later epochs follow: other pairs and masks of the same text.
     """
     loader = data.get_split_dataloader(examples, options.batch_size, workers=0)  # endless
     batches = itertools.islice(loader, EVALUATION_BATCHES)
@@ -786,8 +786,8 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     if accumulate % ranks:
         raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
 
-    # torch would import this module during the first step. It would then keep the process group's
-    # threads alive, which may abort the end of the process.
+    # Imported before the process group is made: torch imports this module in the first step, and it
+    # would then hold the group, so that the process may crash at its end.
     import torch.distributed.nn
 
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
@@ -1016,8 +1016,8 @@ def outlive_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # At its own end, Python sends SIGTERM to its children and waits for them. So SIGTERM is not
-    # ignored: it ends the worker half a minute later, by SIGALRM.
+    # SIGTERM is not ignored, but ends the worker half a minute later, by SIGALRM: a main process
+    # that does not end in `run_script` sends it to its workers, and waits for them.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 

@@ -178,7 +178,7 @@ class SST2Batches:
 
     1. Shuffle the sentences, by (`seed`, `epoch`). The training loop sets both attributes.
     2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
-       of SST-2 is padding (67% in a plain random order), and every epoch groups other sentences.
+       of SST-2 is padding (67% in a plain random order), and every epoch has other batches.
     3. Cut the pools into batches, and shuffle the batches.
 
     Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is

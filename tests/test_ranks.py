@@ -150,7 +150,7 @@ def save_gradients(file: Path) -> None:
     train_pretrain.dist.init_process_group = lambda _, **more: init("cpu:gloo,cuda:gloo", **more)
     join_ranks("cpu", accumulate=4)
     rank, ranks = rank_and_ranks()
-    assert total(rank, 2**24 + 1) == [1, 2**25 + 2]  # exact, not in float32
+    assert total(rank, 2.0**24 + 1) == [1, 2**25 + 2]  # float32 has no such number
     assert on_rank_0(int, "5") == (5 if rank == 0 else None)
     model, batches = model_and_batches()
     masked, pairs, _ = total(*count(batches[rank::ranks], PADDING))
