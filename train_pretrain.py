@@ -901,7 +901,6 @@ def save_checkpoint(
     try:
         with unfinished.open("wb") as file:
             torch.save(state, file)
-            file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # for a full disk, torch has an error of its own
         unfinished.unlink(missing_ok=True)
