@@ -3,6 +3,7 @@ What is no mistake of a person keeps its traceback.
 """
 
 import multiprocessing
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import contents, wait_until
+from helpers import ROOT, contents, wait_until
 from strategies import write_mistakes
 from torch.utils.data import DataLoader
 
-import train_pretrain
-import train_sst2
-from train_pretrain import PretrainOptions, check_smallest, pretrain, run_script
-from train_sst2 import SST2Options, main
+import data
+from train_pretrain import PretrainOptions, check_smallest, run_script
+from train_sst2 import SST2Options
 
 PRETRAIN, SST2 = "train_pretrain.py", "train_sst2.py"
-SCRIPTS = {PRETRAIN: (pretrain, PretrainOptions), SST2: (main, SST2Options)}
+SCRIPTS = (PRETRAIN, SST2)
 
 pytestmark = pytest.mark.usefixtures("_smallest")
 
@@ -33,12 +33,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_line(folder, monkeypatch) -> Callable[[str, str], None]:
-    """Runs a script's command line in the folder, in this process."""
+    """Runs a script as a program in the folder, in this process."""
 
     def run_line(script: str, line: str) -> None:
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [script, *line.split()])
-        run_script(*SCRIPTS[script])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
 
     return run_line
 
@@ -112,8 +112,7 @@ def test_ctrl_c_while_a_run_is_prepared_ends_it_with_130_and_no_traceback(
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    for module in (train_pretrain, train_sst2):
-        monkeypatch.setattr(module, "make_model", interrupted)
+    monkeypatch.setattr(data, "load_tokenizer", interrupted)
     with pytest.raises(SystemExit) as ended:
         run_line(script, f"--tokenizer vocab.txt --out {tmp_path}/run")
     assert ended.value.code == 130
