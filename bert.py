@@ -244,6 +244,7 @@ class EncoderLayer(nn.Module):
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
         # If you replace GELU, do so in the MLM head, too, and change hidden_act in FIXED_FIELDS.
+        # If you replace the norm or the mask, change model_type there: it is no BERT for others.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 

@@ -7,6 +7,7 @@
 
     tokenizer = train_tokenizer(texts, vocab_size=2000)  # or load_tokenizer("vocab.txt")
     corpus = tokenize_corpus(texts, tokenizer, "corpus")  # next time: TokenizedCorpus("corpus")
+    # or in memory: pack(list(encode_documents(texts, tokenizer, Counter())), tokenizer)
     dataset = PretrainDataset(corpus, tokenizer, max_seq_length=64)
     for batch in get_split_dataloader(dataset, batch_size=32):  # endless
         ...

@@ -246,7 +246,7 @@ class PretrainLosses(nn.Module):
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Returns the learning rate of a step; steps count from 0 to steps - 1. [BERT] A.2.
+    """Returns the learning rate of a step, in both scripts; steps count from 0. [BERT] A.2.
 
     It rises linearly to `peak` in `warmup` steps, then falls linearly towards 0. Warmup is needed
     because Adam's first estimates of the moments are poor, and because the gradients of a post-LN
