@@ -166,7 +166,7 @@ def attention(
     probs = scores.softmax(dim=-1)
 
     # Dropout sets some probabilities to 0 and scales up the others, so each query ignores a few
-    # random tokens ([Code]). Those that are returned are from before dropout.
+    # random tokens ([Code]). The returned ones are those before dropout.
     output = F.dropout(probs, dropout) @ v
     return output, probs
 
@@ -244,7 +244,7 @@ class EncoderLayer(nn.Module):
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
         # If you replace GELU, do so in the MLM head, too, and change hidden_act in FIXED_FIELDS.
-        # If you replace the norm or the mask, change model_type there: it is no BERT for others.
+        # If you replace the norm or the mask, change model_type there, or it is taken for BERT.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 
@@ -454,7 +454,7 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# What a config.json of BERT has, if it has these keys. Other values would change the outputs.
+# A config.json may lack these keys. With another value, the model would be another one.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 ENCODER_PREFIXES = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start

@@ -402,9 +402,9 @@ def draw_pair(
     1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
        fine-tuning meets short texts too.
     2. Take the seam of a random offset in the slice, and one in another document; see `find_seam`.
-    3. Split the length between A and B at random. A gets at most `room_before`: what its document
-       holds before a seam, the smaller of the two; B at most `room_after`. The other one takes the
-       rest. So each segment fits at either seam.
+    3. Split the length between A and B at random. Of the tokens that the two documents hold before
+       their seams, `room_before` is the smaller number, and A gets no more; B gets no more than
+       `room_after`. The other one takes the rest. So each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
        starts at one of them. The same seam twice is a true pair, two seams are a random one. (One
        example in four is a true pair of the other document.)

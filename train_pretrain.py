@@ -1029,7 +1029,7 @@ def run_script(main: Callable, cls: type) -> None:
     """Runs a script's main function with the options of its command line; each field of `cls` is
     a flag. A mistake (a ValueError raised here), a system's error (OSError) and a dead data worker
     end in one message. Anything else, such as a ValueError that torch raises, is a bug, and keeps
-    its traceback.
+    its traceback. Data workers that are left at the end are killed.
     """
     try:
         main(tyro.cli(cls, config=(tyro.conf.FlagCreatePairsOff,)))

@@ -270,7 +270,6 @@ OPTIONS = PretrainOptions(
 
 def run_with_event(options: PretrainOptions, number: int, event: Callable, *arguments) -> None:
     """Pretrains as the script does; before this update, counted from 0, something happens."""
-    os.setpgrp()  # so that a signal to the group does not reach the tests
     with (
         before_update(number, lambda *_: event(*arguments)),
         mock.patch("tyro.cli", return_value=options),
