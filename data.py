@@ -298,8 +298,8 @@ def tokenize_corpus(
     """Tokenizes documents into a new folder, and returns them as a corpus.
 
     The folder is written under another name, and renamed when it is complete: it is never half
-    there. If it exists, raises FileExistsError: it may hold other documents. If
-    another process is just writing it, waits for that one, and returns what it has written.
+    there. If it exists, raises FileExistsError: it may hold other documents. If another process is
+    just writing it, waits for that one, and returns what it has written.
     """
     folder = Path(folder)
     if folder.exists():
@@ -356,8 +356,8 @@ def write_corpus(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -
 # ---- A pair of segments ------------------------------------------------------
 
 # Every example and the order of every epoch has random numbers of its own: those of
-# np.random.default_rng((seed, purpose, epoch, index)). So it does not matter who draws them, or
-# what was drawn before. (train_sst2.py uses purpose 2.)
+# np.random.default_rng((seed, purpose, epoch, index in the epoch)). So it does not matter who draws
+# them, or what was drawn before. (train_sst2.py uses purpose 2.)
 PURPOSE_EXAMPLE, PURPOSE_ORDER = 0, 1
 
 
@@ -402,9 +402,9 @@ def draw_pair(
     1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
        fine-tuning meets short texts too.
     2. Take the seam of a random offset in the slice, and one in another document; see `find_seam`.
-    3. Split the length between A and B at random. Of the tokens that the two documents hold before
-       their seams, `room_before` is the smaller number, and A gets no more; B gets no more than
-       `room_after`. The other one takes the rest. So each segment fits at either seam.
+    3. Split the length at random. A gets at most `room_before` tokens, as many as both documents
+       have before their seams; B gets at most `room_after`, as many as both have after them. What
+       one cannot take, the other does. So each segment fits at either seam.
     4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
        starts at one of them. The same seam twice is a true pair, two seams are a random one. (One
        example in four is a true pair of the other document.)
@@ -412,9 +412,9 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    The length is at most room_before + room_after - 1, or 2. Otherwise A would begin a document at
-    one of the seams, and B would end one at one of them. If these are different seams, both could
-    only happen in a random pair.
+    The length is at most room_before + room_after - 1, and at least 2. With one more, A would begin
+    a document at one seam and B would end one at one seam; if these differ, only a random pair
+    could do both.
 
     Differs: [Code] draws a random segment B by another rule than a true one, so that its length or
     its style can tell the label.
@@ -595,7 +595,7 @@ class PretrainDataset(Dataset):
         if not self.whole_word_masking:
             return rng.permutation(candidates)[:masked_count]
         continues_word = self.is_piece[input_ids[candidates]]
-        first_of_b = first_sep - 1  # in `candidates`, which lack [CLS]
+        first_of_b = first_sep - 1  # in `candidates`: as many are before it as A has tokens
         # A segment may start in the middle of a word: there, too, a word starts.
         continues_word[[0, first_of_b]] = False
         return candidates[choose_words(continues_word, masked_count, rng)]
@@ -729,7 +729,7 @@ def get_documents(
     if "validation" in splits and "validation" not in split:
         return {"train": train, "validation": replace(train, rows=splits["validation"])}
     if streaming:
-        if rows_per_document > 1:  # each reader would join other rows, and so hold out others
+        if rows_per_document > 1:  # readers would join different rows, and hold out different ones
             raise ValueError("rows_per_document: a stream then needs a held-out split validation")
         return {
             "train": replace(train, held_out=False),
@@ -745,7 +745,7 @@ def get_documents(
 
 def get_corpus(documents: Documents, tokenizer: Tokenizer) -> TokenizedCorpus:
     """Returns stored documents as a corpus. They are tokenized once, into a folder in the cache of
-    `datasets`. Its name depends on all that its content depends on.
+    `datasets`. Its name depends on the rows, the tokenizer and `how`.
     """
     how = (tokenizer.to_str(), documents.column, documents.rows_per_document, SPLIT_VERSION)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "bert-in-four-files"
@@ -795,7 +795,7 @@ def select_split(splits: dict[str, Any], split: str) -> Any:
 
 
 StampedFile = tuple[str, int, int]  # its path, its size, and when it was changed
-IGNORED_FILES = ("README.md", "LICENSE")  # of a data set, beside its files
+IGNORED_FILES = ("README.md", "LICENSE")
 
 
 def list_files(where: Path) -> dict[str, list[StampedFile]]:
@@ -876,8 +876,8 @@ class Stream(IterableDataset):
     """Endless examples from a corpus that is not stored because it exceeds the disk.
 
     Each worker reads shards of its own, which `datasets` deals to it, and treats one block of
-    documents at a time as a corpus: tokens, pairs, masks, every example once. Examples are shuffled
-    within a block only; blocks come in the order of the files.
+    documents at a time as a corpus, and yields each of its examples once. They are shuffled within
+    a block only; blocks come in the order of the files.
 
     documents: of a streamed split. make_dataset: makes the examples of a block.
     """
@@ -962,7 +962,7 @@ def get_split_dataloader(
         return DataLoader(dataset, batch_sampler=sampler, **how)
     documents = dataset.documents
     shards = documents.rows.num_shards
-    # Each rank would read every n-th row of a file, and join rows that do not belong together.
+    # Each rank would then read every n-th row of a file, and join rows that are not neighbours.
     if shards % world_size and documents.rows_per_document > 1:
         raise ValueError(f"rows_per_document: {world_size} ranks cannot share {shards} files")
     own_rows = split_dataset_by_node(documents.rows, rank, world_size)
@@ -996,7 +996,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         else:
             tokenizer = Tokenizer.from_file(str(file))
         check_tokens(tokenizer)
-    # For `fill_masks`, a [MASK] in a text is then a mask; for `encode_plain`, it is plain text.
+    # A [MASK] in a text is then one token, except in `encode_plain`.
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -1018,7 +1018,8 @@ def read_vocabulary(file: Path) -> Tokenizer:
 
 def check_tokens(tokenizer: Tokenizer) -> None:
     """Raises ValueError if a special token is missing, or if text is lowercased and a token has
-    upper case, which no text can match. (<S> does not count: Google's Chinese vocabulary has it.)
+    upper case, so that no text matches it. Added tokens and those that start with [ or < do not
+    count. (Google's Chinese vocabulary has <S>.)
     """
     vocabulary = tokenizer.get_vocab()
     missing = set(SPECIAL_TOKENS) - set(vocabulary)
