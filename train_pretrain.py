@@ -728,14 +728,15 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     - float32: all matrix products in float32.
     - medium: float32 in memory, but matrix products may round their factors to bfloat16.
     - bfloat16: autocast, see `autocast`.
-    - auto: bfloat16 on a GPU, the fastest of them on a CPU. A CPU without AMX and AVX512-BF16
-      emulates bfloat16, and would take forty times as long.
+    - auto: bfloat16 on a GPU, the fastest of them on a CPU; float32 where bfloat16 is emulated
+      (GPUs before Ampere, CPUs without AMX and AVX512-BF16: forty times as long).
     """
     if name == "auto":
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.11
         capabilities: dict[str, bool] = get_capabilities()
         if device.type == "cuda":
-            name = "bfloat16"
+            is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bfloat16" if is_native else "float32"
         elif capabilities.get("amx_bf16"):
             name = "medium"
         elif capabilities.get("avx512_bf16"):

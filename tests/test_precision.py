@@ -62,11 +62,16 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch):
         ({"amx_bf16": False, "avx512_bf16": True}, "cpu", "bfloat16"),
         ({}, "cpu", "float32"),
         ({"amx_bf16": True}, "cuda", "bfloat16"),
+        ({"amx_bf16": True}, "old cuda", "float32"),
     ],
 )
 def test_auto_is_the_fastest_precision_of_the_device(capabilities, device, expected, monkeypatch):
+    """Where bfloat16 is emulated, it is slow."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert choose_precision("auto", torch.device(device)) == expected
+    is_supported = mock.Mock(side_effect=lambda including_emulation: device == "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
+    assert choose_precision("auto", torch.device(device.split()[-1])) == expected
+    assert all(call == mock.call(including_emulation=False) for call in is_supported.mock_calls)
 
 
 def test_a_torch_that_cannot_tell_its_cpu_trains_in_float32(monkeypatch):
