@@ -345,7 +345,7 @@ def write_corpus(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -
     if usable < 2:
         raise ValueError(
             f"only {usable} documents have two sentences, but 2 are needed; {dict(notes)}"
-            " (if each row is a sentence, rows_per_document joins them)"
+            " (a .txt file is one; if each row is a sentence, rows_per_document joins them)"
         )
     (folder / "sentence_starts.int64").write_bytes(sentence_starts)
     (folder / "document_starts.int64").write_bytes(document_starts)
@@ -803,8 +803,8 @@ def list_files(where: Path) -> dict[str, list[StampedFile]]:
     stores what it has read under a name that depends on these.
 
     In a directory, and in those below it, a file whose name starts with the word train, validation
-    or test belongs to that split, and all others are train. Files of other kinds are rejected,
-    since their text would be missed, except hidden ones and `IGNORED_FILES`.
+    (also valid, val, dev) or test belongs to that split, and all others are train. Files of other
+    kinds are rejected, since their text would be missed, except hidden ones and `IGNORED_FILES`.
     """
     splits: dict[str, list[StampedFile]] = {}
     for file in sorted(where.rglob("*")) if where.is_dir() else [where]:
@@ -813,7 +813,8 @@ def list_files(where: Path) -> dict[str, list[StampedFile]]:
             continue
         if file.suffix.lower() not in {".txt", ".json", ".jsonl", ".parquet"}:
             raise ValueError(f"{file.name} is not a .txt, .json, .jsonl or .parquet file")
-        first_word = re.match(r"(train|validation|test)(?![a-z])", file.name)
+        name = re.sub(r"^(valid|val|dev)(?![a-z])", "validation", file.name)
+        first_word = re.match(r"(train|validation|test)(?![a-z])", name)
         split = first_word[1] if first_word and where.is_dir() else "train"
         about = file.stat()
         stamped = (str(file.absolute()), about.st_size, about.st_mtime_ns)

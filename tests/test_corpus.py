@@ -364,14 +364,15 @@ def test_the_first_word_of_a_file_names_its_split_and_all_others_are_train(tmp_p
     names = [
         "train.txt", "train-1.txt", "trains.txt", "night-train.txt", "emma.txt", "testament.txt",
         "below/validation_2.txt", "below/more.txt", "test-0-of-1.txt", ".hidden/a.txt",
+        "dev.txt", "val.txt", "valid-1.txt", "valley.txt", "Test.txt",
     ]  # fmt: skip
     path = write_all(tmp_path, {**{name: name for name in names}, "README.md": "#", "LICENSE": ""})
     splits = {
         name: sorted(rows["text"]) for name, rows in data.get_dataset(path, None, None).items()
     }
     assert splits == {
-        "train": sorted([*names[:6], "below/more.txt"]),
-        "validation": ["below/validation_2.txt"],
+        "train": sorted([*names[:6], "below/more.txt", "valley.txt", "Test.txt"]),
+        "validation": ["below/validation_2.txt", "dev.txt", "val.txt", "valid-1.txt"],
         "test": ["test-0-of-1.txt"],
     }
     assert list(data.get_dataset(f"{path}/test-0-of-1.txt")["text"]) == ["test-0-of-1.txt"]
