@@ -7,8 +7,7 @@ After them come loading and saving, and a small command, for a model with a toke
 
     python bert.py DIRECTORY_OR_HUB_ID "the [MASK] sat on the [MASK]"
 
-The file is made to be copied. It needs PyTorch; safetensors for files, huggingface_hub for hub ids,
-tokenizers to fill masks.
+Made to be copied; it needs torch, safetensors, huggingface_hub (hub ids) and tokenizers (masks).
 
 Sources:
     [BERT]         Devlin et al. 2018, arXiv 1810.04805
@@ -276,7 +275,7 @@ class PretrainedModel(nn.Module):
         """
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
     @classmethod
@@ -422,8 +421,7 @@ class SST2BertModel(PretrainedModel):
 
 # ---- The published format ----------------------------------------------------
 #
-# A published BERT is a directory with config.json, model.safetensors (or the older
-# pytorch_model.bin), and tokenizer.json or vocab.txt.
+# A published BERT is a directory: config.json, model.safetensors, tokenizer.json or vocab.txt.
 
 # Our name of a module: its published name, both without `bert.` and without `.weight` or `.bias`.
 PUBLISHED_NAMES = {
@@ -664,6 +662,8 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     _, source, text = sys.argv
+    if "[MASK]" not in text:
+        raise ValueError("the text has no [MASK]")
     directory = fetch(source)
     tokenizer = Tokenizer.from_str((directory / "tokenizer.json").read_text(encoding="utf-8"))
     tokenizer.no_padding()  # published tokenizers may pad and truncate

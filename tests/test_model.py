@@ -196,6 +196,8 @@ def test_every_layer_hands_on_vectors_of_mean_0_and_variance_1(case):
 def test_weights_start_normal_with_the_deviation_of_the_config_and_biases_at_0(cls, deviation):
     """The deviation of n normal numbers is off by more than 5 / sqrt(2n) once in two million."""
     model = cls(BertConfig.named("tiny", initializer_range=deviation), PADDING)
+    model.added = torch.nn.Linear(128, 64, bias=False)  # a head of one's own
+    model.init_weights(model.added)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             assert (parameter == float("weight" in name)).all(), name

@@ -452,4 +452,6 @@ def test_the_command_prints_a_line_for_each_mask(published, capsys):
         shown = [f"{token} {prob:.3f}" for token, prob in guesses.items()]
         assert line == "  ".join(["[MASK]", *shown])
     with pytest.raises(SystemExit, match="no/such/place"):
-        run_as_main(bert.__file__, "no/such/place", "a")
+        run_as_main(bert.__file__, "no/such/place", "a [MASK]")
+    with pytest.raises(SystemExit, match=r"no \[MASK\]"):
+        run_as_main(bert.__file__, str(published), "a mask")
