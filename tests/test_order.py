@@ -4,6 +4,7 @@ has every example once, in an order of its own. No number of workers or ranks ch
 
 import itertools
 import time
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -124,6 +125,38 @@ def test_any_number_of_workers_yields_the_batches_of_its_rank_from_its_start_on(
         sampler = data.EpochSampler(len(dataset), 4, 3, **part)
         for batch, indices in zip(itertools.islice(loader, 5), sampler, strict=False):
             assert equal(batch, dataset.batch(indices))
+
+
+def seconds_waited(batches: Iterable[dict]) -> float:
+    """Returns the seconds in which a training loop that takes 30 ms a step waits for batches."""
+    waited, iterator = 0.0, iter(batches)
+    next(iterator)
+    for _ in range(9):
+        time.sleep(0.03)
+        asked = time.perf_counter()
+        next(iterator)
+        waited += time.perf_counter() - asked
+    return waited
+
+
+def test_workers_prepare_batches_while_a_step_is_computed_and_a_buffer_of_ones_own_does_not(
+    monkeypatch,
+):
+    """A buffer that is filled whenever it is empty makes the loop wait for all of its batches."""
+    dataset = long_dataset()
+    collate = data.collate
+
+    def slow_collate(*arguments, **keywords):
+        time.sleep(0.02)
+        return collate(*arguments, **keywords)
+
+    def buffered():
+        while True:
+            yield from [dataset.batch(range(4)) for _ in range(3)]
+
+    monkeypatch.setattr(data, "collate", slow_collate)
+    assert seconds_waited(buffered()) >= 9 * 0.02
+    assert seconds_waited(data.get_split_dataloader(dataset, 4, workers=1)) < 9 * 0.02 / 2
 
 
 @pytest.mark.slow
