@@ -12,7 +12,7 @@ FINE = --learning-rate 5e-4 --epochs $(EPOCHS) --seeds $(SEEDS)
 .PHONY: run test bench lint wheel clean
 
 run: $(VENV)/ready
-	rm -rf "$(RUN)"
+	rm -rf "$(RUN)/pretrain" "$(RUN)/pretrained" "$(RUN)/scratch"
 	$(BIN)/python train_pretrain.py --steps $(STEPS) --max-seq-length 48 --batch-size 64 --learning-rate 2e-3 --eval-every 50 --dropout 0 --out "$(RUN)/pretrain"
 	$(BIN)/python bert.py "$(RUN)/pretrain/model" "The plot is wonderfully [MASK] and the [MASK] looks sublime."
 	$(BIN)/python bert.py "$(RUN)/pretrain/model" "The plot is painfully [MASK] and the [MASK] looks tedious."
