@@ -977,16 +977,19 @@ def draw_curves(out: Path) -> None:
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)
+    colors: dict[Any, str] = {}
     for (name, split, model), points in curves.items():
         axes = losses if "loss" in name else accuracies
-        label = f"{split} {name}"
-        if model:
-            label += ", learning rate {:g}, seed {}".format(*model)
-        axes.plot(*zip(*points, strict=True), alpha=0.4 if split == "train" else 1, label=label)
-    losses.set(xlabel="step", ylabel="loss, nats")
-    accuracies.set(xlabel="step", ylabel="share", ylim=(0, 1.02))
-    losses.legend()
-    accuracies.legend()
+        style: dict[str, Any] = {"color": colors.setdefault(model or name, f"C{len(colors)}")}
+        if split == "train":
+            style["alpha"] = 0.4
+        else:
+            style["label"] = "learning rate {:g}, seed {}".format(*model) if model else name
+        axes.plot(*zip(*points, strict=True), **style)
+    losses.set(xlabel="step", ylabel="loss, nats", title="pale: training, else validation")
+    accuracies.set(xlabel="step", ylabel="share")
+    losses.legend(fontsize=7)
+    accuracies.legend(fontsize=7)
     figure.savefig(out / "curves.png", dpi=120)
 
 
