@@ -19,11 +19,11 @@ SHARES = ("all", "tenth", "hundredth")  # of the labelled sentences
 # "longer" is a run on a GPU, which has been recorded and is no part of `make afternoon`.
 STARTS = {
     "scratch": "from scratch",
-    "pretrained": "pretrained",
+    "pretrained": "pretrained, 2 cores",
     "longer": "pretrained for longer, on a GPU",
 }
 COLORS = {"scratch": "C0", "pretrained": "C2", "longer": "C3"}
-STEPS = (250, 500, 1000, 1500, 2000, 2500, 5000, 7500, 10000, 15000)
+STEPS = (250, 500, 1000, 1500, 2000, 2500, 5000, 10000, 15000)
 
 Accuracies = dict[tuple[str, str], list[float]]  # by start and share; of each seed, in percent
 
@@ -77,7 +77,7 @@ def plot_loss(axes: Any, folder: Path) -> None:
             lines = read_lines(folder / run, split="validation")
             millions = lines["tokens"] / 1e6
             style = {"color": COLORS[start], "label": STARTS[start]}
-            axes.plot(millions, lines["mlm_loss"], **style)
+            axes.plot(millions, lines["mlm_loss"], "o-", markersize=3, **style)
     entropy = lines["unigram_entropy"][0]
     axes.axhline(entropy, color="black", linestyle=":", label="unigram entropy")
     axes.set(xlabel="million tokens", ylabel="MLM loss, nats", title="pretraining on film reviews")

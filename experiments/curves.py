@@ -68,7 +68,7 @@ def plot_pretraining(loss: Any, shares: Any, run: Path) -> None:
     train = read_lines(run, split="train")
     validation = read_lines(run, split="validation")
     loss.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
-    loss.plot(validation["step"], validation["mlm_loss"], label="validation")
+    loss.plot(validation["step"], validation["mlm_loss"], "o-", markersize=3, label="validation")
     for name, style, label in (
         ("ln_vocab_size", ":", "ln V: nothing is known"),
         ("unigram_entropy", "--", "unigram entropy: how often tokens occur"),
@@ -80,6 +80,6 @@ def plot_pretraining(loss: Any, shares: Any, run: Path) -> None:
         ("mlm_accuracy", "MLM accuracy"),
         ("nsp_accuracy", "NSP accuracy"),
     ):
-        shares.plot(validation["step"], validation[name], label=label)
+        shares.plot(validation["step"], validation[name], "o-", markersize=3, label=label)
     loss.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
     shares.set(xlabel="step", ylim=(0, 1.02), title="pretraining, validation")

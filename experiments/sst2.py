@@ -28,8 +28,8 @@ def draw() -> Any:
         loss.plot(steps, means, color, alpha=0.35)
         loss.plot(dev["step"], dev["loss"], color)
         accuracy.plot(dev["step"], dev["accuracy"], color, label=f"learning rate {rate:g}")
-    loss.set(xlabel="step", ylabel="loss, nats", title="from scratch: training (pale) and dev")
-    accuracy.set(xlabel="step", ylabel="dev accuracy", title="from scratch")
+    loss.set(xlabel="step", ylabel="loss, nats", title="from scratch; pale: training, else dev")
+    accuracy.set(xlabel="step", ylabel="dev accuracy", title="accuracy on dev")
     accuracy.legend(fontsize=8)
     return figure
 
