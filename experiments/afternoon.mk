@@ -5,7 +5,7 @@
 # Pretraining writes into its folder itself and resumes from checkpoint.pt; its model/ comes last.
 # Another corpus or other settings need another folder: make afternoon CORPUS=DIR AFTERNOON=runs/mine
 
-# Hub ids, or folders that `datasets` loads: make afternoon CORPUS=DIR SST2=DIR
+# Hub ids, or folders of .txt, .jsonl or .parquet files: make afternoon CORPUS=DIR SST2=DIR
 CORPUS ?= stanfordnlp/imdb
 SST2 ?= stanfordnlp/sst2
 AFTERNOON ?= runs/afternoon

@@ -6,8 +6,8 @@
     python -m experiments.mistakes lists CORPUS VOCABULARY > experiments/mistakes/lists.jsonl
     python -m experiments.mistakes    # draws mistakes.png
 
-CORPUS is a hub id or a folder for `datasets`, with a document per row. The lines of tokenizer.jsonl
-are of train_sst2.py, with another tokenizer in the folder of the weights.
+CORPUS is what train_pretrain.py takes as --dataset, with a document per row. The lines of
+tokenizer.jsonl are of train_sst2.py, with another tokenizer in the folder of the weights.
 """
 
 import gc
@@ -235,7 +235,7 @@ def draw() -> Any:
 
 
 def main(mistake: str, corpus: str, vocabulary: str) -> None:
-    documents = list(datasets.load_dataset(corpus, split="train")["text"])
+    documents = list(data.get_dataset(corpus)["text"])
     with tempfile.TemporaryDirectory() as folder:
         for line in MISTAKES[mistake](documents, data.load_tokenizer(vocabulary), folder):
             print(json.dumps(line), flush=True)

@@ -8,6 +8,8 @@ import sys
 
 import datasets
 
+import data
+
 LINE_BREAK = "<br />"
 
 
@@ -21,7 +23,7 @@ def reviews(corpus: str, out: str) -> None:
     Labels do not matter for pretraining, so the splits train and unsupervised are trained on. A
     paragraph ends with two "<br />", which become a blank line: a sentence ends there.
     """
-    splits = datasets.load_dataset(corpus)
+    splits = data.get_dataset(corpus, split=None)
     names = [name for name in ("train", "unsupervised") if name in splits]
     parts = {"train": datasets.concatenate_datasets([splits[name] for name in names])}
     if "validation" in splits:
@@ -33,7 +35,7 @@ def reviews(corpus: str, out: str) -> None:
 
 def fewer(dataset: str, every: str, out: str) -> None:
     """Writes the first of every so many training sentences, and the whole validation split."""
-    splits = datasets.load_dataset(dataset)
+    splits = data.get_dataset(dataset, split=None)
     kept = range(0, len(splits["train"]), int(every))
     splits["train"].select(kept).to_parquet(f"{out}/train.parquet")
     splits["validation"].to_parquet(f"{out}/validation.parquet")
