@@ -59,27 +59,3 @@ def best_accuracies(run: Path, **wanted: Any) -> list[float]:
 def mean_and_deviation(values: list[float]) -> str:
     deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{deviation}"
-
-
-def plot_pretraining(loss: Any, shares: Any, run: Path) -> None:
-    """Draws two panels: the MLM loss beside two that are reached without reading the text, and the
-    accuracies with the share of the most frequent prediction.
-    """
-    train = read_lines(run, split="train")
-    validation = read_lines(run, split="validation")
-    loss.plot(train["step"], train["mlm_loss"], color="0.85", label="training")
-    loss.plot(validation["step"], validation["mlm_loss"], "o-", markersize=3, label="validation")
-    for name, style, label in (
-        ("ln_vocab_size", ":", "ln V: nothing is known"),
-        ("unigram_entropy", "--", "unigram entropy: how often tokens occur"),
-    ):
-        nats = validation[name][0]
-        loss.axhline(nats, color="black", linestyle=style, linewidth=1, label=label)
-    for name, label in (
-        ("most_frequent_prediction", "share of the most frequent prediction"),
-        ("mlm_accuracy", "MLM accuracy"),
-        ("nsp_accuracy", "NSP accuracy"),
-    ):
-        shares.plot(validation["step"], validation[name], "o-", markersize=3, label=label)
-    loss.set(xlabel="step", ylabel="MLM loss, nats", title="masked language model")
-    shares.set(xlabel="step", ylim=(0, 1.02), title="pretraining, validation")
