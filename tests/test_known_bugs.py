@@ -100,7 +100,7 @@ AT_ATTENTION = {"site": "attention probabilities", "field": "attention_dropout",
 BUGS = {
     "1 LayerNorm before the residual": Bug(
         *LAYER, FEED_FORWARD, "x + self.feed_forward_norm(self.dropout(computed))",
-        "test_every_layer_hands_on_vectors_of_mean_0_and_variance_1",
+        "test_the_encoder_returns_vectors_of_mean_0_and_variance_1",
     ),
     "2 pre-LayerNorm": Bug(
         *LAYER, FEED_FORWARD, "x + self.contract(F.gelu(self.expand(self.feed_forward_norm(x))))",
@@ -276,11 +276,9 @@ def test_planted_bug_is_caught(name, monkeypatch, tmp_path):
     """The test passes on the real source and fails on the planted one."""
     bug = BUGS[name]
     test = find_test(bug.test)  # in test_reference it is skipped without transformers
-    kept = getattr(test, "_hypothesis_internal_use_settings", None)
     if (test, str(bug.arguments)) not in PASSED:  # several bugs are for the same test
         run(test, bug.arguments, tmp_path / "real", 5)
         PASSED.add((test, str(bug.arguments)))
     plant(monkeypatch, bug)
     with pytest.raises((AssertionError, pytest.fail.Exception, *bug.caught_as)):
         run(test, bug.arguments, tmp_path / "planted", 100)
-    assert getattr(test, "_hypothesis_internal_use_settings", None) is kept

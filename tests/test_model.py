@@ -180,7 +180,7 @@ def test_padding_is_hidden_under_bfloat16_autocast(fused, device):
 
 
 @given(cases(Bert))
-def test_every_layer_hands_on_vectors_of_mean_0_and_variance_1(case):
+def test_the_encoder_returns_vectors_of_mean_0_and_variance_1(case):
     """LayerNorm comes after the residual sum, so it decides what every layer returns. The bound is
     1e-6 for the mean and 1e-3 for the variance."""
     config = dataclasses.replace(case.model.config, layer_norm_eps=1e-12)
