@@ -399,14 +399,10 @@ def write_mistakes(folder: Path) -> Path:
     for name, rows in {
         "corpus": [{"text": text} for text in texts],
         "lines": [{"text": text.split(".")[0]} for text in texts],
-        "labels": [{"sentence": "a", "label": -1}],
-        "nulls": [{"text": None}] * 9,
     }.items():
         write_rows(folder / f"{name}.jsonl", rows)
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (folder / "latin.txt").write_bytes("café aa. bb.".encode("latin-1"))
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
-    (folder / "nomask.txt").write_text("\n".join(VOCABULARY).replace("[MASK]", "mask") + "\n")
     publish(folder / "model", TINY)
     publish(folder / "few", dataclasses.replace(TINY, vocab_size=20))
     (folder / "bare").mkdir()

@@ -167,8 +167,6 @@ def test_a_vocabulary_without_a_special_token_is_rejected(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(kept))
     with pytest.raises(ValueError, match=r"lacks \[MASK\], \[PAD\]$"):
         data.load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="cannot read .*nowhere"):
-        data.load_tokenizer(tmp_path / "nowhere.txt")
 
 
 def test_padding_and_truncation_of_a_published_tokenizer_are_switched_off(tmp_path):
@@ -240,7 +238,6 @@ def test_texts_to_learn_a_vocabulary_from_are_not_held_in_memory():
     tokenizer = data.train_tokenizer(texts, 14)
     assert texts.passes == 2
     assert tokenizer.to_str() == data.train_tokenizer(["ab ab", "ac"], 14).to_str()
-    assert "##b" in tokenizer.get_vocab()
 
 
 def test_a_vocabulary_smaller_than_the_alphabet_is_rejected():
