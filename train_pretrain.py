@@ -10,7 +10,7 @@
 Writes into the folder --out:
     config.json    the options
     metrics.jsonl  a line for every log and every evaluation; losses in nats. "step": N means after
-                   N updates; a training line has the loss whose gradient made update N
+                   N updates; the loss of a training line is from just before update N
     checkpoint.pt  the latest checkpoint: --resume continues from there
     model/         at the end, weights and tokenizer in the published format
     curves.png     losses and accuracies over the steps, if matplotlib is there
@@ -217,7 +217,7 @@ def forward(
         mlm_logits, nsp_logits = model(
             batch["input_ids"], batch["token_type_ids"], masked_indices=batch["masked_indices"]
         )
-    if precision == "bfloat16":  # not always: tests compare in float64
+    if precision == "bfloat16":  # only then: tests compare in float64
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
     return mlm_logits, nsp_logits
 
@@ -274,7 +274,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
     Decay pulls a parameter towards 0. LayerNorm's weights start at 1 and should not be pulled away
     from it, and decaying biases has little effect. eps is that of [Code], too.
 
-    Differs: [Code] lacks Adam's correction of the moments, which start at 0.
+    Differs: [Code] lacks Adam's bias correction of the moments, which start at 0.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
@@ -401,14 +401,14 @@ def train(
         # Learning rate.
         rate = learning_rate(step, options.learning_rate, options.warmup, options.steps)
 
-        # This rank's micro-batches, and how much all ranks have in this step.
+        # This rank's micro-batches; counts and signals of all ranks together.
         micro_batches = [next(batches) for _ in range(per_rank)]
         counts = count(micro_batches, model.padding_idx)
         masked, pairs, tokens, signals_received = total(*counts, len(signals))
 
-        # Forward, loss, backward. The seed of a micro-batch's dropout depends on the step and on
-        # which of the step's micro-batches it is, not on the rank that computes it.
-        # (`EpochSampler` deals them to the ranks in turn.)
+        # Forward, loss, backward. `EpochSampler` deals a step's micro-batches to the ranks in turn,
+        # so this rank's i-th is number rank + i * ranks of the step. That number, and not the rank,
+        # decides the seed of its dropout.
         on_device = [to_device(batch, device) for batch in micro_batches]
         seeds = [(options.seed, step, rank + i * ranks) for i in range(per_rank)]
         losses = add_gradients(losses_of, on_device, masked, pairs, seeds)
@@ -475,8 +475,8 @@ def evaluate(
 
     Losses are in nats. Perplexity is exp(MLM loss), without the NSP loss.
     `most_frequent_prediction` is the share of masked tokens that get the most frequent prediction.
-    It is 1.0 when the model predicts the same token everywhere. That is normal early in training.
-    Later, see `learning_rate`: the rate is too large. The model keeps its mode.
+    It is 1.0 when the model predicts the same token everywhere. That is normal early in training;
+    later, the rate is too large (see `learning_rate`). The model stays in train or eval mode.
     """
     was_training = model.training
     model.eval()
@@ -609,17 +609,16 @@ def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterato
     A stream cannot start in the middle: it is read again from its beginning, and the batches that
     the run was trained on are dropped. That is exact, but slow.
     """
-    # Workers share the memory of this process until it is written to. The garbage collector writes
-    # into all objects that it visits, and it does not visit frozen ones.
+    # Forked workers share the memory of this process until it is written to. The garbage collector
+    # writes into all objects that it visits, and it does not visit frozen ones.
     gc.freeze()
     rank, ranks = rank_and_ranks()
     trained_on = start * options.accumulate // ranks
-    first = 0 if options.streaming else trained_on
     loader = data.get_split_dataloader(
-        examples, options.batch_size, first, rank, ranks, options.workers
+        examples, options.batch_size, trained_on, rank, ranks, options.workers
     )
     loader.worker_init_fn = outlive_signals
-    return itertools.islice(loader, trained_on - first, None)
+    return itertools.islice(loader, trained_on if options.streaming else 0, None)
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
@@ -728,8 +727,8 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     - float32: all matrix products in float32.
     - medium: float32 in memory, but matrix products may round their factors to bfloat16.
     - bfloat16: autocast, see `autocast`.
-    - auto: bfloat16 on a GPU, the fastest of them on a CPU; float32 where bfloat16 is emulated
-      (GPUs before Ampere, CPUs without AMX and AVX512-BF16: forty times as long).
+    - auto: bfloat16 on a GPU, the fastest of them on a CPU; float32 where bfloat16 is emulated: on
+      GPUs before Ampere, and on CPUs without AMX and AVX512-BF16 (it takes forty times as long).
     """
     if name == "auto":
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.11
@@ -787,8 +786,8 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     if accumulate % ranks:
         raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
 
-    # Imported before the process group is made: torch imports this module in the first step, and it
-    # would then hold the group, so that the process may crash at its end.
+    # Imported before the process group is made: torch would import it in the first step, and the
+    # module would then hold the group, so that the process may crash at its end.
     import torch.distributed.nn
 
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
@@ -1047,7 +1046,7 @@ def run_script(main: Callable, cls: type) -> None:
         reason = str(error).rstrip(". ") or "a data worker has ended"
         message = f"{reason}: it died or cannot send its batch; try fewer --workers, and --resume"
     except (ValueError, OSError) as error:
-        # The last file of a traceback raised the error. It is looked for in the text, because an
+        # Who raised it? The last file of the traceback, which is looked for in the text, because an
         # error of a data worker brings the worker's traceback as text.
         raised_in = re.findall(r'File "(.+)", line', traceback.format_exc())[-1]
         is_ours = Path(raised_in).resolve().parent == Path(__file__).resolve().parent

@@ -33,19 +33,6 @@ def new_figure(inches: tuple[float, float]) -> Any:
     return Figure(figsize=inches, layout="constrained")
 
 
-def means_of_seeds(
-    run: Path, name: str, by: str = "step", **wanted: Any
-) -> tuple[np.ndarray, list[float]]:
-    """Returns the steps (or epochs) of a run of train_sst2.py, and the mean of a quantity over the
-    seeds at each. wanted: see `read_lines`.
-    """
-    lines = read_lines(run, **wanted)
-    values = lines[name]
-    steps = lines[by]
-    different = np.unique(steps)
-    return different, [values[steps == step].mean() for step in different]
-
-
 def best_accuracies(run: Path, **wanted: Any) -> list[float]:
     """Returns the accuracy of each seed of a run of train_sst2.py on the validation split, in
     percent, at its best epoch. wanted: see `read_lines`.

@@ -14,7 +14,6 @@ from experiments.curves import (
     HERE,
     best_accuracies,
     mean_and_deviation,
-    means_of_seeds,
     new_figure,
     read_lines,
 )
@@ -68,14 +67,20 @@ def plot_pretraining(loss: Any, shares: Any, run: Path) -> None:
     shares.set(xlabel="step", ylim=(0, 1.02), title="pretraining, validation")
 
 
+def accuracy_by_epoch(run: Path) -> tuple[np.ndarray, list[float]]:
+    """Returns the epochs of fine-tuning, and the mean validation accuracy of the seeds at each."""
+    lines = read_lines(run, split="validation")
+    epochs = np.unique(lines["epoch"])
+    return epochs, [lines["accuracy"][lines["epoch"] == epoch].mean() for epoch in epochs]
+
+
 def draw(folder: Path) -> Any:
     """Draws the loss, the shares and accuracies, and both classifiers."""
     figure = new_figure((14, 4.2))
     loss, shares, reviews = figure.subplots(1, 3)
     plot_pretraining(loss, shares, folder / "pretrain")
     for run, label in {"pretrained": "with pretrained weights", "scratch": "from scratch"}.items():
-        means = means_of_seeds(folder / run, "accuracy", by="epoch", split="validation")
-        reviews.plot(*means, "o-", label=label)
+        reviews.plot(*accuracy_by_epoch(folder / run), "o-", label=label)
     reviews.set(xlabel="epoch", ylim=(0.45, 1.02), title="accuracy on reviews, mean of the seeds")
     loss.legend(fontsize=8, loc="upper right")
     shares.legend(fontsize=8, loc="center right")
