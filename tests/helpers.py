@@ -265,6 +265,7 @@ def make_review_options(folder: Path, **splits: int) -> SST2Options:
 OPTIONS = PretrainOptions(
     vocab_size=60, max_seq_length=32, batch_size=2, accumulate=2, steps=30, save_every=1,
     eval_every=10, log_every=1, workers=0, device="cpu", precision="float32",
+    optimizer="muon",  # it has AdamW for the other parameters
 )  # fmt: skip
 
 

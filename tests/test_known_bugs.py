@@ -168,7 +168,7 @@ BUGS = {
     ),
     "17 coupled decay": Bug(
         train_pretrain, "make_optimizer", "torch.optim.AdamW(groups", "torch.optim.Adam(groups",
-        "test_a_step_without_gradient_shrinks_exactly_what_decays",
+        "test_a_step_without_gradient_shrinks_exactly_what_decays", {"name": "adamw"},
     ),
     "19 the model is pickled": Bug(
         bert, "write_pretrained", '(directory / "model.safetensors").write_bytes(weights)',

@@ -191,13 +191,14 @@ def test_the_gradient_of_two_ranks_is_that_of_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
-    """The flags of a run with dropout, which is the same for any number of ranks."""
+    """The flags of a run with dropout, and with Muon beside AdamW. It is the same for any number of
+    ranks."""
     folder = tmp_path_factory.mktemp("distributed")
     write_many_documents(folder / "corpus.jsonl")
     publish(folder / "model", replace(PUBLISHABLE, max_seq_length=32, dropout=0.1))
     line = f"--dataset {folder}/corpus.jsonl --weights {folder}/model --max-seq-length 32"
     line += " --batch-size 2 --accumulate 2 --steps 12 --eval-every 6 --log-every 1"
-    line += " --save-every 4 --workers 1 --device cpu --precision float32"
+    line += " --save-every 4 --workers 1 --device cpu --precision float32 --optimizer muon"
     return [str(ROOT / "train_pretrain.py"), *line.split()]
 
 

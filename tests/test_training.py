@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import assert_same, model_of, read_lines
+from helpers import assert_same, checkpoint_of, model_of, read_lines
 from strategies import (
     CPU,
     FIXED,
@@ -77,17 +77,75 @@ def test_every_micro_batch_of_every_step_has_a_dropout_mask_of_its_own(options, 
     assert first == again
 
 
-def test_a_step_without_gradient_shrinks_exactly_what_decays():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_without_gradient_shrinks_exactly_what_decays(name):
     """Decay is decoupled: weights lose lr x 0.01 of themselves, whatever Adam's state is."""
     model = BertPretrainModel(FIXED, PADDING)
     before = copy.deepcopy(model.state_dict())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    update(model, make_optimizer(model), rate=0.5)
+    update(model, make_optimizer(model, name), rate=0.5)
     for name, after in model.state_dict().items():
         decays = before[name].dim() == 2
         expected = before[name] * (1 - 0.5 * 0.01) if decays else before[name]
         torch.testing.assert_close(after, expected, rtol=1e-6, atol=0)
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_everything_else(options):
+    pretrain(replace(options, optimizer="muon"))
+    optimizer = checkpoint_of(Path(options.out))["optimizer"]
+    *by_adamw, hidden = optimizer["param_groups"]
+    model = BertPretrainModel.from_pretrained(f"{options.out}/model")
+    matrices = [p for p in model.bert.layers.parameters() if p.dim() == 2]
+    states = [optimizer["state"][i] for i in hidden["params"]]
+    assert [state["momentum_buffer"].shape for state in states] == [p.shape for p in matrices]
+    others = [i for group in by_adamw for i in group["params"]]
+    assert all("exp_avg" in optimizer["state"][i] for i in others)
+    assert len(others) + len(matrices) == len(list(model.parameters()))
+
+
+def muon_by_hand(matrix: torch.Tensor, gradients: list[torch.Tensor], rate: float) -> torch.Tensor:
+    """Returns a matrix after a step for each gradient: decay, and a step of the size of AdamW's
+    along Nesterov's momentum, whose singular values are computed and brought near 1."""
+    momentum = torch.zeros_like(matrix)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + 0.05 * gradient
+        u, s, v = torch.linalg.svd(0.95 * momentum + 0.05 * gradient, full_matrices=False)
+        s = s / s.norm()
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        assert ((s > 0.68) & (s < 1.21)).all()
+        size = 0.2 * max(matrix.shape) ** 0.5
+        matrix = (1 - 0.01 * rate) * matrix - size * rate * (u * s) @ v
+    return matrix
+
+
+def test_steps_of_muon_are_those_by_hand_and_nearly_those_of_torch():
+    """torch's own Muon computes in bfloat16. The other parameters take the steps of AdamW."""
+    model = BertPretrainModel(FIXED, PADDING).double()
+    twin, start = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    optimizer, groups = make_optimizer(model, "muon"), make_optimizer(twin, "muon").param_groups
+    hidden = groups.pop()["params"]
+    theirs = (
+        torch.optim.Muon(hidden, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, fused=True),
+    )
+    gradients: dict[str, list] = {name: [] for name in start}
+    for _ in range(3):
+        for (name, ours), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+            ours.grad = 1e-3 * torch.randn_like(ours)  # so small that none is clipped
+            other.grad = ours.grad.clone()
+            gradients[name].append(ours.grad.clone())
+        update(model, optimizer, rate=0.1)
+        for one in theirs:
+            update(twin, one, rate=0.1)
+    for (name, ours), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if any(other is matrix for matrix in hidden):
+            by_hand = muon_by_hand(start[name], gradients[name], rate=0.1)
+            torch.testing.assert_close(ours.data, by_hand, rtol=1e-9, atol=1e-12)
+            assert (ours - other).norm() < 0.02 * (ours - start[name]).norm()
+        else:
+            torch.testing.assert_close(ours, other, rtol=0, atol=0)
 
 
 # ---- The loss -----------------------------------------------------------------------------------
