@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class Training:
     precision: Any = "auto"
     keeps_memory: bool = True  # instead of returning it to the system
     compiled: bool = False
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def __call__(self, batch: Batch) -> Step:
         """Returns the step, in the process that will run it."""
@@ -70,10 +71,10 @@ class Training:
         precision = choose_precision(self.precision, device)
         length = batch["input_ids"].shape[1]
         config = BertConfig.named(self.size, vocab_size=VOCAB_SIZE, max_seq_length=length)
-        is_ours = self.who == "ours"
+        is_ours = self.who.startswith("ours")
         model = BertPretrainModel(config, 0) if is_ours else their_model(config)
         model.to(device).train()
-        optimizer = make_optimizer(model)
+        optimizer = make_optimizer(model, self.optimizer)
         run: Any = PretrainLosses(model, precision) if is_ours else model
         if self.compiled:
             run = torch.compile(run)
@@ -177,11 +178,12 @@ def contest(contestants: list[tuple], steps: int) -> Iterator[tuple[float, float
 
 
 def peers(size: str, compiled: bool) -> list[Training]:
-    """Returns ours, transformers as it comes, and transformers with our precision and memory."""
+    """Returns ours; transformers as it comes, and with our precision and memory; ours with Muon."""
     ours = Training("ours", size, compiled=compiled)
     as_it_comes = Training("transformers, as it comes", size, "float32", keeps_memory=False)
     same = Training("transformers, same precision", size, compiled=compiled)
-    return [ours, same] if compiled else [ours, as_it_comes, same]
+    with_muon = Training("ours, with Muon", size, optimizer="muon")
+    return [ours, same] if compiled else [ours, as_it_comes, same, with_muon]
 
 
 def measure() -> Iterator[dict[str, Any]]:
@@ -238,7 +240,7 @@ def draw() -> Any:
     axes = figure.subplots()
     recorded = (HERE / "speed.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in recorded]
-    lines = [line for line in lines if line["who"] != "ours"]
+    lines = [line for line in lines if "ours" not in line["who"]]
     names = []
     for i, line in enumerate(lines):
         ratio = line["times_as_fast"]
