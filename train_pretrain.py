@@ -284,7 +284,7 @@ def make_optimizer(model: nn.Module, name: Literal["adamw", "muon"] = "adamw") -
     for path, parameter in model.named_parameters():
         if parameter.dim() == 1:
             vectors.append(parameter)
-        elif name == "muon" and "bert.layers." in path:
+        elif name == "muon" and "layers." in path:
             hidden.append(parameter)
         else:
             matrices.append(parameter)
@@ -303,19 +303,21 @@ def make_optimizer(model: nn.Module, name: Literal["adamw", "muon"] = "adamw") -
 class MuonWithAuxAdam(torch.optim.AdamW):
     """Muon for the groups with `use_muon`, AdamW for the others.
 
-    The gradient of a matrix has a few large singular values. Muon averages the gradients and brings
-    all singular values near 1, so that small directions count, too (K. Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon/). The step is scaled to the usual size of AdamW's, so
-    that both take the same learning rate (J. Liu et al. 2025, arXiv 2502.16982).
+    The gradient of a matrix has a few large singular values. Muon steps along the averaged gradient
+    with its singular values brought near 1, so that small directions count, too (K. Jordan et al.
+    2024, https://kellerjordan.github.io/posts/muon/). The step is scaled to the usual size of
+    AdamW's, so AdamW's learning rate is a good first choice (J. Liu et al. 2025, arXiv 2502.16982).
 
-    torch.optim.Muon multiplies in bfloat16, which takes 25 times as long on CPUs without it.
+    torch.optim.Muon multiplies in bfloat16, which takes about 30 times as long on CPUs without it.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
+            if not group.get("use_muon"):
+                continue
             for matrix in group["params"]:
-                if not group.get("use_muon") or matrix.grad is None:
+                if matrix.grad is None:
                     continue
                 state = self.state[matrix]
                 if not state:
@@ -323,7 +325,7 @@ class MuonWithAuxAdam(torch.optim.AdamW):
                     state["step"] = torch.tensor(0.0)  # AdamW's load_state_dict asks for it
                 momentum = state["momentum_buffer"].lerp_(matrix.grad, 0.05)
                 direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))  # Nesterov
-                size = 0.2 * math.sqrt(max(matrix.shape))  # its root mean square is then 0.2
+                size = 0.2 * math.sqrt(max(matrix.shape))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(direction, alpha=group["lr"] * size)
                 matrix.grad = None  # AdamW passes over it
@@ -331,11 +333,11 @@ class MuonWithAuxAdam(torch.optim.AdamW):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Returns about U V^T for a matrix U S V^T, (rows, columns): its singular values S become 1.
+    """Returns about U V^T for a matrix U S V^T, (rows, columns): singular values S near 1.
 
     x x^T x is U S^3 V^T, so each of five Newton-Schulz iterations applies a s + b s^3 + c s^5 to
-    every singular value s. With Jordan's coefficients, all that are at least 0.002 of the norm come
-    to lie in 0.68 .. 1.21, which is near enough.
+    every singular value s. With Jordan's coefficients, those of at least 0.002 of the Frobenius
+    norm come to lie in 0.68 .. 1.21; smaller ones stay smaller.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T  # x x^T is smaller

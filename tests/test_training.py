@@ -40,6 +40,7 @@ from train_pretrain import (
     evaluate,
     learning_rate,
     make_optimizer,
+    orthogonalize,
     pretrain,
     probe,
     set_seed,
@@ -77,16 +78,17 @@ def test_every_micro_batch_of_every_step_has_a_dropout_mask_of_its_own(options, 
     assert first == again
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_step_without_gradient_shrinks_exactly_what_decays(name):
-    """Decay is decoupled: weights lose lr x 0.01 of themselves, whatever Adam's state is."""
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_with_gradients_of_0_shrinks_exactly_what_decays(optimizer):
+    """Decay is decoupled: weights lose lr x 0.01 of themselves. A frozen one stays as it is."""
     model = BertPretrainModel(FIXED, PADDING)
     before = copy.deepcopy(model.state_dict())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    update(model, make_optimizer(model, name), rate=0.5)
+    frozen = "bert.layers.0.expand.weight"
+    for name, parameter in model.named_parameters():
+        parameter.grad = None if name == frozen else torch.zeros_like(parameter)
+    update(model, make_optimizer(model, optimizer), rate=0.5)
     for name, after in model.state_dict().items():
-        decays = before[name].dim() == 2
+        decays = before[name].dim() == 2 and name != frozen
         expected = before[name] * (1 - 0.5 * 0.01) if decays else before[name]
         torch.testing.assert_close(after, expected, rtol=1e-6, atol=0)
 
@@ -102,6 +104,8 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_everything_else(options
     others = [i for group in by_adamw for i in group["params"]]
     assert all("exp_avg" in optimizer["state"][i] for i in others)
     assert len(others) + len(matrices) == len(list(model.parameters()))
+    of_encoder = make_optimizer(model.bert, "muon").param_groups[-1]["params"]
+    assert len(of_encoder) == len(matrices)
 
 
 def muon_by_hand(matrix: torch.Tensor, gradients: list[torch.Tensor], rate: float) -> torch.Tensor:
@@ -121,7 +125,9 @@ def muon_by_hand(matrix: torch.Tensor, gradients: list[torch.Tensor], rate: floa
 
 
 def test_steps_of_muon_are_those_by_hand_and_nearly_those_of_torch():
-    """torch's own Muon computes in bfloat16. The other parameters take the steps of AdamW."""
+    """torch's own Muon computes in bfloat16; ours is as precise as the weights are. The other
+    parameters take the steps of AdamW.
+    """
     model = BertPretrainModel(FIXED, PADDING).double()
     twin, start = copy.deepcopy(model), copy.deepcopy(model.state_dict())
     optimizer, groups = make_optimizer(model, "muon"), make_optimizer(twin, "muon").param_groups
@@ -143,6 +149,8 @@ def test_steps_of_muon_are_those_by_hand_and_nearly_those_of_torch():
         if any(other is matrix for matrix in hidden):
             by_hand = muon_by_hand(start[name], gradients[name], rate=0.1)
             torch.testing.assert_close(ours.data, by_hand, rtol=1e-9, atol=1e-12)
+            in_float32, exact = orthogonalize(start[name].float()), orthogonalize(start[name])
+            torch.testing.assert_close(in_float32.double(), exact, rtol=0, atol=1e-4)
             assert (ours - other).norm() < 0.02 * (ours - start[name]).norm()
         else:
             torch.testing.assert_close(ours, other, rtol=0, atol=0)
