@@ -145,7 +145,7 @@ def attention(
     `fused_attention=False`; by default PyTorch's own function does the same.
 
     q, k, v: (..., seq, d_head), the queries, keys and values of one head, or of several at once;
-    d_head may be another one for v.
+    v may have its own d_head.
     mask: bool, broadcastable to (..., seq, seq), True where a query (row) may attend to a key
     (column).
     dropout: the probability with which a probability is dropped; 0 outside of training.
@@ -310,9 +310,8 @@ class Bert(PretrainedModel):
         token_type_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Returns the last layer's hidden states, (batch, seq, d_model).
+        """Returns the last layer's hidden states, (batch, seq, d_model). Arguments: (batch, seq).
 
-        All arguments are (batch, seq).
         token_type_ids: 0 = segment A, 1 = segment B; by default all 0.
         attention_mask: True = a token, False = padding; by default `input_ids != padding_idx`.
         In transformers the attention mask is the second argument: when in doubt, pass by name.
@@ -404,8 +403,6 @@ class SST2BertModel(PretrainedModel):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(config.d_model, config.num_labels)
         self.init_weights(self.classifier)
-        if config.num_labels == 2:
-            self.label_names = ["negative", "positive"]  # those of SST-2
 
     def forward(
         self,
@@ -452,7 +449,7 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# A config.json may lack these keys. With another value, the model would be another one.
+# A config.json may lack these keys. Any other value means another model.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 ENCODER_PREFIXES = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
@@ -625,12 +622,9 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
 
 
 def check_tokenizer(model: PretrainedModel, tokenizer: Any) -> None:
-    """Raises ValueError if an id of the tokenizer has no embedding, or if it has no [PAD]."""
-    vocabulary = tokenizer.get_vocab()
-    if max(vocabulary.values()) >= model.config.vocab_size:
+    """Raises ValueError if an id of the tokenizer has no embedding."""
+    if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:
         raise ValueError(f"the tokenizer has ids beyond vocab_size={model.config.vocab_size}")
-    if "[PAD]" not in vocabulary:
-        raise ValueError("the tokenizer has no [PAD]")
 
 
 @torch.no_grad()
@@ -657,18 +651,24 @@ def fill_masks(
     return guesses
 
 
-def main() -> None:
-    """Prints a model's guesses for each [MASK] in a text."""
+def read_tokenizer(source: str | Path) -> Any:
+    """Returns the tokenizer.json of a model's directory or hub id."""
     from tokenizers import Tokenizer
 
+    text = (fetch(source) / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_padding()  # published tokenizers may pad and truncate
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def main() -> None:
+    """Prints a model's guesses for each [MASK] in a text."""
     _, source, text = sys.argv
     if "[MASK]" not in text:
         raise ValueError("the text has no [MASK]")
-    directory = fetch(source)
-    tokenizer = Tokenizer.from_str((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer.no_padding()  # published tokenizers may pad and truncate
-    tokenizer.no_truncation()
-    model = BertPretrainModel.from_pretrained(directory, tokenizer.token_to_id("[PAD]"))
+    tokenizer = read_tokenizer(source)
+    model = BertPretrainModel.from_pretrained(source, tokenizer.token_to_id("[PAD]"))
     for guesses in fill_masks(model, tokenizer, text):
         print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in guesses.items()))
 

@@ -302,7 +302,7 @@ def test_a_classifier_of_other_labels_is_not_used(tmp_path):
         model = SST2BertModel.from_pretrained(tmp_path, num_labels=2)
     assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
     assert str(found[-1].message).endswith("classifier.bias, classifier.weight")
-    assert model.label_names == ["negative", "positive"]
+    assert model.label_names == ["LABEL_0", "LABEL_1"]
 
 
 # ---- The tokenizer lies beside the weights ------------------------------------------------------
