@@ -299,7 +299,7 @@ def tokenize_corpus(
 
     The folder is written under another name, and renamed when it is complete: it is never half
     there. If it exists, raises FileExistsError: it may hold other documents. If another process is
-    just writing it, waits for that one, and returns what it has written.
+    writing it, waits for that one, and returns what it has written.
     """
     folder = Path(folder)
     if folder.exists():
@@ -412,9 +412,8 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, tell the label: only both segments together do.
 
-    The length is at most room_before + room_after - 1, and at least 2. With one more, A would begin
-    a document at one seam and B would end one at one seam; if these differ, only a random pair
-    could do both.
+    The length is at most room_before + room_after - 1, and at least 2. With one more, A could start
+    one document and B end the other, which only a random pair does.
 
     Differs: [Code] draws a random segment B by another rule than a true one, so that its length or
     its style can tell the label.
@@ -876,7 +875,7 @@ STREAM_BLOCK = 1_000_000  # tokens, about 8,000 examples of 128
 class Stream(IterableDataset):
     """Endless examples from a corpus that is not stored because it exceeds the disk.
 
-    Each worker reads shards of its own, which `datasets` deals to it, and treats one block of
+    Each worker reads shards of its own, which `datasets` deals to it. It treats one block of
     documents at a time as a corpus, and yields each of its examples once. They are shuffled within
     a block only; blocks come in the order of the files.
 

@@ -308,7 +308,7 @@ class MuonWithAuxAdam(torch.optim.AdamW):
     2024, https://kellerjordan.github.io/posts/muon/). The step is scaled to the usual size of
     AdamW's, so AdamW's learning rate is a good first choice (J. Liu et al. 2025, arXiv 2502.16982).
 
-    torch.optim.Muon multiplies in bfloat16, which takes about 30 times as long on CPUs without it.
+    torch.optim.Muon multiplies in bfloat16, which is slow on CPUs without it (`choose_precision`).
     """
 
     @torch.no_grad()
@@ -517,7 +517,7 @@ def train(
 
 def check_weights(model: nn.Module, step: int) -> None:
     """Raises ValueError if a weight is not finite. A gradient that is not finite makes weights NaN,
-    and they stay NaN: a look now and then is enough.
+    and they stay NaN: it is enough to look now and then.
     """
     are_finite = [parameter.isfinite().all() for parameter in model.parameters()]
     if not torch.stack(are_finite).all():
@@ -716,8 +716,8 @@ def pretrain(options: PretrainOptions) -> None:
     model.to(device).train()
     optimizer = make_optimizer(model, options.optimizer)
     validation = make_validation(options, examples["validation"], device)
-    # Two losses to compare with: of a model that knows nothing, and of one that knows how often
-    # each token occurs. (A stream has not been read yet: its validation documents stand in.)
+    # Losses to compare with: of a model that knows nothing, and of one that knows how often each
+    # token occurs. (A stream has not been read yet: its validation documents stand in.)
     counted = examples["validation" if options.streaming else "train"].corpus
     baselines = {
         "ln_vocab_size": math.log(model.config.vocab_size),
@@ -871,7 +871,7 @@ def join_ranks(device: str | None, accumulate: int) -> None:
 def total(*numbers: float) -> list[float]:
     """Returns each number's sum over all ranks. The sums are on the CPU and wait for no GPU.
 
-    If another rank has ended, this one ends, too, silently: the other one or torchrun says why.
+    If another rank has ended, this one ends silently, too: the other one or torchrun says why.
     """
     if not dist.is_initialized():
         return list(numbers)
