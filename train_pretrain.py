@@ -197,7 +197,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     - `masked_indices`: the masked tokens, counted through all rows;
     - `mlm_targets`: the tokens to predict there.
 
-    They are computed on the CPU: on a GPU, `nonzero()` would force a synchronisation. Pinned memory
+    They are computed on the CPU: on a GPU, `nonzero()` would force a synchronization. Pinned memory
     is copied while the GPU computes.
     """
     labels = batch["mlm_labels"].flatten()  # (batch * seq,)

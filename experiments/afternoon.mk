@@ -16,7 +16,7 @@ FINE_TUNE ?= --learning-rate 1e-4 3e-4 --seeds 3
 FROM_PRETRAINED = --weights $(AFTERNOON)/pretrain/model
 FROM_SCRATCH = --tokenizer $(AFTERNOON)/pretrain/model --size mini --max-seq-length 64
 
-# Of the labelled sentences: one in how many is trained on, and for how many epochs.
+# Of the labeled sentences: one in how many is trained on, and for how many epochs.
 EVERY_all = 1
 EVERY_tenth = 10
 EVERY_hundredth = 100

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.curves import HERE, best_accuracies, mean_and_deviation, new_figure, read_lines
 
-SHARES = ("all", "tenth", "hundredth")  # of the labelled sentences
+SHARES = ("all", "tenth", "hundredth")  # of the labeled sentences
 # "longer" is a run on a GPU, which has been recorded and is no part of `make afternoon`.
 STARTS = {
     "scratch": "from scratch",
@@ -98,7 +98,7 @@ def plot_gain(axes: Any, found: Accuracies) -> None:
             axes.plot([x] * len(values), values, "k.", markersize=3)
             axes.text(x, max(values) + 0.6, f"{mean:.1f}", ha="center", fontsize=8)
     axes.set_xticks(range(len(SHARES)), SHARES)
-    axes.set(xlabel="labelled sentences", ylabel="SST-2 dev accuracy, %", ylim=(50, 96))
+    axes.set(xlabel="labeled sentences", ylabel="SST-2 dev accuracy, %", ylim=(50, 96))
     axes.set_title("fine-tuning; a dot is a seed")
     axes.legend(fontsize=8, loc="upper right")
 

@@ -1,7 +1,7 @@
 """The data of an afternoon, as folders for train_pretrain.py and train_sst2.py.
 
 python -m experiments.prepare reviews stanfordnlp/imdb OUT
-python -m experiments.prepare fewer stanfordnlp/sst2 10 OUT    # every tenth labelled sentence
+python -m experiments.prepare fewer stanfordnlp/sst2 10 OUT    # every tenth labeled sentence
 """
 
 import sys

@@ -2,7 +2,7 @@
 
     python -m sample.generate        # deterministic; the files it writes are committed
 
-corpus/ has unlabelled reviews. A review stays with one film, its world and people, one reviewer and
+corpus/ has unlabeled reviews. A review stays with one film, its world and people, one reviewer and
 one opinion. So segments of one review share a subject, a voice and a tone (next sentence
 prediction), and the tone of one word tells the tone of the next (masked language model). reviews/
 has single sentences with a label. In its training split only a third of the opinion words occur; in
@@ -105,7 +105,7 @@ def review(rng: random.Random) -> str:
     return f"{first}\n\n{second}"
 
 
-def labelled(rng: random.Random, seen: bool) -> dict:
+def labeled(rng: random.Random, seen: bool) -> dict:
     """Returns a sentence with a label, its opinion words from the third that is `seen`, or the
     others; with no adverb, which would tell the label.
     """
@@ -134,7 +134,7 @@ def main(folder: Path = HERE) -> None:
         rows = []
         for _ in range(number):
             seen = split == "train" or rng.random() < 0.25
-            rows.append(labelled(rng, seen))
+            rows.append(labeled(rng, seen))
         write(folder / f"reviews/{split}.jsonl", rows)
 
 

@@ -384,7 +384,7 @@ def write_reviews(folder: Path, **splits: int) -> str:
 
 
 def review_batches(sizes: list[int], batch_size: int, seed: int | None) -> SST2Batches:
-    """Returns batches of sentences: the i-th is sizes[i] times the token i + 1, labelled i % 2."""
+    """Returns batches of sentences: the i-th is sizes[i] times the token i + 1, labeled i % 2."""
     rows = [[i + 1] * size for i, size in enumerate(sizes)]
     batches = SST2Batches(rows, [i % 2 for i in range(len(sizes))], batch_size)
     batches.seed = seed
