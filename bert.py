@@ -3,11 +3,11 @@
 """BERT in one file: the model, its heads, and the format in which weights are published.
 
 Read it from top to bottom: configuration, embeddings, attention, encoder layer, encoder, heads.
-After them come loading and saving, and a small command, for a model with a tokenizer.json:
+Then come loading and saving, and a small command for models that have a tokenizer.json:
 
     python bert.py DIRECTORY_OR_HUB_ID "the [MASK] sat on the [MASK]"
 
-Made to be copied; it needs torch, safetensors, huggingface_hub (hub ids) and tokenizers (masks).
+Made to be copied. Needs torch, safetensors, huggingface_hub (for hub ids), tokenizers (for masks).
 
 Sources:
     [BERT]         Devlin et al. 2018, arXiv 1810.04805
@@ -110,8 +110,8 @@ class BertConfig:
 class Embeddings(nn.Module):
     """Computes dropout(LayerNorm(token + position + segment)). [BERT] §3, figure 2.
 
-    Attention alone does not see the order of tokens, nor which segment a token is in: the position
-    and segment embeddings add both. Position embeddings are learned, unlike the sines of
+    Attention alone sees neither the order of the tokens nor which segment each one is in: position
+    and segment embeddings supply both. Position embeddings are learned, unlike the sinusoids of
     [Transformer] §3.5, so sequences cannot exceed max_seq_length.
     """
 
@@ -141,14 +141,14 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Computes softmax(Q K^T / sqrt(d_head)) V. [Transformer] equation 1; its d_k is d_head here.
 
-    This is the explicit form, to read and to test against. A model computes it only with
-    `fused_attention=False`; by default PyTorch's own function does the same.
+    This is the explicit form, to read and to test against. Models call it only if
+    `fused_attention=False`; by default, they call PyTorch's own function, which computes the same.
 
     q, k, v: (..., seq, d_head), the queries, keys and values of one head, or of several at once;
     v may have its own d_head.
     mask: bool, broadcastable to (..., seq, seq), True where a query (row) may attend to a key
     (column).
-    dropout: the probability with which a probability is dropped; 0 outside of training.
+    dropout: the dropout rate of the attention probabilities; 0 outside of training.
 
     Returns the output, as wide as v, and the probabilities, (..., seq, seq): row i holds the
     weights with which token i averages the values of all tokens.
@@ -165,7 +165,7 @@ def attention(
     probs = scores.softmax(dim=-1)
 
     # Dropout sets some probabilities to 0 and scales up the others, so each query ignores a few
-    # random tokens ([Code]). The returned ones are those before dropout.
+    # random tokens ([Code]). The probabilities returned are those before dropout.
     output = F.dropout(probs, dropout) @ v
     return output, probs
 
@@ -175,10 +175,10 @@ class MultiHeadAttention(nn.Module):
 
     [Transformer] §3.2.2. `query` holds W^Q_1 ... W^Q_n in one matrix, so that one product computes
     the queries of all heads: the first d_head of its outputs are the query of head 1, and so on.
-    Every product also adds a bias ([Code]), which the formula leaves out.
+    Every projection also adds a bias ([Code]), which the formula leaves out.
 
-    d_k and d_v may differ from d_model: only queries and keys must match in width, because
-    they meet in a dot product, and W^O (`output`) brings the concatenated heads, d_v wide, back to
+    d_k and d_v may differ from d_model. Only queries and keys must match in width, because they
+    meet in a dot product. W^O (`output`) projects the concatenated heads, d_v wide, back to
     d_model, so that the layer can add its input to its output.
     """
 
@@ -218,15 +218,15 @@ class EncoderLayer(nn.Module):
         x = LayerNorm(x + dropout(W_2 gelu(W_1 x)))
 
     [Transformer] §3.1, §3.3, §5.4; GELU and the sizes: [BERT] §3, A.2. Attention moves information
-    between tokens. The feed-forward network computes on each token by itself; it has two thirds of
-    a layer's parameters.
+    between tokens. The feed-forward network processes each token separately; it holds two thirds
+    of a layer's parameters.
 
     LayerNorm comes after the sum ("post-LN"). At the start of training, the gradients of the last
     layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
-    models compute x + f(LayerNorm(x)) ("pre-LN"). There the gradient flows back from sum to sum
-    unchanged, and training works without warmup.
+    models compute x + f(LayerNorm(x)) ("pre-LN"). In these, the gradient flows back unchanged along
+    the residual path, and training works without warmup.
 
-    Differs: [Code] approximates GELU by a tanh (at most 5e-4 off); this is GELU itself.
+    Differs: [Code] approximates GELU with tanh (error at most 5e-4); this is the exact GELU.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -242,18 +242,18 @@ class EncoderLayer(nn.Module):
         """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
-        # If you replace GELU, do so in the MLM head, too, and change hidden_act in FIXED_FIELDS.
-        # If you replace the norm or the mask, change model_type there, or it is taken for BERT.
+        # If you replace GELU, do so in the MLM head, too, and change hidden_act in FIXED_FIELDS. If
+        # you replace the norm or the mask, change model_type there, or the model is taken for BERT.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 
 
 class PretrainedModel(nn.Module):
-    """What models share: initial weights, loading and saving. A model of your own takes (config,
-    padding_idx) and keeps its encoder, a `Bert`, as `self.bert`; heads may have any names.
+    """What all models share: initialization, loading and saving. Your own model must take (config,
+    padding_idx) and keep its encoder, a `Bert`, as `self.bert`; its heads may have any names.
     """
 
-    # The class in transformers that opens what is saved. BertModel opens the encoder alone.
+    # The transformers class that loads a saved model. BertModel loads the encoder alone.
     architecture = "BertModel"
 
     def __init__(self, config: BertConfig, padding_idx: int = 0) -> None:
@@ -264,14 +264,14 @@ class PretrainedModel(nn.Module):
         self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
-        """Initializes one module: weights with mean 0 and, by default, standard deviation 0.02;
-        biases 0. A LayerNorm stays as PyTorch makes it, with weight 1 and bias 0.
+        """Initializes one module: weights are drawn with mean 0 and, by default, standard deviation
+        0.02; biases are 0. A LayerNorm keeps PyTorch's initial values, weight 1 and bias 0.
 
         Why so small? The logit of a token is the dot product of its embedding and a hidden state,
-        which LayerNorm gives the length sqrt(d_model). So logits start near 0, and the first MLM
-        loss is about ln(vocab). With nn.Embedding's default of 1 it would be far above.
+        whose norm LayerNorm sets to sqrt(d_model). So logits start near 0, and the first MLM loss
+        is about ln(vocab). A standard deviation of 1, nn.Embedding's default, makes it far higher.
 
-        Differs: [Code] cuts the distribution off at two standard deviations.
+        Differs: [Code] truncates the distribution at two standard deviations.
         """
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
@@ -342,7 +342,7 @@ class Bert(PretrainedModel):
 class BertPretrainModel(PretrainedModel):
     """The encoder with the two heads of pretraining. [BERT] §3.1.
 
-    Masked language model (MLM): which token was masked here? dense, GELU and LayerNorm
+    Masked language model (MLM): which token was masked here? A dense layer, GELU and LayerNorm
     transform the hidden state ([Code]); the decoder then scores every token of the vocabulary.
     Next sentence prediction (NSP): does segment B follow segment A in the corpus?
 
@@ -373,11 +373,11 @@ class BertPretrainModel(PretrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Returns mlm_logits, and nsp_logits (batch, 2) with the columns next, random.
 
-        The first three arguments are those of `Bert`. masked_indices: (masked,), where MLM logits
-        are wanted, counted through the whole batch: token c of sequence r is r * seq + c.
+        The first three arguments are those of `Bert`. masked_indices: (masked,), the tokens that
+        get MLM logits, counted through the whole batch: token c of sequence r is r * seq + c.
 
         mlm_logits are (masked, vocab) with `masked_indices`, and (batch, seq, vocab) without.
-        Training passes the masked tokens, about 15% of all, and saves 85% of the costliest product.
+        Training passes only the masked tokens, about 15%, which saves 85% of the costliest product.
         """
         hidden_states = self.bert(input_ids, token_type_ids, attention_mask)
         nsp_logits = self.nsp(self.bert.pool(hidden_states))
@@ -420,7 +420,7 @@ class SST2BertModel(PretrainedModel):
 #
 # A published BERT is a directory: config.json, model.safetensors, tokenizer.json or vocab.txt.
 
-# Our name of a module: its published name, both without `bert.` and without `.weight` or `.bias`.
+# Our name for a module: its published name. Both omit the prefix `bert.` and `.weight` or `.bias`.
 PUBLISHED_NAMES = {
     "embeddings.token": "embeddings.word_embeddings",  # the decoder is the same matrix
     "embeddings.position": "embeddings.position_embeddings",
@@ -449,7 +449,7 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# A config.json may lack these keys. Any other value means another model.
+# Keys that a config.json may omit. With values other than these, it belongs to another model.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 ENCODER_PREFIXES = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
@@ -460,8 +460,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt")
 
 
 def published_name(name: str) -> str:
-    """Returns the published name of one of our parameters: of `bert.layers.3.expand.bias`, it is
-    `bert.encoder.layer.3.intermediate.dense.bias`. A name that is not in the table stays as it is.
+    """Returns the published name of one of our parameters: `bert.layers.3.expand.bias` becomes
+    `bert.encoder.layer.3.intermediate.dense.bias`. A name that is not in the table is unchanged.
     """
     layer = "".join(re.findall(r"layers\.(\d+)\.", name))
     pattern = re.sub(r"layers\.\d+\.", "layers.*.", name)
@@ -478,10 +478,10 @@ def missing_prefix(tensors: dict[str, Tensor]) -> str:
 
 
 def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, changes: dict) -> Any:
-    """Returns a model of class `cls`. Each tensor with the published name and the shape of one of
-    its parameters is copied into it. For the encoder, a tensor too few, too many or of another
-    shape is an error. Pooler and heads may be missing and keep their initial weights:
-    `model.missing_parameters` lists these, and a warning names them.
+    """Returns a model of class `cls`. Each tensor whose published name and shape match a parameter
+    is copied into that parameter. In the encoder, a tensor that is missing, left over or of another
+    shape is an error. Parameters of the pooler and heads may be missing and then keep their
+    initial weights: `model.missing_parameters` lists them, and a warning names them.
     """
     directory = fetch(source)
     try:
@@ -543,7 +543,7 @@ def read_config(published: dict[str, Any]) -> BertConfig:
         if published.get(key, value) != value:
             raise ValueError(f"{key} is {published[key]!r}, not {value!r}")
 
-    # Only a config.json that was written here has d_k and d_v. In all others they are the width.
+    # Only a config.json that was written here has d_k and d_v. In others, both equal hidden_size.
     width = published.get("hidden_size")
     values: dict[str, Any] = {"attention_d_k": width, "attention_d_v": width}
     for field in fields(BertConfig):

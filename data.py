@@ -62,12 +62,12 @@ IGNORED_LABEL = -100
 # in the cache and used as they are.
 SPLIT_VERSION = 4
 
-# First line: all marks, because `re` finds a match fast if the pattern starts with one set.
+# First line: all marks, because `re` searches fast if a pattern starts with one set of characters.
 # Second line: a sentence ends after . ! ? or an ellipsis before white space, but not after an
 # initial or a title. A lookbehind, (?<!...), must have a fixed width, so "mrs" needs its own.
-# Third line: after marks that need no white space, Chinese and Japanese 。！？, Hindi । ॥,
-# Urdu ۔ ؟, Ethiopic ።, Khmer ។, and at a blank line. Closing quotation marks and brackets
-# belong to the sentence that they close.
+# Third line: it also ends after marks that need no white space (Chinese and Japanese 。！？,
+# Hindi । ॥, Urdu ۔ ؟, Ethiopic ።, Khmer ។) and at a blank line. Closing quotation marks and
+# brackets belong to the sentence that they close.
 SENTENCE_END = re.compile(
     r"""[.!?…。！？।॥۔؟።។\n](?:"""
     r"""(?<=[.!?…])(?<!\b[A-Za-z]\.)(?<!\b(?i:mr|ms|dr|st)\.)(?<!\b(?i:mrs)\.)["'”’)\]]*(?=\s)"""
@@ -116,12 +116,12 @@ LARGEST_ALPHABET = 1000
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Returns an uncased WordPiece tokenizer learned from texts.
 
-    The 1,000 most frequent characters are tokens; a word with any other is [UNK]. (A corpus may
-    have far more, most of them rare.) Then the trainer joins pieces until there are `vocab_size`
-    tokens. `texts` is read twice; an iterator becomes a list.
+    The 1,000 most frequent characters are tokens; a word with any other character is [UNK]. (A
+    corpus may have far more, most of them rare.) Then the trainer joins pieces until there are
+    `vocab_size` tokens. `texts` is read twice, so an iterator is first turned into a list.
 
-    The same texts, in any order, give the same ids. The trainer alone would order equally frequent
-    characters differently each time. So each character, alone and as a ## piece, is a fixed token.
+    The same texts, in any order, give the same ids. Left alone, the trainer would order equally
+    frequent characters differently each time, so each one is a fixed token, as is its ## piece.
     """
     if isinstance(texts, Iterator):
         texts = list(texts)
@@ -212,8 +212,8 @@ class TokenizedCorpus:
 
     @property
     def key(self) -> str:
-        """Returns what identifies this corpus: a hash of arrays in memory, or the folder's name,
-        which only `get_corpus` makes unique.
+        """Returns what identifies this corpus: for arrays in memory, a hash of them; otherwise the
+        name of the folder, which is unique only if `get_corpus` chose it.
         """
         if isinstance(self.source, CorpusArrays):
             return make_key(*(array.tobytes() for array in self.source))
@@ -236,7 +236,7 @@ class TokenizedCorpus:
 
 
 def map_array(folder: Path, name: str) -> np.ndarray:
-    """Returns an array of a corpus on disk; its file is named after it and its type."""
+    """Returns an array of a corpus on disk; the file is named after the array and its dtype."""
     (file,) = folder.glob(f"{name}.*")
     # asarray: slices of a memmap object would be ten times as slow
     return np.asarray(np.memmap(file, dtype=file.suffix[1:], mode="r"))
@@ -297,9 +297,9 @@ def tokenize_corpus(
 ) -> TokenizedCorpus:
     """Tokenizes documents into a new folder, and returns them as a corpus.
 
-    The folder is written under another name, and renamed when it is complete: it is never half
-    there. If it exists, raises FileExistsError: it may hold other documents. If another process is
-    writing it, waits for that one, and returns what it has written.
+    The folder is written under another name and renamed once it is complete, so it never exists
+    half-written. If it exists already, raises FileExistsError, since it may hold other documents.
+    If another process is writing it, waits for that process and returns what it has written.
     """
     folder = Path(folder)
     if folder.exists():
@@ -355,9 +355,9 @@ def write_corpus(documents: Iterable[str], tokenizer: Tokenizer, folder: Path) -
 
 # ---- A pair of segments ------------------------------------------------------
 
-# Every example and the order of every epoch has random numbers of its own: those of
-# np.random.default_rng((seed, purpose, epoch, index in the epoch)). So it does not matter who draws
-# them, or what was drawn before. (train_sst2.py uses purpose 2.)
+# Each example, and the order of each epoch, has a random generator of its own:
+# np.random.default_rng((seed, purpose, epoch, index in the epoch)). So it does not matter which
+# process draws from it, or what was drawn before. (train_sst2.py uses purpose 2.)
 PURPOSE_EXAMPLE, PURPOSE_ORDER = 0, 1
 
 
@@ -399,24 +399,24 @@ def draw_pair(
 
     start, end: a slice of the corpus. room: how many tokens both segments may have together.
 
-    1. Draw the length: `room` tokens, or with probability 0.1 any number from 2 up to it, because
-       fine-tuning meets short texts too.
-    2. Take the seam of a random offset in the slice, and one in another document; see `find_seam`.
-    3. Split the length at random. A gets at most `room_before` tokens, as many as both documents
-       have before their seams; B gets at most `room_after`, as many as both have after them. What
-       one cannot take, the other does. So each segment fits at either seam.
-    4. Toss a coin for segment A, which ends at one of the two seams, and one for segment B, which
-       starts at one of them. The same seam twice is a true pair, two seams are a random one. (One
-       example in four is a true pair of the other document.)
+    1. Draw the total length: `room` tokens or, with probability 0.1, any number from 2 to `room`,
+       because fine-tuning meets short texts, too.
+    2. Draw an offset in the slice and one in another document; find the seam of each (`find_seam`).
+    3. Split the length at random. A gets at most `room_before` tokens, as many as both
+       documents have before their seams; B gets at most `room_after`, as many as both have after
+       them. What one segment has no room for goes to the other. So each fits at either seam.
+    4. Toss two coins: the first chooses the seam at which segment A ends, the second the seam at
+       which segment B starts. If they choose the same seam, the pair is a true one, otherwise a
+       random one. (One example in four is a true pair from the other document.)
 
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
-    lengths, tell the label: only both segments together do.
+    lengths, reveal the label: only both segments together do.
 
-    The length is at most room_before + room_after - 1, and at least 2. With one more, A could start
-    one document and B end the other, which only a random pair does.
+    The length is at most room_before + room_after - 1, but at least 2. With one more token, A could
+    start one document and B end the other, which happens only in a random pair.
 
-    Differs: [Code] draws a random segment B by another rule than a true one, so that its length or
-    its style can tell the label.
+    Differs: [Code] draws random and true segments B by different rules, so that the length or the
+    style of segment B can reveal the label.
     """
     is_short = rng.random() < 0.1
     target = int(rng.integers(2, room + 1)) if is_short else room
@@ -504,13 +504,13 @@ Example = dict[str, np.ndarray]  # see `PretrainDataset.__getitem__`
 class PretrainDataset(Dataset):
     """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
 
-    Indices continue over epochs: `dataset[index]` is example `index % len(dataset)` of epoch
-    `index // len(dataset)`. It depends on the arguments below and on its index alone. So every
-    epoch has other pairs and masks, and one integer is enough to resume. (A plain
+    Indices continue across epochs: `dataset[index]` is example `index % len(dataset)` of epoch
+    `index // len(dataset)`. An example depends only on the arguments below and on its index. So
+    every epoch has new pairs and masks, and one integer is enough to resume. (A plain
     `DataLoader(dataset, shuffle=True)` never leaves epoch 0, and so repeats its masks.)
 
-    masked_share: the share of both segments' tokens that is masked; at least one is. Differs:
-    [Code] also counts [CLS] and [SEP], which it never masks, and masks at most
+    masked_share: the share of the two segments' tokens to mask; at least one token is masked.
+    Differs: [Code] also counts [CLS] and [SEP], which it never masks, and masks at most
     max_predictions_per_seq tokens.
     """
 
@@ -585,8 +585,8 @@ class PretrainDataset(Dataset):
     ) -> np.ndarray:
         """Returns the masked columns, int64 (masked,): none of them is [CLS] or [SEP].
 
-        They are never empty: an example without any would teach the masked language model nothing,
-        and a batch of such examples would have a mean loss of 0 / 0.
+        There is always at least one. An example without any would teach the masked language model
+        nothing, and a batch of such examples would have a mean loss of 0 / 0.
         """
         columns = np.arange(len(input_ids))
         candidates = np.concatenate([columns[1:first_sep], columns[first_sep + 1 : -1]])
@@ -594,8 +594,8 @@ class PretrainDataset(Dataset):
         if not self.whole_word_masking:
             return rng.permutation(candidates)[:masked_count]
         continues_word = self.is_piece[input_ids[candidates]]
-        first_of_b = first_sep - 1  # in `candidates`: as many are before it as A has tokens
-        # A segment may start in the middle of a word: there, too, a word starts.
+        first_of_b = first_sep - 1  # its index in `candidates`: the tokens of A come before it
+        # If a segment starts in the middle of a word, its first token counts as the word's first.
         continues_word[[0, first_of_b]] = False
         return candidates[choose_words(continues_word, masked_count, rng)]
 
@@ -609,8 +609,8 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """Returns a batch, int64: `nsp_labels` are (batch,), all others (batch, seq).
 
-    They are padded to `length`, or to the longest example: `input_ids` with `padding_idx`,
-    `token_type_ids` with 0, `mlm_labels` with -100.
+    The others are padded to `length` or, without it, to the longest example: `input_ids` with
+    `padding_idx`, `token_type_ids` with 0, `mlm_labels` with -100.
     """
     padding = {"input_ids": padding_idx, "token_type_ids": 0, "mlm_labels": IGNORED_LABEL}
     if length is None:
@@ -671,9 +671,9 @@ class EpochSampler(Sampler):
 class Documents:
     """The documents of a data set, as texts. They can be read any number of times.
 
-    rows: a split of `datasets`, stored or streamed. rows_per_document: > 1 joins that many rows,
-    with a blank line between them, for corpora with a sentence per row. held_out: True takes only
-    one document in a hundred, False all others, None all.
+    rows: a `datasets` split, stored or streamed. rows_per_document: > 1 joins that many rows, with
+    a blank line between them, for corpora with one sentence per row. held_out: True yields only the
+    documents that are held out (one in a hundred), False only the rest, None all documents.
     """
 
     path: str
@@ -715,10 +715,10 @@ def get_documents(
     """Returns the documents to train on, "train", and those to evaluate on, "validation".
 
     name: the configuration of a hub data set that has several.
-    split: what to train on: "train", "train+unsupervised", "train[:10%]"; of a stream, one whole
-    split. The split "validation" is evaluated on. If there is none, or if `split` names it, the
-    last 1% of the rows are held out, but at least two documents; of a stream, one document in
-    a hundred.
+    split: what to train on: "train", "train+unsupervised", "train[:10%]"; when streaming, it must
+    be one whole split. The split "validation" is used for evaluation. If there is none, or if
+    `split` names it, the last 1% of the rows, but at least two documents, are held out instead;
+    when streaming, it is one document in a hundred.
     """
     splits = get_dataset(path, name, None, column, streaming)
     if streaming and split not in splits:
@@ -765,9 +765,9 @@ def get_dataset(
     column: str | None = None,
     streaming: bool = False,
 ) -> Any:
-    """Returns a split of a data set, or with split=None a dict of them. A stream needs split=None.
+    """Returns a split of a data set or, with split=None, a dict of all. A stream needs split=None.
 
-    path: "sample", a hub id, or a file or directory (see `list_files`). column: the only one to
+    path: "sample", a hub id, or a file or directory (see `list_files`). column: the only column to
     read.
     """
     where = SAMPLE / "corpus" if path == "sample" else Path(path)
@@ -798,12 +798,12 @@ IGNORED_FILES = ("README.md", "LICENSE")
 
 
 def list_files(where: Path) -> dict[str, list[StampedFile]]:
-    """Returns the files of each split of a local data set, with their sizes and times: `datasets`
-    stores what it has read under a name that depends on these.
+    """Returns the files of each split of a local data set, with their sizes and modification times,
+    because `datasets` caches what it has read under a name that depends on these.
 
-    In a directory, and in those below it, a file whose name starts with the word train, validation
-    (also valid, val, dev) or test belongs to that split, and all others are train. Files of other
-    kinds are rejected, since their text would be missed, except hidden ones and `IGNORED_FILES`.
+    In a directory and its subdirectories, a file whose name starts with the word train, validation
+    (also valid, val, dev) or test belongs to that split; all others belong to train. Files of other
+    types are rejected, since their text would be missed, except hidden ones and `IGNORED_FILES`.
     """
     splits: dict[str, list[StampedFile]] = {}
     for file in sorted(where.rglob("*")) if where.is_dir() else [where]:
@@ -873,13 +873,13 @@ STREAM_BLOCK = 1_000_000  # tokens, about 8,000 examples of 128
 
 @dataclass(eq=False)
 class Stream(IterableDataset):
-    """Endless examples from a corpus that is not stored because it exceeds the disk.
+    """Endless examples from a corpus that is not stored, because it does not fit on the disk.
 
-    Each worker reads shards of its own, which `datasets` deals to it. It treats one block of
-    documents at a time as a corpus, and yields each of its examples once. They are shuffled within
-    a block only; blocks come in the order of the files.
+    Each worker reads its own shards, which `datasets` assigns to it. It treats one block of
+    documents at a time as a corpus, and yields each example of the block once. Examples are
+    shuffled only within their block; blocks come in the order of the files.
 
-    documents: of a streamed split. make_dataset: makes the examples of a block.
+    documents: those of a streamed split. make_dataset: makes the examples of a block.
     """
 
     documents: Documents
@@ -891,8 +891,8 @@ class Stream(IterableDataset):
     def __iter__(self) -> Iterator[Example]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # A block's number, among the blocks of all workers, takes the place of the epoch, which
-        # `__getitem__` gets back from the index.
+        # The index of a block, counted across all workers, stands in for the epoch. `__getitem__`
+        # recovers it from the index of an example.
         epochs = count(self.rank * workers + worker, self.world_size * workers)
         for epoch, corpus in zip(epochs, self.blocks(), strict=False):
             dataset = self.make_dataset(corpus)
@@ -901,7 +901,7 @@ class Stream(IterableDataset):
 
     def blocks(self) -> Iterator[TokenizedCorpus]:
         """Yields blocks, pass after pass. A block ends after `STREAM_BLOCK` tokens or with the
-        pass. It has two documents or more: a single one that is left starts the next pass's block.
+        pass. It has at least two documents: a single one left over starts the next pass's block.
         """
         block: list[EncodedDocument] = []
         while True:
@@ -947,8 +947,8 @@ def get_split_dataloader(
     evenly.
 
     start: how many batches of this rank to skip; a stream always starts at its beginning.
-    workers: two should feed a fast GPU. Each further one takes memory for 4 batches, and for a
-    block of a stream. A stream starts at most one for each file of the rank.
+    workers: two should feed a fast GPU. Each further worker takes memory for 4 batches and, with a
+    stream, for a block. A stream starts at most one worker for each file of the rank.
     """
     how: dict[str, Any] = {
         "num_workers": workers,

@@ -15,9 +15,9 @@ Writes into the folder --out:
     model/         at the end, weights and tokenizer in the published format
     curves.png     losses and accuracies over the steps, if matplotlib is there
 
-The loop is `train`, with the training step in order. Above it stand the parts of a step (loss,
-learning rate, gradients, update). Below it stand evaluation, what prepares a run, and how a run is
-saved, resumed and stopped.
+The loop is `train`, which shows a training step in order. Above it are the parts of a step (loss,
+learning rate, gradients, update). Below it are evaluation, the preparation of a run, and how a run
+is saved, resumed and stopped.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
 Dimensions: batch, seq, vocab, and masked (all masked tokens of a batch).
@@ -75,8 +75,8 @@ class PretrainOptions:
     out: str = "runs/pretrain"
     """Folder of the run: a new one, or with --resume that of the stopped run."""
     resume: bool = False
-    """Resume from the last checkpoint in --out. Name the other options again: most must be the
-    same, --steps included."""
+    """Resume from the last checkpoint in --out. Give the other options again: most of them must be
+    the same, including --steps."""
     steps: int = 4000
     """Updates of the weights. With 0, the model is evaluated and written, but not trained."""
     seed: int = 0
@@ -227,9 +227,9 @@ def forward(
 class PretrainLosses(nn.Module):
     """Computes the MLM loss, summed over masked tokens, and the NSP loss, summed over pairs.
 
-    Both are in nats. Sums, not means: the mean is taken over a whole step, in `add_gradients`. It
-    is a module, because DistributedDataParallel needs one, and so that torch.compile sees the whole
-    forward pass.
+    Both are in nats. They are sums, not means: `add_gradients` takes the mean over a whole step.
+    This is a module because DistributedDataParallel needs one, and so that torch.compile sees the
+    whole forward pass.
     """
 
     def __init__(self, model: BertPretrainModel, precision: str = "float32") -> None:
@@ -255,14 +255,14 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
     model are large at the start.
 
     A rate that is too large is a trap. At 1e-2, the first steps make all hidden states equal, so
-    the model predicts one token everywhere, and it does not get out. Even when it is trained on a
-    single pair, with n different masked tokens, the loss stays at ln n, and
+    the model predicts the same token everywhere, and it does not recover. Even if it is trained on
+    a single pair, with n different masked tokens, the loss stays at ln n, and
     `most_frequent_prediction` at 1.
 
     Example: peak 1e-3, warmup 2, steps 6: 0.5e-3, 1e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3.
 
-    Differs: the first step of [Code] has the learning rate 0, and so changes nothing. Its decay
-    counts from step 0: after a warmup of a tenth, the rate jumps from the peak to 0.9 of it.
+    Differs: in [Code], the first step has the learning rate 0 and so changes nothing, and decay is
+    counted from step 0: after a warmup of a tenth of the steps, the rate jumps to 0.9 of its peak.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -373,18 +373,18 @@ def add_gradients(
     pairs: float,
     seeds: Sequence[Sequence[int]] = (),
 ) -> Tensor:
-    """Runs forward and backward on this rank's micro-batches; gradients add up in the parameters.
+    """Runs forward and backward on this rank's micro-batches and accumulates their gradients.
 
     The loss of a step is the mean over all its masked tokens, plus the mean over all its pairs.
-    A mean of the micro-batches' means would be another loss, because they differ in their numbers
-    of masked tokens. So each sum is divided by the count of the whole step.
+    The mean of the micro-batches' means would be a different loss, because micro-batches differ in
+    their number of masked tokens. So each sum is divided by the count for the whole step.
 
     losses_of: `PretrainLosses`, possibly compiled, possibly in DistributedDataParallel.
     masked, pairs: how many the step has, in all micro-batches of all ranks.
     seeds: for each micro-batch, the numbers that seed its dropout. Without them, nothing is seeded.
     Returns what these micro-batches contribute to the MLM and to the NSP loss of the step, (2,).
 
-    Example: two micro-batches with MLM sums of 12 nats at 3 masked tokens and 20 nats at 5. They
+    Example: two micro-batches with MLM sums of 12 nats over 3 masked tokens and 20 over 5. They
     contribute 12 / 8 and 20 / 8, and the MLM loss of the step is 32 / 8 = 4 nats.
     """
     ddp = losses_of if isinstance(losses_of, DistributedDataParallel) else None
@@ -403,8 +403,8 @@ def add_gradients(
             mlm_sum, nsp_sum = losses_of(batch)
             contribution = torch.stack([mlm_sum / masked, nsp_sum / pairs])
             loss = contribution.sum()
-            # `masked` and `pairs` count all ranks, so the gradients of the ranks have to be added.
-            # They are averaged, which divides by the number of ranks; this factor undoes it.
+            # `masked` and `pairs` count all ranks, so the gradients of the ranks must be summed.
+            # DDP averages them instead, dividing by the number of ranks; this factor undoes that.
             (loss * ranks).backward()
         contributions.append(contribution.detach())
     return torch.stack(contributions).sum(dim=0)
@@ -424,10 +424,10 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> N
 
 @dataclass
 class Progress:
-    """How far a run is. Every checkpoint has it, and a resumed run goes on from it."""
+    """How far a run has come. Every checkpoint contains it, and a resumed run continues from it."""
 
-    step: int = 0  # updates that have been made
-    tokens: int = 0  # that all ranks have trained on, without padding
+    step: int = 0  # updates made so far
+    tokens: int = 0  # tokens that all ranks have trained on, without padding
     seconds: float = 0.0
 
 
@@ -442,10 +442,10 @@ def train(
     report: Callable[[], None],
     save: Callable[[], None],
 ) -> None:
-    """Trains from `progress.step` on. Ends the process if a signal has asked for it.
+    """Trains from `progress.step` on. Ends the process if a signal has asked for that.
 
     batches: this rank's micro-batches. signals: those received so far; see `note_signals`.
-    log, report (an evaluation), save: called on rank 0, write `progress` and what belongs to it.
+    log, report (evaluates), save: called on rank 0; each writes `progress` and what goes with it.
     """
     rank, ranks = rank_and_ranks()
     per_rank = options.accumulate // ranks  # micro-batches
@@ -539,7 +539,7 @@ def evaluate(
     Losses are in nats. Perplexity is exp(MLM loss), without the NSP loss.
     `most_frequent_prediction` is the share of masked tokens that get the most frequent prediction.
     It is 1.0 when the model predicts the same token everywhere. That is normal early in training;
-    later, the rate is too large (see `learning_rate`). The model stays in train or eval mode.
+    later, it means that the rate is too large (see `learning_rate`). Train or eval mode is kept.
     """
     was_training = model.training
     model.eval()
@@ -595,8 +595,8 @@ def probe(
 def choose_tokenizer(options: Any, read_texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Returns the tokenizer beside --weights, the one of --tokenizer, or one learned from texts.
 
-    With another tokenizer than that of its weights, a model would look up wrong embeddings, and
-    nothing would say so.
+    With a tokenizer other than that of its weights, a model would silently look up the wrong
+    embeddings.
     """
     if options.weights is not None:
         return data.load_tokenizer(fetch(options.weights))
@@ -658,8 +658,8 @@ def load_examples(options: PretrainOptions, tokenizer: Tokenizer) -> dict[str, A
 def make_validation(
     options: PretrainOptions, examples: data.PretrainDataset, device: torch.device
 ) -> list[Batch]:
-    """Returns the batches of an evaluation: the same ones in all evaluations of a run. If the
-    validation part has fewer, its later epochs follow: other pairs and masks of the same text.
+    """Returns the batches to evaluate on, the same in all evaluations of a run. If an epoch of the
+    validation part has too few, later epochs follow, with other pairs and masks of the same text.
     """
     loader = data.get_split_dataloader(examples, options.batch_size, workers=0)  # endless
     batches = itertools.islice(loader, EVALUATION_BATCHES)
@@ -685,9 +685,9 @@ def make_batches(options: PretrainOptions, examples: Any, start: int) -> Iterato
 
 
 def prepare(options: PretrainOptions) -> tuple[Tokenizer, BertPretrainModel, dict[str, Any]]:
-    """Returns tokenizer, model, and the examples of each split. This reads all files of the user
-    (of a stream, only documents to evaluate on): mistakes in them show before anything is written
-    to --out. The model is made before the corpus is tokenized, which may take hours.
+    """Returns tokenizer, model, and the examples of each split. Reads all of the user's files (of a
+    streamed corpus, only what is evaluated on), so that mistakes in them show before anything is
+    written to --out. The model is made before the corpus is tokenized, which may take hours.
     """
     torch.manual_seed(options.seed)  # decides the initial weights
     tokenizer = choose_tokenizer(options, lambda: open_documents(options)["train"])
@@ -790,8 +790,8 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     - float32: all matrix products in float32.
     - medium: float32 in memory, but matrix products may round their factors to bfloat16.
     - bfloat16: autocast, see `autocast`.
-    - auto: bfloat16 on a GPU, the fastest of them on a CPU; float32 where bfloat16 is emulated: on
-      GPUs before Ampere, and on CPUs without AMX and AVX512-BF16 (it takes forty times as long).
+    - auto: bfloat16 on a GPU, the fastest of the three on a CPU; but float32 where bfloat16 is
+      emulated: GPUs before Ampere, and CPUs with neither AMX nor AVX512-BF16 (40 times as slow).
     """
     if name == "auto":
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.11
@@ -819,8 +819,8 @@ def autocast(precision: str, device_type: str) -> contextlib.AbstractContextMana
 def keep_freed_memory() -> None:
     """Makes the process keep the memory that it frees, on Linux with glibc.
 
-    Large tensors are otherwise returned to the system and allocated anew in every step. Each 4 KiB
-    then costs a page fault, which takes a tenth to a quarter of a step's time.
+    Otherwise, the memory of large tensors is returned to the system and allocated anew in every
+    step. The page faults, one per 4 KiB, then take a tenth to a quarter of a step's time.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -849,8 +849,8 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     if accumulate % ranks:
         raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
 
-    # Imported before the process group is made: torch would import it in the first step, and the
-    # module would then hold the group, so that the process may crash at its end.
+    # Imported before the process group is made. Otherwise torch would import it in the first step,
+    # and the module would hold a reference to the group, which can crash the process at its end.
     import torch.distributed.nn
 
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
@@ -886,8 +886,8 @@ def total(*numbers: float) -> list[float]:
 
 
 def on_rank_0(work: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Calls `work` on rank 0 alone, while the others wait, and returns its result there, None on
-    the others. If it fails, all ranks end: rank 0 with its error, the others as `total` says.
+    """Calls `work` on rank 0 alone, while the others wait. Returns its result on rank 0, and None
+    on the others. If `work` fails, all ranks end: rank 0 with its error, others as `total` says.
     """
     rank, _ = rank_and_ranks()
     result = work(*arguments, **named) if rank == 0 else None
@@ -933,9 +933,9 @@ def write_line(out: Path, **values: Any) -> None:
 
 
 def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a resumed run must share with the one before: the text, and all options but
-    those of `may_change`, which change at most rounding and the masks of dropout. --precision is
-    never auto here. Of a stream, the numbers of workers and ranks decide the batches, too.
+    """Returns what a resumed run must share with the run before it: the text, and all options
+    except those in `may_change`, which affect at most rounding and dropout masks. --precision is
+    never auto here. With a stream, the batches also depend on the numbers of workers and ranks.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
@@ -987,8 +987,8 @@ def load_checkpoint(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes a model with its tokenizer. The one before it stays until this one is complete. (A
-    folder cannot be replaced at once: after a kill between the two renamings, both models are
+    """Writes a model with its tokenizer. The previous model stays until the new one is complete. (A
+    folder cannot be replaced atomically: after a kill between the two renames, both models are
     there, as .before and .unfinished.)
     """
     unfinished = folder.with_name(folder.name + ".unfinished")
@@ -1060,7 +1060,7 @@ def draw_curves(out: Path) -> None:
 
 def note_signals() -> list[int]:
     """Returns a list to which Ctrl-C, SIGTERM and SIGHUP are added instead of ending the process:
-    the loop stops after a step. A second Ctrl-C ends it at once.
+    the loop then stops at the end of a step. A second Ctrl-C ends the process at once.
     """
     noted: list[int] = []
 
@@ -1093,9 +1093,9 @@ def is_death_of_worker(error: Exception) -> bool:
 
 def run_script(main: Callable, cls: type) -> None:
     """Runs a script's main function with the options of its command line; each field of `cls` is
-    a flag. A mistake (a ValueError raised here), a system's error (OSError) and a dead data worker
-    end in one message. Anything else, such as a ValueError that torch raises, is a bug, and keeps
-    its traceback. Data workers that are left at the end are killed.
+    a flag. A mistake (a ValueError from our own files), an operating-system error (OSError) or a
+    dead data worker ends the script with one message. Anything else, such as a ValueError from
+    torch, is a bug and keeps its traceback. Data workers that are left at the end are killed.
     """
     try:
         main(tyro.cli(cls, config=(tyro.conf.FlagCreatePairsOff,)))
@@ -1109,8 +1109,8 @@ def run_script(main: Callable, cls: type) -> None:
         reason = str(error).rstrip(". ") or "a data worker has ended"
         message = f"{reason}: it died or cannot send its batch; try fewer --workers, and --resume"
     except (ValueError, OSError) as error:
-        # Who raised it? The last file of the traceback, which is looked for in the text, because an
-        # error of a data worker brings the worker's traceback as text.
+        # Who raised it? The last file in the traceback. It is searched for in the text, because
+        # an error from a data worker carries the worker's traceback as text.
         raised_in = re.findall(r'File "(.+)", line', traceback.format_exc())[-1]
         is_ours = Path(raised_in).resolve().parent == Path(__file__).resolve().parent
         if isinstance(error, ValueError) and not is_ours:

@@ -6,8 +6,8 @@
     python train_sst2.py --dataset DIR --tokenizer vocab.txt --size base --out runs/scratch
     python train_sst2.py --weights runs/sst2/model --predict "a gorgeous, witty film"
 
-A run trains one model for every learning rate and every seed. Of each model, the epoch with the
-best accuracy on the validation split is kept, and the best of these models is written. With
+A run trains one model for every learning rate and every seed. Each model is kept as it was after
+the epoch with its best accuracy on the validation split, and the best of these is written. With
 --test-dataset, or on the sample, that model is scored on the test split, once, at the end.
 
 Writes into the folder --out: config.json, metrics.jsonl, model/, curves.png.
@@ -62,7 +62,7 @@ from train_pretrain import (
 )
 
 LABELS = ("negative", "positive")
-# data.py has the purposes 0 and 1: the random numbers of this one are independent of theirs.
+# data.py uses the purposes 0 and 1; random numbers of this purpose are independent of those.
 PURPOSE_SENTENCES = 2
 
 # ---- Options -----------------------------------------------------------------
@@ -99,8 +99,8 @@ class SST2Options:
     vocab_size: int = 2000
     """Size of the vocabulary, if one is learned."""
     max_seq_length: int | None = None
-    """Tokens of a sentence with [CLS] and [SEP]; the rest is cut off. By default 128, or as many as
-    the position table of --weights has rows, if that is fewer."""
+    """Maximum tokens per sentence, including [CLS] and [SEP]; the rest is cut off. By default 128,
+    or the number of rows in the position table of --weights, if that is smaller."""
 
     # The model
     weights: str | None = None
@@ -177,12 +177,12 @@ class SST2Batches:
     """Batches of all sentences, each once, with sentences of similar lengths together.
 
     1. Shuffle the sentences, by (`seed`, `epoch`). The training loop sets both attributes.
-    2. Cut the order into pools of 64 batches, and sort each pool by length. Then only 4% of a batch
-       of SST-2 is padding (67% in a plain random order), and every epoch has other batches.
+    2. Cut this order into pools of 64 batches, and sort each pool by length. Then only 4% of
+       a batch is padding on SST-2 (67% in a plain random order), and batches differ in every epoch.
     3. Cut the pools into batches, and shuffle the batches.
 
-    Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch is
-    `input_ids`, int64 (batch, longest of these), and `labels`, int64 (batch,).
+    Without a seed, for evaluation, all sentences are one pool, and nothing is shuffled. A batch has
+    `input_ids`, int64 (batch, length of its longest sentence), and `labels`, int64 (batch,).
     """
 
     def __init__(
