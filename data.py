@@ -182,7 +182,7 @@ class TokenizedCorpus:
         sentence_starts   0         5     8       12    15  offsets; the last one is the end
         document_starts   0               8             15  two documents here
 
-    (The token 1 is the full stop here.)
+    (The token 1 is the period here.)
 
     source: a folder written by `tokenize_corpus`, or three arrays. The arrays of a folder are
     mapped, not read: all processes share their pages.
