@@ -1,4 +1,4 @@
-# make run | make afternoon | make test | make bench | make lint | make wheel: each makes .venv by itself; python3 with venv is all it needs.
+# make run | afternoon | test | bench | lint | wheel: each sets up a venv, given python3 with venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

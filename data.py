@@ -248,7 +248,7 @@ def make_key(*parts: Any) -> str:
 
 
 def span_around(starts: np.ndarray, offset: int) -> tuple[int, int]:
-    """Returns the neighbours start, end in the sorted `starts` with start <= offset < end."""
+    """Returns the neighbors start, end in the sorted `starts` with start <= offset < end."""
     after = starts.searchsorted(offset, side="right")
     return starts.item(after - 1), starts.item(after)
 
@@ -962,7 +962,7 @@ def get_split_dataloader(
         return DataLoader(dataset, batch_sampler=sampler, **how)
     documents = dataset.documents
     shards = documents.rows.num_shards
-    # Each rank would then read every n-th row of a file, and join rows that are not neighbours.
+    # Each rank would then read every n-th row of a file, and join rows that are not neighbors.
     if shards % world_size and documents.rows_per_document > 1:
         raise ValueError(f"rows_per_document: {world_size} ranks cannot share {shards} files")
     own_rows = split_dataset_by_node(documents.rows, rank, world_size)

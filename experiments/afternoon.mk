@@ -1,9 +1,9 @@
 # make afternoon: does pretraining on film reviews raise the accuracy on SST-2?
 #
-# Three hours on two cores. After a break, the same line goes on: a command writes into FOLDER.part,
-# which is renamed at its end, so what is there is finished and make does not run it again.
-# Pretraining writes into its folder itself and resumes from checkpoint.pt; its model/ comes last.
-# Another corpus or other settings need another folder: make afternoon CORPUS=DIR AFTERNOON=runs/mine
+# Three hours on two cores. If interrupted, run the same command again: each step writes into
+# FOLDER.part and renames it at the end, so a folder that exists is complete and is not made again.
+# Pretraining writes directly into its folder and resumes from checkpoint.pt; its model/ comes last.
+# For other data or settings, use another folder: make afternoon CORPUS=DIR AFTERNOON=runs/mine
 
 # Hub ids, or folders of .txt, .jsonl or .parquet files: make afternoon CORPUS=DIR SST2=DIR
 CORPUS ?= stanfordnlp/imdb

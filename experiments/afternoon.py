@@ -71,7 +71,7 @@ def loss_table(pretrain: Path) -> list[str]:
 
 
 def plot_loss(axes: Any, folder: Path) -> None:
-    """Draws the validation loss by tokens, and what is known from the tokens' frequencies."""
+    """Draws the validation loss over the tokens trained on, and the unigram entropy."""
     for run, start in (("pretrain", "pretrained"), ("longer", "longer")):
         if (folder / run).exists():
             lines = read_lines(folder / run, split="validation")

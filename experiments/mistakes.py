@@ -78,8 +78,8 @@ def rate(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[di
 
 
 def make_examples(rows: dict[str, list], tokenizer: Tokenizer) -> dict[str, list]:
-    """Returns masked examples of whole documents as one writes it first: in loops over sentences
-    and tokens, each sentence with the next one or with another of its document.
+    """Returns masked examples from whole documents, coded the way one would at first: in loops over
+    sentences and tokens. Each sentence is paired with the next or a random one of its document.
     """
     examples: dict[str, list] = {"input_ids": [], "mlm_labels": []}
     vocabulary = tokenizer.get_vocab()
@@ -140,12 +140,12 @@ def up_front(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterato
 def memory(
     documents: list[str], tokenizer: Tokenizer, folder: str, in_lists: bool = False
 ) -> Iterator[dict]:
-    """Yields the memory of 16 workers, each with 10 batches waiting, every ten seconds: the setting
-    in which the author of the first version ran out of memory.
+    """Yields, every ten seconds, the memory of 16 workers that each prefetch 10 batches: the
+    setting in which the author of the first version ran out of memory.
 
-    KiB are proportional set sizes, in which a page that n processes share counts 1/n. To read an
-    object of Python is to count a reference to it. So with a tenth of the examples in lists, each
-    worker comes to own a copy of every page.
+    KiB are proportional set sizes: a page shared by n processes counts 1/n in each. Even reading a
+    Python object writes to it, because its reference count changes. So with a tenth of the examples
+    in lists, each worker ends up with its own copy of every page.
     """
     corpus = data.tokenize_corpus(documents, tokenizer, f"{folder}/corpus")
     examples: Any = data.PretrainDataset(corpus, tokenizer, LENGTH)

@@ -39,7 +39,7 @@ def table() -> list[str]:
 
 
 def draw() -> Any:
-    """Draws the loss of every run, and SST-2 beside the loss at its end."""
+    """Draws the loss of every run, and its SST-2 accuracy against its final loss."""
     figure = new_figure((11, 4.2))
     curves, points = figure.subplots(1, 2)
     for i, (run, label) in enumerate(RUNS.items()):

@@ -34,7 +34,7 @@ def reviews(corpus: str, out: str) -> None:
 
 
 def fewer(dataset: str, every: str, out: str) -> None:
-    """Writes the first of every so many training sentences, and the whole validation split."""
+    """Writes training sentences 0, n, 2n, ... (n = `every`), and the whole validation split."""
     splits = data.get_dataset(dataset, split=None)
     kept = range(0, len(splits["train"]), int(every))
     splits["train"].select(kept).to_parquet(f"{out}/train.parquet")

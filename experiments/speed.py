@@ -118,14 +118,14 @@ def add_their_gradients(model: Any, batch: Batch, device: torch.device, precisio
 
 
 def our_worker(examples: data.PretrainDataset) -> Step:
-    """Returns what makes a batch in one thread, of a corpus that has been tokenized."""
+    """Returns a step that makes a batch, in one thread, from a corpus that has been tokenized."""
     torch.set_num_threads(1)
     numbers = np.random.default_rng(0)
     return lambda: examples.batch(numbers.integers(len(examples), size=WORKER_ROWS).tolist())
 
 
 def their_worker(tokenizer: Tokenizer, texts: list[str]) -> Step:
-    """Returns what tokenizes and masks these texts in one thread."""
+    """Returns a step that tokenizes and masks these texts in one thread."""
     import transformers
 
     torch.set_num_threads(1)
@@ -156,8 +156,8 @@ def seconds_of(steps: int) -> float:
 
 
 def contest(contestants: list[tuple], steps: int) -> Iterator[tuple[float, float]]:
-    """Yields the median seconds of a step of each contestant, and how many times as fast as it the
-    first one is. A contestant is a function that returns its step, and the arguments of it.
+    """Yields, for each contestant, the median seconds per step and how many times as fast the first
+    contestant is. A contestant is a function that returns a step, followed by its arguments.
     """
     spawn = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:

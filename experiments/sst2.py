@@ -13,7 +13,7 @@ import numpy as np
 from experiments.curves import HERE, new_figure, read_lines
 
 LINES = HERE / "sst2.jsonl"
-POINTS = 60  # of a training curve, each the mean of its neighbours
+POINTS = 60  # of a training curve, each the mean of its neighbors
 
 
 def draw() -> Any:

@@ -1,4 +1,4 @@
-"""How far does a classifier get on SST-2 that does not know the order of the words?
+"""How far does a classifier that ignores word order get on SST-2?
 
     pip install scikit-learn
     python -m experiments.words stanfordnlp/sst2 > experiments/words.jsonl

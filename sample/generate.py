@@ -3,18 +3,18 @@
     python -m sample.generate        # deterministic; the files it writes are committed
 
 corpus/ has unlabeled reviews. A review stays with one film, its world and people, one reviewer and
-one opinion. So segments of one review share a subject, a voice and a tone (next sentence
-prediction), and the tone of one word tells the tone of the next (masked language model). reviews/
-has single sentences with a label. In its training split only a third of the opinion words occur; in
-its test split, mostly the others. A model can know their tone only from the corpus, by the adverbs
-before them and the words around: that is what pretraining is for.
+one opinion. So segments of one review share a subject, a voice and a tone (for next sentence
+prediction), and the tone of one word predicts that of the next (for the masked language model).
+reviews/ has single sentences with a label. Its training split uses only a third of the opinion
+words; its test split uses mostly the others. A model can learn their tone only from the corpus, by
+the adverbs before them and the words around them: that is what pretraining is for.
 
 The words are in lexicon.json:
-    worlds    where a film plays, who is in it, what lies about, what is wanted, what happens
-    tones     the words of good and bad opinions, and how a review of each ends
-    voices    eight reviewers: how they begin a scene and an advice, what they say of a film's story
-              and of their opinion
-    past      the verbs of the club, which tells its films in the past tense
+    worlds    where a film is set, who is in it, what things there are, what is wanted, what happens
+    tones     the words of good and bad opinions, and how reviews of each kind end
+    voices    eight reviewers: how they introduce scenes and advice, how they tell a film's story
+              and give their opinion
+    past      the verbs of the "club" voice, which talks about films in the past tense
 
 Nothing here is SST-2, and no accuracy on it is an accuracy on SST-2.
 """
@@ -106,8 +106,8 @@ def review(rng: random.Random) -> str:
 
 
 def labeled(rng: random.Random, seen: bool) -> dict:
-    """Returns a sentence with a label, its opinion words from the third that is `seen`, or the
-    others; with no adverb, which would tell the label.
+    """Returns a labeled sentence. If `seen`, its opinion words are from the third that the training
+    split uses, else from the others. It has no adverb, which would reveal the label.
     """
     film = make_film(rng)
     is_good = rng.random() < 0.5

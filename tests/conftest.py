@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-# No test needs the hub. The libraries read this when they are imported, so they are imported later.
-# (Torch, too: with -n 2, the process that deals tests to the others can do without it.)
+# No test needs the hub. Libraries read this variable on import, so they are imported only later.
+# (So is torch: with -n 2, the process that distributes tests to the others does not need it.)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# As a terminal has them, whatever has started the tests: nohup and `&` let children ignore some.
+# Handle signals as if started from a terminal: nohup and `&` make child processes ignore some.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
@@ -35,7 +35,7 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
-    """Every test starts with the same seed, and with the precision that no earlier run has set."""
+    """Every test starts with the same seed and matmul precision, whatever earlier runs have set."""
     import torch
 
     torch.manual_seed(0)

@@ -43,9 +43,9 @@ def python(
 
 # ---- Processes that need not import -------------------------------------------------------------
 
-# To import the libraries takes a new Python several seconds. These processes are forked from one
-# that has imported everything and computed nothing: a fork of this one would inherit the locks of
-# its threads.
+# A new Python process takes several seconds to import the libraries. So these processes are forked
+# from one that has imported everything but computed nothing. A fork of this process would inherit
+# the locks of its threads.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["helpers", "strategies", "torch._dynamo", "matplotlib.figure"])
 
@@ -57,9 +57,9 @@ def start(
     cwd: Path = ROOT,
     **environment: str,
 ) -> multiprocessing.Process:
-    """Starts a function of a test file in a process of its own; what it prints is added to a file.
+    """Starts a process that runs a function of a test file; its output is appended to a file.
 
-    It may start processes, as data workers. Its exit status is that of a script.
+    The function may start processes, such as data workers. The exit status is that of a script.
     """
     if "MUTANT_UNDER_TEST" in os.environ:
         pytest.skip("the process to fork from has no mutant")
@@ -144,8 +144,8 @@ def wait_until(
 
 
 def before_call(owner: object, name: str, number: int, event: Callable) -> Any:
-    """Returns a patch: `event` happens before a function is called for this time, counted from 0.
-    The event gets the arguments of the call.
+    """Returns a patch: `event` runs just before call `number` (from 0) of a function, and gets the
+    positional arguments of that call.
     """
     real, calls = getattr(owner, name), itertools.count()
 

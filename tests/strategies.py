@@ -52,8 +52,8 @@ lengths = st.integers(5, 40)  # of an example: a pair needs five tokens
 
 @st.composite
 def configs(draw: st.DrawFn, published: bool = False) -> BertConfig:
-    """Draws every field of a configuration; if `published`, d_k = d_v = d_model, which is all that
-    the published format has words for. Models are built in evaluation mode, without dropout.
+    """Draws every field of a configuration. If `published`, d_k = d_v = d_model: the published
+    format cannot express anything else. Models are built in evaluation mode, so dropout is off.
     """
     heads = draw(st.integers(1, 3))
     d_k, d_v = (heads * draw(st.integers(1, 4)) for _ in "kv")
@@ -88,8 +88,8 @@ class Case(NamedTuple):
 
 @st.composite
 def cases(draw: st.DrawFn, cls: type[PretrainedModel], published: bool = False, room: int = 0):
-    """Draws a model whose padding may be any id, and a batch for it. room: how many more tokens
-    than these the model takes.
+    """Draws a model, whose padding may be any id, and a batch for it. room: the model accepts
+    sequences at least this many tokens longer than those of the batch.
     """
     config = draw(configs(published))
     padding = draw(st.integers(0, config.vocab_size - 1))
@@ -141,8 +141,8 @@ def small_tokenizer() -> Tokenizer:
 
 @st.composite
 def tokenizers(draw: st.DrawFn) -> Tokenizer:
-    """Draws the small tokenizer with other ids: the tokens, special ones too, are at any of twice
-    as many ids. It shrinks to the usual ones.
+    """Draws the small tokenizer with other ids: all tokens, special ones included, get random ids
+    from a range twice as large as needed. Shrinks to the usual ids.
     """
     seed = draw(st.none() | seeds)
     if seed is None:
@@ -202,7 +202,7 @@ class Malicious:
 
 
 def some_batches(count: int, size: int = 3, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Returns batches of a small corpus; rows differ in length, so in their masked positions."""
+    """Returns batches of a small corpus; rows differ in length, and so in their masked columns."""
     docs = [
         [[5 + (i * j + i) % 26 for i in range(3 + j)] for j in range(2, 6 + d)] for d in range(5)
     ]
@@ -235,11 +235,11 @@ def corpus_of(documents: list[list[list[int]]], tokenizer=None) -> data.Tokenize
 
 @st.composite
 def documents(draw: st.DrawFn, with_long: bool = True) -> list[list[list[int]]]:
-    """Draws documents of sentences of token ids, of all kinds: 2 to 6 from which pairs can be
-    drawn, and up to two between them that have no sentence or one, which are left out.
+    """Draws documents of all kinds, as sentences of token ids: 2 to 6 that pairs can be drawn from
+    and, in between, up to two that a corpus leaves out because they have fewer than two sentences.
 
-    A document has 2 to 8 sentences of 1 to 30 tokens, or dozens of one token, or also one
-    of thousands of tokens. The first kind includes those that are hardly longer than an example.
+    A document has 2 to 8 sentences of 1 to 30 tokens, or up to 60 of one token, or, among shorter
+    sentences, one of thousands of tokens. Some of the first kind are hardly longer than an example.
     """
     usual = st.lists(st.integers(1, 30), min_size=2, max_size=8)
     one_token = st.lists(st.just(1), min_size=2, max_size=60)
@@ -282,20 +282,20 @@ def candidates_of(batch: dict[str, torch.Tensor], tokenizer: Tokenizer) -> torch
 
 
 def is_within(share: float, expected: float, draws: int) -> bool:
-    """Returns whether a share is within five standard deviations of what is expected, which a right
-    one is not once in 1.7 million times.
+    """Returns whether a share is within five standard deviations of its expected value. If the code
+    is right, it is outside once in 1.7 million times.
     """
     return abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / draws)
 
 
 def sentences_of_lengths(documents: list[list[int]]) -> list[list[list[int]]]:
-    """Returns documents whose sentences have these lengths, and one token, again and again."""
+    """Returns documents whose sentences have these lengths and repeat the same token throughout."""
     return [[[7] * length for length in lengths] for lengths in documents]
 
 
 def corpora_of_all_kinds(room: int) -> dict[str, list[list[int]]]:
-    """Returns the sentence lengths of the documents of corpora that differ in every respect which
-    the drawing of pairs of `room` tokens depends on, by the name of their kind.
+    """Returns corpora, by the name of their kind, as the sentence lengths of each document. They
+    differ in every respect that matters for drawing pairs of `room` tokens.
     """
     rng = np.random.default_rng(0)
 

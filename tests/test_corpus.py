@@ -142,8 +142,8 @@ def test_the_largest_id_decides_how_wide_a_token_is_stored(largest, dtype, tmp_p
 
 
 def test_blank_lines_do_not_end_a_document(tmp_path):
-    """Paragraphs of one sentence make one document, so half of its pairs are true ones: within five
-    standard deviations of 1,000 pairs. If each paragraph were a document, no sentence would follow
+    """One-sentence paragraphs make up one document, so half of the 1,000 pairs drawn are true ones,
+    to within five standard deviations. If each paragraph were a document, no sentence would follow
     another."""
     paragraphs = "\n\n".join(f"{c}{c} is one paragraph" for c in LETTERS)
     corpus = data.tokenize_corpus([paragraphs] * 4, small_tokenizer(), tmp_path / "arrays")
@@ -277,8 +277,8 @@ def test_a_full_disk_while_a_data_set_is_read_is_one_message_that_names_the_cach
 def test_a_second_start_finds_the_corpus_and_whatever_it_depends_on_makes_another(
     tmp_path, monkeypatch
 ):
-    """It depends on the files, the tokenizer, the column, the rows of a document, and the version
-    that whoever changes `split_sentences` raises."""
+    """The corpus depends on the files, the tokenizer, the column, the rows per document, and
+    `SPLIT_VERSION`, which has to be increased when `split_sentences` changes."""
     rows = [{"text": f"a{i} bb. c d.", "body": f"{c} ee. f"} for i, c in enumerate(LETTERS)]
     path = write_rows(tmp_path / "corpus.jsonl", rows)
     made = []
@@ -376,20 +376,20 @@ def test_the_first_word_of_a_file_names_its_split_and_all_others_are_train(tmp_p
 
 @pytest.mark.parametrize("name", ["b.csv", "b.txt.gz"])
 def test_files_of_other_kinds_are_rejected_by_name(name, tmp_path):
-    """Beside texts, nobody would miss what they hold."""
+    """In a folder that also has valid files, nobody would notice that their text is missing."""
     path = write_all(tmp_path, {"a.txt": "a", name: "b"})
     for where in (path, f"{path}/{name}"):
         with pytest.raises(ValueError, match=re.escape(name)):
             data.get_dataset(where)
 
 
-# ---- What cannot be read is one line with its path ----------------------------------------------
+# ---- What cannot be read gives a one-line error with its path -----------------------------------
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "empty.parquet"])
 def test_a_file_that_cannot_be_read_is_one_line_with_its_path(kind, streaming, tmp_path):
-    """Cut in half, or in another encoding. It took up to 44 lines, without the name of the file."""
+    """Truncated or wrongly encoded files gave errors of up to 44 lines, without the file's name."""
     whole = tmp_path / f"a.{kind}"
     rows = datasets.Dataset.from_dict({"text": [text * 30 for text in TEXTS]})
     if kind == "txt":

@@ -315,7 +315,7 @@ def test_the_labels_of_the_test_split_change_nothing_but_its_own_score(options, 
 
 
 def test_each_split_is_read_from_its_own_data_set(options, tmp_path, monkeypatch):
-    """--dataset-name belongs to --dataset. Without --test-dataset, none is tested on."""
+    """--dataset-name belongs to --dataset. Without --test-dataset, only the sample is tested on."""
     asked = mock.Mock(return_value=(["a b"], [1]))
     monkeypatch.setattr(train_sst2, "get_reviews", asked)
     monkeypatch.setattr(train_sst2, "fine_tune", lambda model, *_: (model, 0.5))
@@ -356,8 +356,8 @@ def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
 
 
 def test_options_and_weights_decide_size_length_tokenizer_and_padding(tmp_path, monkeypatch):
-    """In this vocabulary [PAD] is the last token. Labels are those of SST-2: class 0 of somebody's
-    model may be the positive one."""
+    """In this vocabulary, [PAD] is the last token. The saved labels are SST-2's, whatever the
+    weights had: class 0 of someone else's model may be the positive one."""
     ids = {token: i for i, token in enumerate(reversed(VOCABULARY))}
     data.wordpiece(ids).save(str(tmp_path / "tokenizer.json"))
     fine_tune = mock.Mock(side_effect=lambda model, *_: (model, 0.5))

@@ -1,16 +1,16 @@
-"""Two short runs whose losses are recorded: what is computed does not change unnoticed.
+"""Two short runs with recorded losses, so that the computation does not change unnoticed.
 
     PYTHONPATH=. python tests/test_golden.py      # records golden.json anew
 
-They are runs of the scripts on the sample, tiny, in float32 and with one thread. They cover
+They run the two scripts on the sample, with size tiny, in float32 and with one thread. They cover
 everything between the text and the loss: tokenizer, pairs, masks, order, initial weights, dropout,
-model, gradients, clipping, schedule, optimizer. Rewriting code must not move these numbers. They
-may be renewed only where a result is meant to change; then the commit and CHANGELOG.md say why.
+model, gradients, clipping, schedule, optimizer. Refactoring must not change these numbers. Record
+them anew only where a result is meant to change; the commit and CHANGELOG.md then say why.
 
 Tolerance: another CPU sums in another order. On one CPU, with torch's kernels for SSE and for AVX2
-and with one thread and two, these losses differ by 5e-6 of themselves at most; four times that is
-allowed. What a change of the computation does, in a run of this size: Adam's eps 1e-8 for 1e-6
-0.3; LayerNorm's eps 1e-5 for 1e-12 7e-3; no weight decay 7e-4; GELU by a tanh 5e-5.
+and with one thread and two, these losses differ by at most 5e-6 of their value; four times that is
+allowed. By comparison, in a run of this size: Adam's eps 1e-8 instead of 1e-6 changes them by 0.3,
+LayerNorm's eps 1e-5 instead of 1e-12 by 7e-3, no weight decay by 7e-4, GELU with tanh by 5e-5.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ def other_versions() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_a_golden_run_has_its_recorded_losses(run, tmp_path):
-    """With other versions of the libraries it has to learn, and the numbers are skipped."""
+    """With other library versions, the run only has to learn; its losses are not compared."""
     found = losses_of(run, tmp_path / "run")
     expected = json.loads(GOLDEN.read_text())[run]
     assert found.keys() == expected.keys()

@@ -31,7 +31,7 @@ def test_logits_of_masked_tokens_are_those_of_the_full_logits(case, draw):
 
 
 def test_masked_indices_have_one_dimension_and_are_passed_by_name():
-    """A mask of the batch's shape, or a fourth argument in transformers' order, would be silent."""
+    """A mask shaped like the batch, or transformers' fourth argument, would be a silent mistake."""
     model = build(BertPretrainModel, FIXED)
     input_ids = torch.tensor([[3, 4, 5]])
     for wrong in (input_ids > 3, torch.tensor([[1, 2]]), torch.tensor(1)):

@@ -1,9 +1,9 @@
-"""Bugs that public BERT implementations or this one really have had, or that once no test noticed,
+"""Real bugs of public BERT implementations or of this one, and bugs that once no test caught,
 planted here one by one.
 
-Each row changes one piece of the real source, and the named test must then fail: by an assertion,
-or with an exception that the row names. A row whose piece is no longer in the source fails, too: a
-bug that cannot be planted proves nothing. A mutation tester makes simpler changes by itself.
+Each row changes one piece of the real source, and the named test must then fail: with an assertion,
+or with an exception listed in the row. If the piece is no longer in the source, the row fails, too:
+a bug that cannot be planted proves nothing. Simpler changes are left to a mutation tester.
 """
 
 import importlib
@@ -67,8 +67,8 @@ def plant(monkeypatch, bug: Bug) -> None:
 
 
 def run(test: Callable, arguments: dict, folder: Path, examples: int) -> None:
-    """Runs a test with its arguments and fixtures, but a property without the search for its
-    simplest counterexample. Arguments that are functions make their value with the bug in place.
+    """Runs a test with its arguments and fixtures. Counterexamples of a hypothesis test are not
+    shrunk. An argument that is a function is called, with the bug in place, to get its value.
     """
     folder.mkdir()
     with pytest.MonkeyPatch.context() as monkeypatch, warnings.catch_warnings():

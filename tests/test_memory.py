@@ -1,8 +1,8 @@
-"""A run of days must not grow: what the data pipeline holds in memory is bounded.
+"""A run that takes days must not use ever more memory: what the data pipeline holds is bounded.
 
-Measured is what malloc has given away and not got back, in this process and in each data worker.
-The pages that a process holds would say less: they also move with the gaps between allocations,
-with copies of shared pages, and with what the kernel does.
+The test measures what malloc has allocated and not freed, in this process and in each data worker.
+The number of resident pages would say less: it also varies with fragmentation, with copies of
+shared pages, and with what the kernel does.
 """
 
 import ctypes
@@ -130,11 +130,11 @@ def main(folder: str) -> None:
 
 
 def test_the_loader_does_not_grow(tmp_path):
-    """Of a corpus on disk, and of a stream that is read in many blocks and epochs. A leak of 200
-    bytes in each example, as a control, is noticed.
+    """It grows neither with a corpus in memory nor with a stream read in many blocks and epochs. As
+    a control, a leak of 200 bytes per example is detected.
 
-    They are measured in a process of their own, in which Python and Arrow take all memory from
-    malloc, and malloc itself keeps no freed pieces, which it counts as given away.
+    All are measured in a separate process, in which Python and Arrow get all memory from malloc,
+    and malloc caches no freed chunks, which it would count as allocated.
     """
     for shard in (0, 1):
         write_many_documents(tmp_path / f"train-{shard}.jsonl")

@@ -148,7 +148,7 @@ def test_fused_and_explicit_attention_are_the_same_function(case):
 
 @given(cases(Bert, room=5), st.integers(1, 5))
 def test_padding_never_changes_the_outputs_of_real_tokens(case, more):
-    """Neither its amount nor the ids under it change any other column's output."""
+    """Neither the amount of padding nor the ids in its columns change any other column's output."""
     model, input_ids, token_type_ids, real = case
     expected = model(input_ids, token_type_ids)[real]
     padded = F.pad(input_ids, (0, more), value=model.padding_idx)
@@ -161,8 +161,8 @@ def test_padding_never_changes_the_outputs_of_real_tokens(case, more):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_padding_is_hidden_under_bfloat16_autocast(fused, device):
-    """Other ids under it change no bit, and its amount changes no more than rounding does: ten
-    times less than if it were attended to."""
+    """Other ids in padded columns change no bit. The amount of padding changes no more than
+    rounding does: less than a tenth of what it would change if it were attended to."""
     model = build(Bert, dataclasses.replace(FIXED, fused_attention=fused)).float().to(device)
     input_ids = torch.randint(1, FIXED.vocab_size, (4, 9), device=device)
     longer = F.pad(input_ids, (0, 8), value=PADDING)
@@ -221,8 +221,8 @@ SITES = {
 
 
 def outputs_of_site(site: str, model: SST2BertModel, copies: int) -> torch.Tensor:
-    """Returns what a model computes of copies of an input around one site of dropout. No norm
-    follows the site, and the other branch of its layer is zero, so that its mean can be seen.
+    """Returns what the part of a model around one dropout site computes from copies of an input. No
+    norm follows the site, and the layer's other sublayer outputs 0, so that the mean can be seen.
     """
     x = torch.linspace(-1, 1, 5 * FIXED.d_model, dtype=torch.float64).cos().view(1, 5, -1)
     x = x.expand(copies, -1, -1)

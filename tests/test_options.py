@@ -1,5 +1,5 @@
-"""Options and data as a person gets them wrong: one message, exit status 2, and no changed file.
-What is no mistake of a person keeps its traceback.
+"""Mistakes that users make in options and data: each gives one message and exit status 2, and no
+file changes. Errors that are not the user's keep their traceback.
 """
 
 import multiprocessing
@@ -43,8 +43,8 @@ def run_line(folder, monkeypatch) -> Callable[[str, str], None]:
     return run_line
 
 
-# What would otherwise be silent, or late, or a traceback. The message has the last word of the
-# line, or what stands here in its place.
+# Mistakes that would otherwise be silent, surface late, or end in a traceback. The message contains
+# the third field or, where that is empty, the last word of the line.
 WRONG = [
     (PRETRAIN, "--workers -1", ""),
     (PRETRAIN, "--batch-size 0", ""),

@@ -1,5 +1,5 @@
-"""From examples to batches: an example is a pure function of (corpus, seed, index), and an epoch
-has every example once, in an order of its own. No number of workers or ranks changes the batches.
+"""From examples to batches: an example depends only on the dataset's arguments and its index. An
+epoch has every example once, in its own order. The number of workers or ranks changes no batch.
 """
 
 import itertools

@@ -1,5 +1,5 @@
-"""The first thing to try with any BERT: one sample must be learned by heart. With a learning rate
-that is too large it never is, and the loss tells why: it sticks at ln n.
+"""The first thing to try with any BERT: it must be able to overfit one example. With too large a
+learning rate, it never does, and the loss shows why: it gets stuck at ln n.
 
     python -m pytest tests/test_overfit.py            # tiny, on the CPU
     python -m pytest tests/test_overfit.py -m gpu     # base, on a GPU

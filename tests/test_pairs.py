@@ -112,12 +112,12 @@ def test_an_example_holds_the_tokens_and_the_label_of_its_pair(dataset):
 
 
 def test_one_pair_in_ten_is_shorter_where_documents_have_room():
-    """Its length is even between 2 tokens and all: within five standard deviations of 6,000."""
+    """Its length is uniform from 2 to ROOM: within five standard deviations, for 6,000 pairs."""
     corpus = corpus_of(sentences_of_lengths(KINDS["novels"]))
     found = [
         pair.a_end - pair.a_start + pair.b_end - pair.b_start for pair in draw_pairs(corpus, 6000)
     ]
-    # A novel has room for every pair, except near its ends: there is 1% more.
+    # A novel has room for every pair, except near its ends: that makes 1% more of them short.
     short = np.mean([length < ROOM for length in found])
     assert is_within(short, 0.1 * (ROOM - 2) / (ROOM - 1) + 0.01, 6000)
     of_the_short = [length for length in found if length < ROOM]
@@ -179,7 +179,7 @@ def test_a_short_pair_has_two_tokens_or_more_and_segment_a_any_number_of_them(le
 
 @given(documents(), rooms, seeds)
 def test_a_pair_is_as_long_as_both_documents_have_room_for(docs, room, seed):
-    """At both seams, as many tokens as segment A has lie before, and as many as B has behind."""
+    """At both seams, enough tokens come before for segment A, and enough after for segment B."""
     corpus = corpus_of(docs)
     pairs = [
         data.draw_pair(corpus, Coins(seed, coins), 0, len(corpus), room)
@@ -200,8 +200,8 @@ def test_a_pair_is_as_long_as_both_documents_have_room_for(docs, room, seed):
 
 @given(documents(with_long=False), st.integers(50, 300), seeds)
 def test_a_pair_never_starts_one_document_and_ends_another(docs, room, seed):
-    """Only a random pair can, so that would tell the label: of 54% of the pairs of film reviews at
-    T = 128. It does only where each of two documents has one token on that side of its seam."""
+    """Only a random pair can, so a guess from this alone would be right for 54% of 128-token pairs
+    of film reviews. Exception: each of the two documents has one token on that side of its seam."""
     corpus = corpus_of(docs)
     starts = set(corpus.document_starts.tolist())
     for pair in draw_pairs(corpus, 16, room, seed):
@@ -234,9 +234,9 @@ def test_a_seam_is_the_next_start_of_a_sentence_and_in_the_last_sentence_its_own
 
 # ---- By statistics: nothing about one segment, or about the form, tells the label ----------------
 #
-# 12,000 pairs of each kind of corpus, always the same ones. Means are compared within five standard
-# errors (a right one is outside once in 1.7 million times); a fact that told the label of 52.3% of
-# the pairs would be noticed. (What was found here in earlier versions told 57 to 64%.)
+# 12,000 pairs from each kind of corpus, always the same ones. Means must agree within five standard
+# errors (by chance, they fail to once in 1.7 million times). A fact that predicts the label of
+# 52.3% of the pairs would be noticed. (Those found here in earlier versions predicted 57 to 64%.)
 
 DRAWS = 12_000
 
@@ -296,7 +296,7 @@ def test_one_segment_tells_nothing_about_the_label(first, drawn):
 
 
 def test_both_lengths_tell_nothing_about_the_label(drawn):
-    """Of 16 cells by the quartiles of both lengths, each has its share of random pairs."""
+    """The quartiles of both lengths form 16 cells of pairs; each has its share of random pairs."""
     _, pairs, is_random = drawn
     lengths_a = np.array([pair.a_end - pair.a_start for pair in pairs])
     lengths_b = np.array([pair.b_end - pair.b_start for pair in pairs])
@@ -366,8 +366,8 @@ def test_the_examples_of_an_epoch_share_the_corpus_and_leave_nothing_out(docs, r
 
 @pytest.mark.slow
 def test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_35_times_the_mean():
-    """40 documents have 300 to 600 tokens, and 30,000 pairs at most 128. So many draws count each
-    of these tokens, over the documents, 3,000 times: to 5% at three standard deviations."""
+    """40 documents have 300 to 650 tokens, 30,000 pairs at most 128. The tokens at one distance
+    from an end are then drawn some 3,000 times or more: to 5%, at three standard deviations."""
     rng = np.random.default_rng(0)
     lengths = [[int(n) for n in rng.integers(5, 31, rng.integers(18, 34))] for _ in range(50)]
     lengths = [document for document in lengths if sum(document) >= 300][:40]

@@ -165,8 +165,8 @@ def test_a_batch_for_a_gpu_is_pinned_and_copied_without_waiting(monkeypatch):
 def test_a_compiled_run_is_one_graph_with_the_losses_and_weights_of_an_eager_run(
     options, monkeypatch
 ):
-    """It has no break (fullgraph). After the second number of masked tokens no number needs another
-    graph. --compile is a flag of the script, and off without it."""
+    """There are no graph breaks (fullgraph). After compiling for two numbers of masked tokens,
+    other numbers need no new graph. Without --compile, nothing is compiled."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compile_real = torch.compile
@@ -208,8 +208,8 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_no
 
 
 def test_nothing_in_a_step_waits_for_a_gpu():
-    """No value is read from the device, and no shape depends on values: both would stop the CPU
-    until the GPU has caught up. What does depend on them, `to_device` finds out before."""
+    """No value is read from the device, and no shape depends on values: either would make the CPU
+    wait for the GPU to catch up. `to_device` computes whatever depends on values beforehand."""
     model = BertPretrainModel(SMALL, PADDING).train()
     optimizer, (batch, *_) = make_optimizer(model), some_batches(1)
     with Recorder() as before:

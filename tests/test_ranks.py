@@ -64,8 +64,8 @@ from train_pretrain import (
 def join_as(
     monkeypatch, device: str | None, gpus: int, rank: int = 0, ranks: int = 1, local_rank: int = 0
 ) -> tuple[mock.Mock, mock.Mock]:
-    """Joins a pretended group on a machine with so many GPUs. Returns the calls by which the group
-    was formed and a GPU was taken.
+    """Joins a fake process group on a machine with `gpus` GPUs. Returns the mocks that are called
+    to form the group and to take a GPU.
     """
     for name, value in {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": local_rank}.items():
         monkeypatch.setenv(name, str(value))
@@ -88,8 +88,8 @@ def join_as(
     ],
 )
 def test_cpu_tensors_have_a_backend_on_every_machine(device, gpus, backend, monkeypatch):
-    """Without a named backend, a machine with a GPU has nccl alone: no sum of CPU tensors. A single
-    rank forms a group, too."""
+    """If no backend is named, a machine with a GPU gets only nccl, which cannot sum CPU tensors. A
+    single rank forms a group, too."""
     form, _ = join_as(monkeypatch, device, gpus)
     a_day = timedelta(days=1)  # in which rank 0 may tokenize
     form.assert_called_once_with(backend, timeout=a_day)
@@ -122,8 +122,8 @@ def test_fine_tuning_with_several_ranks_is_rejected(tmp_path, monkeypatch):
 
 
 def test_the_death_of_a_data_worker_is_told_and_that_of_another_rank_is_not(monkeypatch):
-    """torch raises the first one at any place, so also while ranks sum. The other rank tells why it
-    has ended."""
+    """torch may report a worker's death anywhere, even while ranks sum. A rank that has ended
+    reports the reason itself."""
     monkeypatch.setattr(train_pretrain.dist, "is_initialized", lambda: True)
     for reason, expected in (("DataLoader worker is killed", RuntimeError), ("EOF", SystemExit)):
         fail = mock.Mock(side_effect=RuntimeError(reason))
@@ -219,7 +219,7 @@ def two_ranks(flags: list[str], out: Path, *more: str, number=-1, rank=0, event=
 
 @pytest.fixture(scope="module")
 def alone(flags, tmp_path_factory) -> list[dict]:
-    """The lines of a run with one rank, of which torchrun forms a group, too."""
+    """The lines of a run with one rank, in a group of one, as torchrun would form it."""
     out = tmp_path_factory.mktemp("alone") / "run"
     assert wait(*start_ranks(1, run_as_main, *flags, "--out", str(out))) == [0]
     return metrics_of(out)
@@ -287,7 +287,7 @@ def send_sigterm(*_) -> None:
 
 @pytest.mark.slow
 def test_the_death_of_one_rank_ends_both_and_one_rank_resumes_the_run(flags, alone, tmp_path):
-    """No rank waits for ever, and the global batches are those of any number of ranks."""
+    """No rank waits forever, and the global batches are those of any number of ranks."""
     out = tmp_path / "run"
     first, second = two_ranks(flags, out, number=6, rank=1, event=die)
     assert first != 0

@@ -1,7 +1,7 @@
-"""The oracle: transformers' BERT with the same weights, copied over the published names.
+"""The oracle: transformers' BERT with the same weights, copied by their published names.
 
-float64 is compared to 1e-9. In float32, 2e-5 is a hundred rounding errors of numbers near 1, which
-is what a different order of summation makes of three layers.
+The tolerance is 1e-9 in float64, and 2e-5 in float32: a hundred rounding errors of numbers near 1,
+which is what a different order of summation amounts to over three layers.
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ def their_loss(theirs, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def test_fifty_steps_of_training_have_the_losses_of_transformers():
     """Both start from the same weights and take the same batches and learning rates, in float64.
-    Their optimizer is written out here, from the paper: which weights decay, and the clipping.
+    Their optimizer is written out here, from Google's code: which weights decay, and the clipping.
     """
     config = dataclasses.replace(SMALL, attention_d_k=12, attention_d_v=12)
     model = BertPretrainModel(config, PADDING).double()
@@ -260,7 +260,7 @@ NORMALIZERS: dict[str, Normalizer | None] = {
 
 @pytest.mark.parametrize("kind", NORMALIZERS)
 def test_a_saved_tokenizer_gives_the_same_ids_in_transformers(kind, tmp_path):
-    """What is saved told transformers to leave capitals alone: `[UNK] [UNK] saw the [UNK] .`"""
+    """Saved files used to tell transformers not to lowercase: `[UNK] [UNK] saw the [UNK] .`"""
     names = [*VOCABULARY, "e", "é", "中", "##文", "文", "the", "cat", "cafe", "[unused]"]
     tokenizer = data.wordpiece({token: i for i, token in enumerate(dict.fromkeys(names))})
     tokenizer.normalizer = NORMALIZERS[kind]

@@ -83,8 +83,8 @@ class Killed(BaseException):
 
 
 class Writes:
-    """Counts what a run does to its folder, and ends the process at number `last`, from 0: before
-    a renaming or before a wait for the disk, or with half a file or half a line written.
+    """Counts a run's operations on its folder, and ends the process at number `last` (from 0):
+    before a mkdir, rename or fsync, or with half a file or half a line written.
     """
 
     def __init__(self, last: int | None) -> None:
@@ -180,8 +180,8 @@ def test_a_run_killed_at_any_write_resumes_to_the_same_bits(options, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_resumes_to_the_same_bits(corpus, uninterrupted, tmp_path):
-    """kill -9 within the 20 milliseconds after an update that is drawn, three times, with another
-    number of workers each time."""
+    """kill -9, three times, within the 20 milliseconds after a randomly chosen update starts, each
+    time with a different number of workers."""
     options = replace(OPTIONS, dataset=corpus, out=str(tmp_path / "run"))
     generator = random.Random(0)
     for workers in (0, 1, 2):
@@ -294,7 +294,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(finished):
 
 
 def test_resuming_a_finished_run_changes_nothing_but_what_is_left_of_a_kill(finished):
-    """A run that was killed while it wrote model/ is completed so."""
+    """This is also how a run that was killed while it wrote model/ is completed."""
     out = Path(finished.out)
     before, names = state(out), {path.name for path in out.iterdir()}
     (out / "model.before" / "old").mkdir(parents=True)
@@ -532,7 +532,7 @@ def lose_workers(module: str, name: str, options: PretrainOptions) -> None:
 def test_a_killed_data_worker_ends_the_run_and_the_message_says_fewer_workers(
     owner, name, corpus, tmp_path
 ):
-    """While a checkpoint is saved, its death was taken for a full disk."""
+    """If it died while a checkpoint was being saved, that was once taken for a full disk."""
     options = replace(OPTIONS, dataset=corpus, out=str(tmp_path / "run"), workers=1)
     process = start(lose_workers, owner.__name__, name, options, output=tmp_path / "log")
     assert wait(process) == [2]

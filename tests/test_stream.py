@@ -158,7 +158,7 @@ def sizes_of_blocks(texts: list[str], tmp_path: Path, count: int) -> list[int]:
 
 @pytest.mark.parametrize("tokens", [17, 24])
 def test_a_block_ends_after_so_many_tokens_or_with_its_epoch(tokens, tmp_path, monkeypatch):
-    """Each of these documents has eight tokens with full stops; epochs have eight."""
+    """Each of these documents has eight tokens, periods included; an epoch has eight documents."""
     monkeypatch.setattr(data, "STREAM_BLOCK", tokens)
     assert sizes_of_blocks(["a aa. b bb."] * 8, tmp_path, 6) == [3, 3, 2] * 2
 

@@ -39,8 +39,8 @@ MORE = "😀👩🏽🇩🇪中文々カ한국"
 
 @functools.cache
 def characters() -> list[str]:
-    """Returns those of Unicode 3.2 that no later version has changed: here the tables of Python and
-    of the library agree."""
+    """Returns characters of Unicode 3.2 that no later version has changed: for these, the tables of
+    Python and of the library agree."""
     old = unicodedata.ucd_3_2_0.category
     ends = [i for part in wordpiece.IDEOGRAPHS for i in (part[0] - 1, part[0], part[-1])]
     some = range(0x3400, 0x30000, 41)  # of those that are treated alike
@@ -141,7 +141,7 @@ def test_cased_tokens_in_brackets_are_no_words(tmp_path):
 
 
 def test_what_is_no_path_is_asked_for_on_the_hub(tmp_path, monkeypatch):
-    """Of a model there, the three files of its tokenizer are loaded, and no weights."""
+    """For a model on the hub, only the three tokenizer files are downloaded, not the weights."""
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
     asked = mock.Mock(return_value=str(tmp_path))
     monkeypatch.setattr(data, "snapshot_download", asked)

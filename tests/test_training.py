@@ -278,8 +278,8 @@ def test_lines_count_updates_and_come_as_often_as_asked_and_at_the_end(
 
 
 def test_a_line_has_the_loss_of_its_update_and_an_evaluation_the_weights_after_it(options):
-    """Line 1 has the loss of the first batch, before any update; so has the evaluation of step 0.
-    That of the last step is of the weights in model/."""
+    """Line 1, on the first batches, and the evaluation of step 0 use the weights before any update.
+    The evaluation of the last step uses the weights in model/."""
     options = replace(options, dropout=0.0, steps=2, accumulate=2)
     pretrain(options)
     train, validation = (read_lines(Path(options.out), split) for split in ("train", "validation"))
@@ -398,7 +398,7 @@ def test_dropout_and_positions_are_those_of_the_options(dropout, options):
 @pytest.mark.slow
 def test_a_short_pretraining_beats_the_unigram_entropy(tmp_path):
     """Words follow each other as letters do in the alphabet, so a masked one can be told from its
-    neighbours. The first loss is ln V; model, tokenizer, options and metrics are written."""
+    neighbors. The first loss is ln V; model, tokenizer, options and metrics are written."""
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "run"
     around = " ".join(LETTERS * 2)
     texts = [". ".join(around[2 * (i + j) % 52 :][:20] for j in range(9)) for i in range(100)]

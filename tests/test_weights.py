@@ -367,7 +367,7 @@ def fetched(repository: Path) -> list[str]:
 
 
 def test_of_weights_in_two_formats_the_hub_is_asked_for_the_safe_one(repository):
-    """In a directory that has both, the safe one is read: the other is of no model."""
+    """In a directory that has both, the safe one is read: here, the other contains no model."""
     torch.save({}, repository / "pytorch_model.bin")
     (repository / "tf_model.h5").write_bytes(b"large, and of no use here")
     expected = BertPretrainModel.from_pretrained(repository)
@@ -416,8 +416,8 @@ def test_masks_are_filled_with_the_most_likely_tokens(device):
 
 
 def test_guesses_are_tokens_of_the_tokenizer():
-    """Weights may have more rows than there are tokens: these have no name. They may not have
-    fewer."""
+    """Weights may have more rows than there are tokens: the extra rows stand for no token. They may
+    not have fewer."""
     rows = len(VOCABULARY) + 7
     model = build(BertPretrainModel, dataclasses.replace(PUBLISHABLE, vocab_size=rows))
     torch.nn.init.constant_(model.mlm_bias[len(VOCABULARY) :], 9.0)

@@ -1,5 +1,5 @@
-"""Google's tokenizer, written again from its description in [Code] tokenization.py: what the ids of
-the product are compared with. One character at a time, and without a library.
+"""Google's tokenizer, reimplemented from its description in [Code] tokenization.py: the reference
+for our token ids. It works on one character at a time and uses no tokenizer library.
 """
 
 import unicodedata
