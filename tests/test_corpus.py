@@ -174,14 +174,14 @@ def test_a_poisoned_row_surfaces_with_its_index():
             list(documents)
 
 
-def test_what_fails_while_documents_are_read_leaves_nothing(tmp_path):
+def test_an_error_while_documents_are_read_leaves_no_corpus(tmp_path):
     rows = [*({"text": text} for text in TEXTS), {"text": 7}]
     with pytest.raises(ValueError, match="row 3"):
         data.tokenize_corpus(data.Documents("a", rows), small_tokenizer(), tmp_path / "arrays")
     assert [path.name for path in tmp_path.iterdir()] == ["arrays.lock"]
 
 
-def test_a_row_that_is_no_text_is_told_with_the_path_of_its_data_set(tmp_path):
+def test_a_row_that_is_not_text_is_reported_with_the_path_of_its_data_set(tmp_path):
     path = write_rows(tmp_path / "corpus.jsonl", [{"text": 7}] * 5)
     with pytest.raises(ValueError, match=f"^cannot read {re.escape(path)}: row 0: text is 7"):
         list(data.get_documents(path)["train"])
@@ -274,7 +274,7 @@ def test_a_full_disk_while_a_data_set_is_read_is_one_message_that_names_the_cach
 # ---- The cache ----------------------------------------------------------------------------------
 
 
-def test_a_second_start_finds_the_corpus_and_whatever_it_depends_on_makes_another(
+def test_a_second_run_reuses_the_corpus_and_changing_anything_it_depends_on_makes_another(
     tmp_path, monkeypatch
 ):
     """The corpus depends on the files, the tokenizer, the column, the rows per document, and
@@ -388,7 +388,7 @@ def test_files_of_other_kinds_are_rejected_by_name(name, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt", "empty.parquet"])
-def test_a_file_that_cannot_be_read_is_one_line_with_its_path(kind, streaming, tmp_path):
+def test_a_file_that_cannot_be_read_gives_a_one_line_error_with_its_path(kind, streaming, tmp_path):
     """Truncated or wrongly encoded files gave errors of up to 44 lines, without the file's name."""
     whole = tmp_path / f"a.{kind}"
     rows = datasets.Dataset.from_dict({"text": [text * 30 for text in TEXTS]})

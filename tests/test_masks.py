@@ -142,7 +142,7 @@ def test_all_pieces_of_a_word_are_masked_or_none_and_at_least_one_word_is(datase
 
 
 @pytest.mark.parametrize("pieces", [["##1"], ["##'"], ["##文"], ["##1", "##'", "##文"], []])
-def test_a_word_may_go_on_with_digits_signs_and_chinese_or_no_word_may(pieces):
+def test_pieces_may_be_digits_signs_or_chinese_and_a_vocabulary_may_have_none(pieces):
     """Words have one token and then each of the pieces; some vocabularies have no piece at all."""
     words = ["x", "1", "'", "文"]
     vocabulary = {token: i for i, token in enumerate([*pieces, *words, *data.SPECIAL_TOKENS])}

@@ -74,7 +74,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("script", "line", "named"), WRONG)
-def test_a_mistake_is_one_message_that_names_it_with_status_2_and_no_changed_file(
+def test_a_mistake_gives_one_message_that_names_it_and_status_2_and_changes_no_file(
     script, line, named, folder, run_line, capfd
 ):
     paths, files = set(folder.glob("**/*")), contents(folder)

@@ -128,7 +128,7 @@ def seconds_waited(batches: Iterable[dict]) -> float:
     return waited
 
 
-def test_workers_prepare_batches_while_a_step_is_computed_and_a_buffer_of_ones_own_does_not(
+def test_workers_prepare_batches_during_a_step_and_a_hand_written_buffer_does_not(
     monkeypatch,
 ):
     """A buffer that is filled whenever it is empty makes the loop wait for all of its batches."""

@@ -78,7 +78,7 @@ def test_one_sample_is_overfitted(size, rate, too_large, device, nsp_label):
 
 
 @on_each_device
-def test_a_large_learning_rate_sticks_at_ln_n_with_the_same_token_everywhere(
+def test_too_large_a_learning_rate_gets_stuck_at_ln_n_with_the_same_token_everywhere(
     size, rate, too_large, device
 ):
     """The model learns which 10 tokens are targets, but never where: the loss stays at ln 10. With

@@ -81,7 +81,7 @@ def test_every_target_of_a_command_exists(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_link_leads_to_a_file_and_so_does_every_name_of_one(page):
+def test_every_link_and_every_file_name_leads_to_a_file(page):
     folders = [ROOT, (ROOT / page).parent]
     for link in re.findall(r"\]\((?!http)([^)#]+)", read(page)):
         assert (ROOT / page).parent.joinpath(link).exists(), link

@@ -121,7 +121,7 @@ def test_fine_tuning_with_several_ranks_is_rejected(tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_death_of_a_data_worker_is_told_and_that_of_another_rank_is_not(monkeypatch):
+def test_the_death_of_a_data_worker_is_reported_and_that_of_another_rank_is_not(monkeypatch):
     """torch may report a worker's death anywhere, even while ranks sum. A rank that has ended
     reports the reason itself."""
     monkeypatch.setattr(train_pretrain.dist, "is_initialized", lambda: True)

@@ -293,7 +293,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(finished):
     assert contents(Path(finished.out)) == before
 
 
-def test_resuming_a_finished_run_changes_nothing_but_what_is_left_of_a_kill(finished):
+def test_resuming_a_finished_run_changes_nothing_but_what_a_kill_has_left(finished):
     """This is also how a run that was killed while it wrote model/ is completed."""
     out = Path(finished.out)
     before, names = state(out), {path.name for path in out.iterdir()}
@@ -306,7 +306,7 @@ def test_resuming_a_finished_run_changes_nothing_but_what_is_left_of_a_kill(fini
     assert not (out / "model" / "old").exists()
 
 
-def test_a_full_disk_is_named_and_leaves_the_checkpoint_before(options):
+def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_kept(options):
     """No file can be larger than half a checkpoint, so torch fails in the middle of one."""
     with before_update(3, crash), pytest.raises(CrashError):
         run(options)

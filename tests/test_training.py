@@ -220,7 +220,7 @@ def test_metrics_are_means_over_all_masked_tokens_and_all_pairs():
 
 
 @pytest.mark.parametrize("was_training", [True, False])
-def test_whoever_looks_at_a_model_has_no_dropout_and_no_gradients_and_leaves_its_mode(
+def test_evaluating_a_model_uses_no_dropout_and_no_gradients_and_keeps_its_mode(
     was_training,
 ):
     pretrained, classifier = BertPretrainModel(SMALL, PADDING), SST2BertModel(SMALL, PADDING)

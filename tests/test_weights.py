@@ -366,7 +366,7 @@ def fetched(repository: Path) -> list[str]:
     return sorted(file.name for file in (repository.parent / "fetched").iterdir())
 
 
-def test_of_weights_in_two_formats_the_hub_is_asked_for_the_safe_one(repository):
+def test_of_weights_in_two_formats_only_the_safe_one_is_fetched_from_the_hub(repository):
     """In a directory that has both, the safe one is read: here, the other contains no model."""
     torch.save({}, repository / "pytorch_model.bin")
     (repository / "tf_model.h5").write_bytes(b"large, and of no use here")
@@ -391,7 +391,7 @@ def test_an_old_repository_with_a_pickle_and_a_word_list_is_read(repository):
 
 @pytest.mark.parametrize("source", ["no/such", "/no/such", "../such", "a/b/c"])
 @pytest.mark.parametrize("load", [bert.fetch, data.load_tokenizer])
-def test_what_is_no_directory_and_no_hub_id_is_one_message(load, source):
+def test_what_is_neither_a_directory_nor_a_hub_id_gives_a_one_line_error(load, source):
     """There is no network, or it can be no id at all."""
     with pytest.raises(ValueError, match=source) as rejected:
         load(source)
