@@ -29,9 +29,10 @@ def table() -> list[str]:
             lines = read_lines(folder / "pretrain.jsonl", split="validation")
             losses = lines["mlm_loss"]
             end_of_plateau = np.interp(-6.0, -losses, lines["step"])  # wants rising numbers
+            fine_tunings = [folder / f"{share}.jsonl" for share in ("all", "hundredth")]
             accuracies = [
-                mean_and_deviation(best_accuracies(folder / f"{share}.jsonl"))
-                for share in ("all", "hundredth")
+                mean_and_deviation(best_accuracies(file)) if file.exists() else ""
+                for file in fine_tunings
             ]
             cells = [f"{end_of_plateau:,.0f}", f"{losses[-1]:.2f}", *accuracies]
             rows.append(f"| {label} | {folder.name[-1]} | {' | '.join(cells)} |")
