@@ -121,7 +121,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     `vocab_size` tokens. `texts` is read twice, so an iterator is first turned into a list.
 
     The same texts, in any order, give the same ids. Left alone, the trainer would order equally
-    frequent characters differently each time, so each one is a fixed token, as is its ## piece.
+    frequent characters differently each time, so every character is a fixed token, as is its ##
+    piece.
     """
     if isinstance(texts, Iterator):
         texts = list(texts)

@@ -337,7 +337,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
     x x^T x is U S^3 V^T, so each of five Newton-Schulz iterations applies a s + b s^3 + c s^5 to
     every singular value s. With Jordan's coefficients, those of at least 0.002 of the Frobenius
-    norm come to lie in 0.68 .. 1.21; smaller ones stay smaller.
+    norm come to lie in 0.68 .. 1.21; much smaller ones stay small.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T  # x x^T is smaller
@@ -790,8 +790,9 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     - float32: all matrix products in float32.
     - medium: float32 in memory, but matrix products may round their factors to bfloat16.
     - bfloat16: autocast, see `autocast`.
-    - auto: bfloat16 on a GPU, the fastest of the three on a CPU; but float32 where bfloat16 is
+    - auto: bfloat16 on a GPU, the fastest of the three on a CPU; float32 where bfloat16 is
       emulated: GPUs before Ampere, and CPUs with neither AMX nor AVX512-BF16 (40 times as slow).
+      Before torch 2.11, a CPU cannot be asked, and gets float32.
     """
     if name == "auto":
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.11
@@ -871,7 +872,7 @@ def join_ranks(device: str | None, accumulate: int) -> None:
 def total(*numbers: float) -> list[float]:
     """Returns each number's sum over all ranks. The sums are on the CPU and wait for no GPU.
 
-    If another rank has ended, this one ends silently, too: the other one or torchrun says why.
+    If another rank has ended, this one also ends, silently: the other one or torchrun says why.
     """
     if not dist.is_initialized():
         return list(numbers)

@@ -178,7 +178,9 @@ def contest(contestants: list[tuple], steps: int) -> Iterator[tuple[float, float
 
 
 def peers(size: str, compiled: bool) -> list[Training]:
-    """Returns ours; transformers as it comes, and with our precision and memory; ours with Muon."""
+    """Returns ours; transformers as it comes, and with our precision and memory; ours with Muon.
+    Compiled, only ours and transformers with the same precision.
+    """
     ours = Training("ours", size, compiled=compiled)
     as_it_comes = Training("transformers, as it comes", size, "float32", keeps_memory=False)
     same = Training("transformers, same precision", size, compiled=compiled)

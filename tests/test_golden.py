@@ -9,8 +9,9 @@ them anew only where a result is meant to change; the commit and CHANGELOG.md th
 
 Tolerance: another CPU sums in another order. On one CPU, with torch's kernels for SSE and for AVX2
 and with one thread and two, these losses differ by at most 5e-6 of their value; four times that is
-allowed. By comparison, in a run of this size: Adam's eps 1e-8 instead of 1e-6 changes them by 0.3,
-LayerNorm's eps 1e-5 instead of 1e-12 by 7e-3, no weight decay by 7e-4, GELU with tanh by 5e-5.
+allowed. By comparison, relative changes in a run of this size: 0.3 from Adam's eps 1e-8 instead of
+1e-6; 7e-3 from LayerNorm's eps 1e-5 instead of 1e-12; 7e-4 from no weight decay; 5e-5 from GELU
+with tanh.
 """
 
 import contextlib

@@ -201,7 +201,7 @@ def test_a_pair_is_as_long_as_both_documents_have_room_for(docs, room, seed):
 @given(documents(with_long=False), st.integers(50, 300), seeds)
 def test_a_pair_never_starts_one_document_and_ends_another(docs, room, seed):
     """Only a random pair can, so a guess from this alone would be right for 54% of 128-token pairs
-    of film reviews. Exception: each of the two documents has one token on that side of its seam."""
+    of film reviews. Exception: one has one token before its seam, the other one after it."""
     corpus = corpus_of(docs)
     starts = set(corpus.document_starts.tolist())
     for pair in draw_pairs(corpus, 16, room, seed):
