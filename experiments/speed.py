@@ -1,6 +1,6 @@
 """A training step, and a data worker, beside those of transformers.
 
-    make bench                                           # ten minutes on two cores, or on a GPU
+    make bench                                # a quarter of an hour on two cores, or on a GPU
     python -m experiments.speed >> experiments/speed.jsonl
     python -m experiments.speed draw                     # draws speed.png from these lines
 
