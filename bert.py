@@ -7,7 +7,7 @@ Then come loading and saving, and a small command for models that have a tokeniz
 
     python bert.py DIRECTORY_OR_HUB_ID "the [MASK] sat on the [MASK]"
 
-Made to be copied. Needs torch, safetensors, huggingface_hub (for hub ids), tokenizers (for masks).
+Made to be copied. Needs torch, safetensors, huggingface_hub (hub ids), tokenizers (to fill masks).
 
 Sources:
     [BERT]         Devlin et al. 2018, arXiv 1810.04805
@@ -70,8 +70,8 @@ class BertConfig:
     num_labels: int = 2  # of the classifier
 
     # True: PyTorch's scaled_dot_product_attention, which is faster and needs less memory.
-    # False: `attention` below, which shows every step. Both give the same outputs, except where all
-    # of a sequence is padding: `attention` then averages all values, PyTorch may return zeros.
+    # False: `attention` below, which shows every step. Both give the same outputs up to rounding,
+    # unless a whole sequence is padding: `attention` averages all values, PyTorch may give zeros.
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
@@ -141,8 +141,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Computes softmax(Q K^T / sqrt(d_head)) V. [Transformer] equation 1; its d_k is d_head here.
 
-    This is the explicit form, to read and to test against. Models call it only if
-    `fused_attention=False`; by default, they call PyTorch's own function, which computes the same.
+    This is the explicit form, to read and to test against, used only if `fused_attention=False`.
 
     q, k, v: (..., seq, d_head), the queries, keys and values of one head, or of several at once;
     v may have its own d_head.
@@ -179,7 +178,7 @@ class MultiHeadAttention(nn.Module):
 
     d_k and d_v may differ from d_model. Only queries and keys must match in width, because they
     meet in a dot product. W^O (`output`) projects the concatenated heads, d_v wide, back to
-    d_model, so that the layer can add its input to its output.
+    d_model, so that `EncoderLayer` can add it to its input.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -200,7 +199,7 @@ class MultiHeadAttention(nn.Module):
         k = self.split_heads(self.key(x))
         v = self.split_heads(self.value(x))
 
-        # Both functions below have to be told whether the model is being trained.
+        # Neither function below knows of model.eval(): outside of training, the rate must be 0.
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config.fused_attention:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
@@ -218,8 +217,8 @@ class EncoderLayer(nn.Module):
         x = LayerNorm(x + dropout(W_2 gelu(W_1 x)))
 
     [Transformer] §3.1, §3.3, §5.4; GELU and the sizes: [BERT] §3, A.2. Attention moves information
-    between tokens. The feed-forward network processes each token separately; it holds two thirds
-    of a layer's parameters.
+    between tokens. The feed-forward network processes each token separately; by default, it holds
+    two thirds of a layer's parameters.
 
     LayerNorm comes after the sum ("post-LN"). At the start of training, the gradients of the last
     layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
@@ -242,18 +241,19 @@ class EncoderLayer(nn.Module):
         """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
-        # If you replace GELU, do so in the MLM head, too, and change hidden_act in FIXED_FIELDS. If
-        # you replace the norm or the mask, change model_type there, or the model is taken for BERT.
+        # If you replace GELU (also in the MLM head), change hidden_act in FIXED_FIELDS. If you
+        # replace the norm or the attention mask, change model_type there. Otherwise, what you save
+        # could be loaded as a BERT.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 
 
 class PretrainedModel(nn.Module):
     """What all models share: initialization, loading and saving. Your own model must take (config,
-    padding_idx) and keep its encoder, a `Bert`, as `self.bert`; its heads may have any names.
+    padding_idx) and keep a `Bert` as `self.bert`. Only a head `classifier` gets label names back.
     """
 
-    # The transformers class that loads a saved model. BertModel loads the encoder alone.
+    # The transformers class that loads a saved model. BertModel loads a `Bert`, without heads.
     architecture = "BertModel"
 
     def __init__(self, config: BertConfig, padding_idx: int = 0) -> None:
@@ -314,10 +314,10 @@ class Bert(PretrainedModel):
 
         token_type_ids: 0 = segment A, 1 = segment B; by default all 0.
         attention_mask: True = a token, False = padding; by default `input_ids != padding_idx`.
-        In transformers the attention mask is the second argument: when in doubt, pass by name.
+        Differs: [Code] by default masks nothing. In transformers, it is the second argument.
 
-        No token attends to padding, so padding never changes the output of the other tokens. The
-        output of padding itself means nothing; the losses ignore it.
+        No token attends to padding, so padding after the tokens never changes their output; padding
+        before them shifts their positions. The output of padding means nothing: ignore it.
         """
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
@@ -418,9 +418,9 @@ class SST2BertModel(PretrainedModel):
 
 # ---- The published format ----------------------------------------------------
 #
-# A published BERT is a directory: config.json, model.safetensors, tokenizer.json or vocab.txt.
+# A directory: config.json; model.safetensors or pytorch_model.bin; tokenizer.json or vocab.txt.
 
-# Our name for a module: its published name. Both omit the prefix `bert.` and `.weight` or `.bias`.
+# Our name: the published one, both without `bert.`, `.weight` and `.bias`; * is a layer's number.
 PUBLISHED_NAMES = {
     "embeddings.token": "embeddings.word_embeddings",  # the decoder is the same matrix
     "embeddings.position": "embeddings.position_embeddings",
@@ -465,7 +465,7 @@ def published_name(name: str) -> str:
     """
     layer = "".join(re.findall(r"layers\.(\d+)\.", name))
     pattern = re.sub(r"layers\.\d+\.", "layers.*.", name)
-    ((prefix, module, kind),) = re.findall(r"^(bert\.)?(.+?)(\.weight|\.bias)?$", pattern)
+    prefix, module, kind = re.findall(r"^(bert\.)?(.+?)(\.weight|\.bias)?$", pattern)[0]
     return prefix + PUBLISHED_NAMES.get(module, module).replace("*", layer) + kind
 
 
@@ -480,8 +480,8 @@ def missing_prefix(tensors: dict[str, Tensor]) -> str:
 def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, changes: dict) -> Any:
     """Returns a model of class `cls`. Each tensor whose published name and shape match a parameter
     is copied into that parameter. In the encoder, a tensor that is missing, left over or of another
-    shape is an error. Parameters of the pooler and heads may be missing and then keep their
-    initial weights: `model.missing_parameters` lists them, and a warning names them.
+    shape is an error. Elsewhere it is a warning, and parameters without a tensor keep their initial
+    weights: `model.missing_parameters` lists them.
     """
     directory = fetch(source)
     try:
@@ -504,7 +504,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     wrong = sorted(name for name in misfits if name.startswith(ENCODER_PREFIXES))
     if wrong:
         raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
-    # A model without the masked language model does not need the decoder.
+    # Only the MLM head uses the decoder, so other models accept any.
     is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKEN_EMBEDDINGS])
     if "cls.predictions.transform.dense.weight" in found and not is_tied:
         raise ValueError(f"{directory}: {DECODER} is not the matrix of the token embeddings")
@@ -586,7 +586,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     from safetensors.torch import save
 
     state = model.state_dict()
-    config = replace(model.config, num_labels=len(model.label_names))  # loading counts them
+    config = replace(model.config, num_labels=len(model.label_names))  # as `read_config` will
     with torch.device("meta"):  # shapes without memory
         as_configured = type(model)(config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # raises if a weight does not fit
@@ -601,9 +601,8 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     published["label2id"] = {name: i for i, name in enumerate(model.label_names)}
     contents = {"config.json": json.dumps(published, indent=2)}
     if tokenizer is not None:
-        # With this class, transformers reads tokenizer.json as it is.
         about: dict[str, Any] = {f"{role}_token": f"[{role.upper()}]" for role in ROLES}
-        about["tokenizer_class"] = "PreTrainedTokenizerFast"
+        about["tokenizer_class"] = "PreTrainedTokenizerFast"  # reads tokenizer.json as it is
         about["model_max_length"] = model.config.max_seq_length
         about["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         contents["tokenizer_config.json"] = json.dumps(about, indent=2)
@@ -667,8 +666,9 @@ def main() -> None:
     _, source, text = sys.argv
     if "[MASK]" not in text:
         raise ValueError("the text has no [MASK]")
-    tokenizer = read_tokenizer(source)
-    model = BertPretrainModel.from_pretrained(source, tokenizer.token_to_id("[PAD]"))
+    directory = fetch(source)
+    tokenizer = read_tokenizer(directory)
+    model = BertPretrainModel.from_pretrained(directory, tokenizer.token_to_id("[PAD]"))
     for guesses in fill_masks(model, tokenizer, text):
         print("[MASK]  " + "  ".join(f"{token} {prob:.3f}" for token, prob in guesses.items()))
 

@@ -122,8 +122,8 @@ def test_fine_tuning_with_several_ranks_is_rejected(tmp_path, monkeypatch):
 
 
 def test_the_death_of_a_data_worker_is_reported_and_that_of_another_rank_is_not(monkeypatch):
-    """torch may report a worker's death anywhere, even while ranks sum. The end of
-    another rank is reported by it or by torchrun."""
+    """torch may report a worker's death anywhere, even while ranks sum. The end of another rank is
+    reported by it or by torchrun."""
     monkeypatch.setattr(train_pretrain.dist, "is_initialized", lambda: True)
     for reason, expected in (("DataLoader worker is killed", RuntimeError), ("EOF", SystemExit)):
         fail = mock.Mock(side_effect=RuntimeError(reason))
