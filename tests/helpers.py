@@ -108,7 +108,7 @@ def start_ranks(count: int, function: Callable, *arguments, **how) -> list:
 def torchrun(ranks: int, *line: str) -> None:
     """Does as the command torchrun does, in a process that leads its group."""
     os.setpgrp()
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     run_as_main("torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *line)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, python
+from helpers import python
 from strategies import corpus_of, small_tokenizer, write_many_documents
 from torch.utils.data import DataLoader
 
@@ -140,7 +140,7 @@ def test_the_loader_does_not_grow(tmp_path):
         write_many_documents(tmp_path / f"train-{shard}.jsonl")
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "PYTHONMALLOC": "malloc",
         "ARROW_DEFAULT_MEMORY_POOL": "system",
         "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
