@@ -37,6 +37,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- Configuration -----------------------------------------------------------
 
@@ -169,6 +170,10 @@ def attention(
     return output, probs
 
 
+# Not cuDNN's: given a mask, its backward can return NaN (pytorch/pytorch#196678).
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 class MultiHeadAttention(nn.Module):
     """Computes Concat(head_1, ..., head_n) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i).
 
@@ -202,7 +207,8 @@ class MultiHeadAttention(nn.Module):
         # Neither function below knows of model.eval(): outside of training, the rate must be 0.
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config.fused_attention:
-            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            with sdpa_kernel(BACKENDS):
+                heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         else:
             heads, _ = attention(q, k, v, mask, dropout)
 
