@@ -308,7 +308,7 @@ class MuonWithAuxAdam(torch.optim.AdamW):
     2024, https://kellerjordan.github.io/posts/muon/). The step is scaled to the usual size of
     AdamW's, so AdamW's learning rate is a good first choice (J. Liu et al. 2025, arXiv 2502.16982).
 
-    torch.optim.Muon multiplies in bfloat16, which is slow on CPUs without it (`choose_precision`).
+    As in torch.optim.Muon, products are in bfloat16, but only on a GPU: many CPUs emulate it.
     """
 
     @torch.no_grad()
@@ -316,35 +316,43 @@ class MuonWithAuxAdam(torch.optim.AdamW):
         for group in self.param_groups:
             if not group.get("use_muon"):
                 continue
+            of_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                    state["step"] = torch.tensor(0.0)  # AdamW's load_state_dict asks for it
-                momentum = state["momentum_buffer"].lerp_(matrix.grad, 0.05)
-                direction = orthogonalize(matrix.grad.lerp(momentum, 0.95))  # Nesterov
-                size = 0.2 * math.sqrt(max(matrix.shape))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(direction, alpha=group["lr"] * size)
-                matrix.grad = None  # AdamW passes over it
+                if matrix.grad is not None:
+                    of_shape[matrix.shape].append(matrix)
+            for shape, matrices in of_shape.items():
+                averaged = torch.stack([self.average(matrix) for matrix in matrices])
+                size = 0.2 * math.sqrt(max(shape))
+                for matrix, direction in zip(matrices, orthogonalize(averaged), strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.sub_(direction, alpha=group["lr"] * size)
+                    matrix.grad = None  # AdamW passes over it
         return super().step(closure)
 
+    def average(self, matrix: Tensor) -> Tensor:
+        """Returns the average of the gradients so far, with more weight on the present one."""
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+            state["step"] = torch.tensor(0.0)  # AdamW's load_state_dict asks for it
+        momentum = state["momentum_buffer"].lerp_(matrix.grad, 0.05)
+        return matrix.grad.lerp(momentum, 0.95)  # Nesterov
 
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """Returns about U V^T for a matrix U S V^T, (rows, columns): singular values S near 1.
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Returns about U V^T for each matrix U S V^T, (..., rows, columns): singular values S near 1.
 
     x x^T x is U S^3 V^T, so each of five Newton-Schulz iterations applies a s + b s^3 + c s^5 to
     every singular value s. With Jordan's coefficients, those of at least 0.002 of the Frobenius
     norm come to lie in 0.68 .. 1.21; much smaller ones stay small.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T  # x x^T is smaller
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return orthogonalize(matrices.mT).mT  # x x^T is smaller
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / matrix.norm().clamp(min=1e-7)  # all s <= 1
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # all s <= 1
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 

@@ -228,11 +228,12 @@ def test_nothing_in_a_step_waits_for_a_gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
-def test_a_step_on_a_gpu_makes_no_synchronizing_call(device):
+def test_a_step_on_a_gpu_makes_no_synchronizing_call(device, name):
     """The batches are large enough for the kernels of real ones."""
     model = BertPretrainModel(replace(TINY, max_seq_length=128), PADDING).to(device).train()
-    optimizer, batches = make_optimizer(model), some_batches(3, 64)
+    optimizer, batches = make_optimizer(model, name), some_batches(3, 64)
     for batch in batches:
         batch = {k: v.repeat(1, 3) if v.dim() == 2 else v for k, v in batch.items()}
         ready = [to_device(batch, device)]
