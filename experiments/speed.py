@@ -165,8 +165,8 @@ def contest(contestants: list[tuple], steps: int) -> Iterator[tuple[float, float
             stack.enter_context(ProcessPoolExecutor(1, spawn, prepare, contestant))
             for contestant in contestants
         ]
-        for process in processes:
-            process.submit(seconds_of, 3).result()  # to warm up
+        for warm_up in [process.submit(seconds_of, 3) for process in processes]:
+            warm_up.result()
         times: list[list[float]] = [[] for _ in contestants]
         for _ in range(ROUNDS):
             for process, seconds in zip(processes, times, strict=True):
