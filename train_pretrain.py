@@ -316,12 +316,12 @@ class MuonWithAuxAdam(torch.optim.AdamW):
         for group in self.param_groups:
             if not group.get("use_muon"):
                 continue
-            of_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+            of_shape: defaultdict[torch.Size, list[Any]] = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     of_shape[matrix.shape].append(matrix)
             for shape, matrices in of_shape.items():
-                averaged = torch.stack([self.average(matrix) for matrix in matrices])
+                averaged = torch.stack([self.average(m, m.grad) for m in matrices])
                 size = 0.2 * math.sqrt(max(shape))
                 for matrix, direction in zip(matrices, orthogonalize(averaged), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -329,14 +329,14 @@ class MuonWithAuxAdam(torch.optim.AdamW):
                     matrix.grad = None  # AdamW passes over it
         return super().step(closure)
 
-    def average(self, matrix: Tensor) -> Tensor:
-        """Returns the average of the gradients so far, with more weight on the present one."""
+    def average(self, matrix: Tensor, gradient: Tensor) -> Tensor:
+        """Returns the average of a matrix's gradients, in which this last one counts twice."""
         state = self.state[matrix]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
             state["step"] = torch.tensor(0.0)  # AdamW's load_state_dict asks for it
-        momentum = state["momentum_buffer"].lerp_(matrix.grad, 0.05)
-        return matrix.grad.lerp(momentum, 0.95)  # Nesterov
+        momentum = state["momentum_buffer"].lerp_(gradient, 0.05)
+        return gradient.lerp(momentum, 0.95)  # Nesterov
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
