@@ -128,6 +128,20 @@ def test_rows_with_padding_have_finite_outputs_and_gradients(fused, is_bfloat16,
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_attention_never_takes_the_kernel_of_cudnn():
+    """Its backward gives NaN (see the test above). Without a GPU, only torch's switch is seen."""
+    seen = []
+
+    def fused(q, k, v, mask, dropout):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return v
+
+    model = Bert(BertConfig.named("tiny", vocab_size=31), PADDING)
+    with mock.patch("bert.F.scaled_dot_product_attention", fused):
+        model(torch.ones(1, 4, dtype=torch.long))
+    assert seen == [False, False]  # in both layers
+
+
 @given(cases(Bert))
 def test_fused_and_explicit_attention_are_the_same_function(case):
     """Outputs and gradients agree, and the config decides which one it is."""
