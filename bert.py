@@ -170,8 +170,8 @@ def attention(
     return output, probs
 
 
-# Not cuDNN's: given a mask, its backward can return NaN (pytorch/pytorch#196678).
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Without cuDNN's: since torch 2.11, its backward may return NaN (pytorch/pytorch#196678).
+SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class MultiHeadAttention(nn.Module):
@@ -207,7 +207,7 @@ class MultiHeadAttention(nn.Module):
         # Neither function below knows of model.eval(): outside of training, the rate must be 0.
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config.fused_attention:
-            with sdpa_kernel(BACKENDS):
+            with sdpa_kernel(SDPA_BACKENDS):
                 heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         else:
             heads, _ = attention(q, k, v, mask, dropout)

@@ -304,53 +304,58 @@ class MuonWithAuxAdam(torch.optim.AdamW):
     """Muon for the groups with `use_muon`, AdamW for the others.
 
     The gradient of a matrix has a few large singular values. Muon steps along the averaged gradient
-    with its singular values brought near 1, so that small directions count, too (K. Jordan et al.
-    2024, https://kellerjordan.github.io/posts/muon/). The step is scaled to the usual size of
-    AdamW's, so AdamW's learning rate is a good first choice (J. Liu et al. 2025, arXiv 2502.16982).
-
-    As in torch.optim.Muon, products are in bfloat16, but only on a GPU: many CPUs emulate it.
+    with its singular values brought near 1, so that directions in which they are small count, too
+    (K. Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). The step is scaled to the
+    usual size of AdamW's, so AdamW's learning rate is a good first choice (J. Liu et al. 2025,
+    arXiv 2502.16982).
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             if not group.get("use_muon"):
                 continue
-            of_shape: defaultdict[torch.Size, list[Any]] = defaultdict(list)
+            # A GPU multiplies a stack of matrices faster than one after the other.
+            by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    of_shape[matrix.shape].append(matrix)
-            for shape, matrices in of_shape.items():
-                averaged = torch.stack([self.average(m, m.grad) for m in matrices])
-                size = 0.2 * math.sqrt(max(shape))
-                for matrix, direction in zip(matrices, orthogonalize(averaged), strict=True):
+                    by_shape[matrix.shape].append(matrix)
+            for shape, matrices in by_shape.items():
+                momenta = torch.stack([self.update_momentum(matrix) for matrix in matrices])
+                scale = 0.2 * math.sqrt(max(shape))
+                for matrix, direction in zip(matrices, orthogonalize(momenta), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.sub_(direction, alpha=group["lr"] * size)
-                    matrix.grad = None  # AdamW passes over it
-        return super().step(closure)
+                    matrix.sub_(direction, alpha=group["lr"] * scale)
+                    matrix.grad = None  # AdamW skips parameters without a gradient
+        super().step()
 
-    def average(self, matrix: Tensor, gradient: Tensor) -> Tensor:
-        """Returns the average of a matrix's gradients, in which this last one counts twice."""
+    def update_momentum(self, matrix: Tensor) -> Tensor:
+        """Updates a matrix's momentum, the moving average of its gradients, and returns Nesterov's:
+        the newest gradient counts about twice.
+        """
+        gradient: Any = matrix.grad
         state = self.state[matrix]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(matrix)
-            state["step"] = torch.tensor(0.0)  # AdamW's load_state_dict asks for it
+            state["step"] = torch.tensor(0.0)  # unused, but AdamW's load_state_dict asks for it
         momentum = state["momentum_buffer"].lerp_(gradient, 0.05)
-        return gradient.lerp(momentum, 0.95)  # Nesterov
+        return gradient.lerp(momentum, 0.95)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Returns about U V^T for each matrix U S V^T, (..., rows, columns): singular values S near 1.
 
     x x^T x is U S^3 V^T, so each of five Newton-Schulz iterations applies a s + b s^3 + c s^5 to
-    every singular value s. With Jordan's coefficients, those of at least 0.002 of the Frobenius
-    norm come to lie in 0.68 .. 1.21; much smaller ones stay small.
+    every singular value s. With Jordan's coefficients, every s of at least 0.002 of the Frobenius
+    norm ends in 0.68 .. 1.21; a much smaller s stays small.
+
+    On a GPU, it computes in bfloat16, as torch.optim.Muon does, but not on a CPU: many emulate it.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
-        return orthogonalize(matrices.mT).mT  # x x^T is smaller
+        return orthogonalize(matrices.mT).mT  # the smaller of x x^T and x^T x is cheaper
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.is_cuda else matrices
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # all s <= 1
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # then all s <= 1
     for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
