@@ -18,7 +18,7 @@ from train_sst2 import SST2Options
 
 PAGES = sorted(
     str(page.relative_to(ROOT))
-    for folder in (".", "experiments", "tests")
+    for folder in (".", "experiments", "tests", "weights/mini-reviews")
     for page in (ROOT / folder).glob("*.md")
 )
 # The CHANGELOG also names what is gone.

@@ -8,6 +8,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import given
 from strategies import (
     CPU,
@@ -25,7 +26,14 @@ from tokenizers import normalizers
 from tokenizers.normalizers import NFD, BertNormalizer, Lowercase, Normalizer, StripAccents
 
 import data
-from bert import Bert, BertPretrainModel, SST2BertModel, published_name
+from bert import (
+    Bert,
+    BertPretrainModel,
+    SST2BertModel,
+    fill_masks,
+    published_name,
+    read_tokenizer,
+)
 from experiments.attention import attention_probs
 from train_pretrain import (
     PretrainLosses,
@@ -195,6 +203,27 @@ def test_what_we_save_opens_in_transformers_with_the_same_result(ours, theirs, l
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     for output, name in zip(outputs, list(expected), strict=True):
         compare(output, expected[name], 2e-5)
+
+
+def test_the_weights_that_come_with_the_code_give_the_same_guesses_in_transformers():
+    """They are stored in bfloat16 and computed with in float32."""
+    folder = ROOT / "weights/mini-reviews"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+    model = BertPretrainModel.from_pretrained(folder)
+    for text, expected in (
+        ("I would [MASK] this movie to anyone.", "recommend"),
+        ("The [MASK] is great, but the plot is [MASK].", "acting"),
+    ):
+        inputs = tokenizer(text, return_tensors="pt")
+        is_masked = inputs["input_ids"] == tokenizer.mask_token_id
+        their_probs = theirs(**inputs).logits[is_masked].softmax(dim=-1)
+        guesses = fill_masks(model, read_tokenizer(folder), text)
+        assert next(iter(guesses[0])) == expected
+        for probs, ours in zip(their_probs, guesses, strict=True):
+            best = probs.topk(len(ours))
+            assert tokenizer.convert_ids_to_tokens(best.indices.tolist()) == list(ours)
+            assert list(ours.values()) == pytest.approx(best.values.tolist(), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")  # the missing heads are looked at here
