@@ -1,6 +1,6 @@
 # make afternoon: does pretraining on film reviews raise the accuracy on SST-2?
 #
-# Three hours on two cores. If interrupted, run the same command again: each step writes into
+# Six hours on two cores in float32. If interrupted, run the same command again: each step writes into
 # FOLDER.part and renames it at the end, so a folder that exists is complete and is not made again.
 # Pretraining writes directly into its folder and resumes from checkpoint.pt; its model/ comes last.
 # For other data or settings, use another folder: make afternoon CORPUS=DIR AFTERNOON=runs/mine
@@ -11,7 +11,7 @@ SST2 ?= stanfordnlp/sst2
 AFTERNOON ?= runs/afternoon
 
 PRETRAIN ?= --vocab-size 8192 --size mini --max-seq-length 64 --batch-size 64 --dropout 0 \
-	--learning-rate 1e-3 --warmup-steps 400 --steps 15000
+	--optimizer muon --learning-rate 1e-3 --warmup-steps 400 --steps 15000
 FINE_TUNE ?= --learning-rate 1e-4 3e-4 --seeds 3
 FROM_PRETRAINED = --weights $(AFTERNOON)/pretrain/model
 FROM_SCRATCH = --tokenizer $(AFTERNOON)/pretrain/model --size mini --max-seq-length 64

@@ -16,13 +16,15 @@ import numpy as np
 from experiments.curves import HERE, best_accuracies, mean_and_deviation, new_figure, read_lines
 
 SHARES = ("all", "tenth", "hundredth")  # of the labeled sentences
-# "longer" is a run on a GPU, which has been recorded and is no part of `make afternoon`.
+# "adamw" and "longer" have been recorded, and are no part of `make afternoon`.
 STARTS = {
     "scratch": "from scratch",
-    "pretrained": "pretrained, 2 cores",
-    "longer": "pretrained for longer, on a GPU",
+    "adamw": "pretrained with AdamW",
+    "pretrained": "pretrained with Muon",
+    "longer": "AdamW, 3.2 times the tokens",
 }
-COLORS = {"scratch": "C0", "pretrained": "C2", "longer": "C3"}
+COLORS = {"scratch": "C0", "adamw": "C1", "pretrained": "C2", "longer": "C3"}
+RUNS = {"adamw": "adamw", "pretrained": "pretrain", "longer": "longer"}  # of pretraining
 STEPS = (250, 500, 1000, 1500, 2000, 2500, 5000, 10000, 15000)
 
 Accuracies = dict[tuple[str, str], list[float]]  # by start and share; of each seed, in percent
@@ -72,7 +74,7 @@ def loss_table(pretrain: Path) -> list[str]:
 
 def plot_loss(axes: Any, folder: Path) -> None:
     """Draws the validation loss over the tokens trained on, and the unigram entropy."""
-    for run, start in (("pretrain", "pretrained"), ("longer", "longer")):
+    for start, run in RUNS.items():
         if (folder / run).exists():
             lines = read_lines(folder / run, split="validation")
             millions = lines["tokens"] / 1e6
@@ -98,7 +100,7 @@ def plot_gain(axes: Any, found: Accuracies) -> None:
             axes.plot([x] * len(values), values, "k.", markersize=3)
             axes.text(x, max(values) + 0.6, f"{mean:.1f}", ha="center", fontsize=8)
     axes.set_xticks(range(len(SHARES)), SHARES)
-    axes.set(xlabel="labeled sentences", ylabel="SST-2 dev accuracy, %", ylim=(50, 96))
+    axes.set(xlabel="share of the labels", ylabel="SST-2 dev accuracy, %", ylim=(50, 96))
     axes.set_title("fine-tuning; a dot is a seed")
     axes.legend(fontsize=8, loc="upper right")
 
