@@ -15,8 +15,8 @@ import numpy as np
 
 from experiments.curves import HERE, best_accuracies, mean_and_deviation, new_figure, read_lines
 
-SHARES = ("all", "tenth", "hundredth")  # of the labeled sentences
-# "adamw" and "longer" have been recorded, and are no part of `make afternoon`.
+SHARES = ("all", "tenth", "hundredth")  # of the labels
+# "adamw" and "longer" are recorded runs, no part of `make afternoon`.
 STARTS = {
     "scratch": "from scratch",
     "adamw": "pretrained with AdamW",
