@@ -6,9 +6,9 @@
     python train_sst2.py --dataset DIR --tokenizer vocab.txt --size base --out runs/scratch
     python train_sst2.py --weights runs/sst2/model --predict "a gorgeous, witty film"
 
-A run trains one model for every learning rate and every seed. Each model is kept as it was after
-the epoch with its best accuracy on the validation split, and the best of these is written. With
---test-dataset, or on the sample, that model is scored on the test split, once, at the end.
+A run trains one model for each pair of learning rate and seed. Of each, the epoch with the best
+validation accuracy counts, and the best model of all is written. With --test-dataset, or on the
+sample, it is scored on the test split, once, at the end.
 
 Writes into the folder --out: config.json, metrics.jsonl, model/, curves.png.
 
@@ -62,7 +62,7 @@ from train_pretrain import (
 )
 
 LABELS = ("negative", "positive")
-# data.py uses the purposes 0 and 1; random numbers of this purpose are independent of those.
+# Part of the seed of the shuffles. data.py's draws have 0 or 1 there: these are independent.
 PURPOSE_SENTENCES = 2
 
 # ---- Options -----------------------------------------------------------------
@@ -176,7 +176,7 @@ def encode_sentences(tokenizer: Tokenizer, texts: list[str], longest: int) -> li
 class SST2Batches:
     """Batches of all sentences, each once, with sentences of similar lengths together.
 
-    1. Shuffle the sentences, by (`seed`, `epoch`). The training loop sets both attributes.
+    1. Shuffle the sentences, by `seed` and `epoch`, two attributes that `fine_tune` sets.
     2. Cut this order into pools of 64 batches, and sort each pool by length. Then only 4% of
        a batch is padding on SST-2 (67% in a plain random order), and batches differ in every epoch.
     3. Cut the pools into batches, and shuffle the batches.
@@ -276,7 +276,7 @@ def fine_tune(
     device = next(model.parameters()).device
     model.train()
     optimizer = make_optimizer(model)
-    training.seed = seed  # with a seed SST2Batches shuffles, for each seed in another order
+    training.seed = seed  # turns shuffling on; each seed has its own order
     steps = epochs * len(training)
     warmup = steps // 10  # the paper does not say how many; [Code] has a tenth
     step = 0
@@ -288,8 +288,7 @@ def fine_tune(
     for epoch in range(epochs):
         training.epoch = epoch  # another order of the sentences
         for batch in training:
-            # Forward, loss, backward. Dropout depends only on the seed of the model and on
-            # the step.
+            # Forward, loss, backward. Dropout depends only on the seed and the step.
             set_seed(seed, step)
             input_ids = batch["input_ids"].to(device)
             labels = batch["labels"].to(device)
@@ -329,7 +328,7 @@ def fine_tune(
 
 
 def prepare(options: SST2Options) -> tuple[Tokenizer, SST2BertModel, int]:
-    """Returns the tokenizer, a model, and how long a row may be, with [CLS] and [SEP]."""
+    """Returns the tokenizer, a model, and the most tokens of a sentence, with [CLS] and [SEP]."""
 
     def read_texts() -> list[str]:
         texts, _ = get_reviews(options.dataset, "train", options.dataset_name)
@@ -351,7 +350,7 @@ def train(options: SST2Options) -> None:
     out = Path(options.out)
     check_folder(out)
 
-    tokenizer, _, longest = prepare(options)  # each seed makes a model of its own
+    tokenizer, _, longest = prepare(options)  # no model: each seed makes one
 
     def load(path: str, split: str, name: str | None = None) -> SST2Batches:
         texts, labels = get_reviews(path, split, name)
@@ -367,7 +366,6 @@ def train(options: SST2Options) -> None:
     lock = lock_folder(out)  # noqa: F841, held to the end
     (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
     show(f"precision {options.precision}, dropout {options.dropout:g}")
-    best_model: SST2BertModel | None = None
     best_accuracy = -1.0
     for rate in options.learning_rate:
         accuracies = []
@@ -395,7 +393,7 @@ def train(options: SST2Options) -> None:
         mean = f"{np.mean(accuracies):.4f}{deviation}"
         show(f"learning rate {rate:g}: validation accuracy {mean}, seeds {options.seeds}")
 
-    if test is not None and best_model is not None:
+    if test is not None:
         metrics = evaluate(best_model, test, device, options.precision)
         write_line(out, split="test", **metrics)
         show(f"test accuracy {metrics['accuracy']:.4f} (validation {best_accuracy:.4f})")
@@ -412,7 +410,7 @@ def predict(options: SST2Options) -> None:
     device = choose_device(options.device)
     precision = choose_precision(options.precision, device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # missing heads are handled below
+        warnings.simplefilter("ignore")  # missing weights are an error below
         tokenizer, model, longest = prepare(options)
     if model.missing_parameters:  # an untrained classifier would guess, and print a probability
         raise ValueError(
@@ -420,7 +418,7 @@ def predict(options: SST2Options) -> None:
             f" fitting {', '.join(model.missing_parameters)}"
         )
     model.to(device)
-    # LABEL_0 and LABEL_1 say nothing. Real names may come in another order than ours.
+    # LABEL_0 and LABEL_1 say nothing. Real names are kept: their order may differ from ours.
     labels = LABELS if model.label_names[0].startswith("LABEL_") else model.label_names
     for text in options.predict or ():
         rows = encode_sentences(tokenizer, [text], longest)
