@@ -7,7 +7,7 @@ Then come loading and saving, and a small command for models that have a tokeniz
 
     python bert.py DIRECTORY_OR_HUB_ID "the [MASK] sat on the [MASK]"
 
-Made to be copied. Needs torch, safetensors, huggingface_hub (hub ids), tokenizers (to fill masks).
+Made to be copied. Needs torch, numpy, safetensors; huggingface_hub (hub ids), tokenizers (masks).
 
 Sources:
     [BERT]         Devlin et al. 2018, arXiv 1810.04805
@@ -20,7 +20,7 @@ Names in comments on shapes:
     seq      tokens in a sequence, padding included
     d_model  width of a hidden state
     heads    attention heads; d_head is the width of one (d_k / heads, and d_v / heads for values)
-    d_k      width of queries and of keys, all heads together; d_v is that of the values
+    d_k      width of queries and keys, of all heads ([Transformer]: of one); d_v is that of values
     vocab    tokens in the vocabulary
     masked   masked tokens of the whole batch, those to be predicted
 """
@@ -37,7 +37,6 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # ---- Configuration -----------------------------------------------------------
 
@@ -71,27 +70,21 @@ class BertConfig:
     num_labels: int = 2  # of the classifier
 
     # True: PyTorch's scaled_dot_product_attention, which is faster and needs less memory.
-    # False: `attention` below, which shows every step. Both give the same outputs up to rounding,
-    # unless a whole sequence is padding: `attention` averages all values, PyTorch may give zeros.
+    # False: `attention` below, which shows every step. Their outputs differ by rounding and dropout
+    # only, unless a sequence is all padding: `attention` averages all values, PyTorch may give 0.
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            # `type(...) is`, because for isinstance True is an int, too.
-            if type(field.default) is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
-        for width in (self.attention_d_k, self.attention_d_v):
+        for name in ("attention_d_k", "attention_d_v"):
+            width = getattr(self, name)
             if width % self.head_num:
-                raise ValueError(f"{width} is not divisible by head_num={self.head_num}")
+                raise ValueError(f"{name}={width} is not divisible by head_num={self.head_num}")
 
     @classmethod
     def named(cls, size: str, **changes: Any) -> Self:
         """Returns a published size with changes, as in `named("base", max_seq_length=128)`. The
         other widths and the number of heads follow d_model, unless they are given as well.
         """
-        if size not in SIZES:
-            raise ValueError(f"size {size!r} is not one of {', '.join(SIZES)}")
         layers, published_d_model = SIZES[size]
         d_model = changes.get("d_model", published_d_model)
         sizes: dict[str, Any] = {
@@ -170,8 +163,9 @@ def attention(
     return output, probs
 
 
-# Without cuDNN's: since torch 2.11, its backward may return NaN (pytorch/pytorch#196678).
-SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Of PyTorch's kernels, cuDNN's is switched off: with a mask, the backward pass of torch 2.11 may
+# return NaN (pytorch/pytorch#196678).
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class MultiHeadAttention(nn.Module):
@@ -207,8 +201,7 @@ class MultiHeadAttention(nn.Module):
         # Neither function below knows of model.eval(): outside of training, the rate must be 0.
         dropout = self.config.attention_dropout if self.training else 0.0
         if self.config.fused_attention:
-            with sdpa_kernel(SDPA_BACKENDS):
-                heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         else:
             heads, _ = attention(q, k, v, mask, dropout)
 
@@ -247,19 +240,17 @@ class EncoderLayer(nn.Module):
         """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
-        # If you replace GELU (also in the MLM head), change hidden_act in FIXED_FIELDS. If you
-        # replace the norm or the attention mask, change model_type there. Otherwise, what you save
-        # could be loaded as a BERT.
+        # For another activation, norm or attention mask, see FIXED_FIELDS.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 
 
 class PretrainedModel(nn.Module):
     """What all models share: initialization, loading and saving. Your own model must take (config,
-    padding_idx) and keep a `Bert` as `self.bert`. Only a head `classifier` gets label names back.
+    padding_idx) and keep a `Bert` as `self.bert`. Only a `self.classifier` gets label names back.
     """
 
-    # The transformers class that loads a saved model. BertModel loads a `Bert`, without heads.
+    # For transformers, in config.json: its class with the same heads.
     architecture = "BertModel"
 
     def __init__(self, config: BertConfig, padding_idx: int = 0) -> None:
@@ -270,8 +261,8 @@ class PretrainedModel(nn.Module):
         self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
-        """Initializes one module: weights are drawn with mean 0 and, by default, standard deviation
-        0.02; biases are 0. A LayerNorm keeps PyTorch's initial values, weight 1 and bias 0.
+        """Initializes one module: weights are normally distributed with mean 0 and, by default,
+        standard deviation 0.02; biases are 0. LayerNorm keeps PyTorch's: weight 1 and bias 0.
 
         Why so small? The logit of a token is the dot product of its embedding and a hidden state,
         whose norm LayerNorm sets to sqrt(d_model). So logits start near 0, and the first MLM loss
@@ -320,7 +311,7 @@ class Bert(PretrainedModel):
 
         token_type_ids: 0 = segment A, 1 = segment B; by default all 0.
         attention_mask: True = a token, False = padding; by default `input_ids != padding_idx`.
-        Differs: [Code] by default masks nothing. In transformers, it is the second argument.
+        In transformers, it is the second argument. Differs: [Code] by default masks nothing.
 
         No token attends to padding, so padding after the tokens never changes their output; padding
         before them shifts their positions. The output of padding means nothing: ignore it.
@@ -443,7 +434,7 @@ PUBLISHED_NAMES = {
     "pooler": "pooler.dense",
     "mlm_dense": "cls.predictions.transform.dense",
     "mlm_norm": "cls.predictions.transform.LayerNorm",
-    "mlm_bias": "cls.predictions.bias",  # a parameter
+    "mlm_bias": "cls.predictions.bias",  # itself a parameter, not a module that has a bias
     "nsp": "cls.seq_relationship",
 }
 PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where they differ
@@ -455,7 +446,9 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# Keys that a config.json may omit. With values other than these, it belongs to another model.
+# Keys that a config.json may omit. With other values, it belongs to another model. If you replace
+# GELU, change hidden_act here; if the norm or the mask, model_type (if you start from a published
+# BERT, after loading it). Otherwise, what you save could be loaded as a BERT.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 ENCODER_PREFIXES = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
@@ -469,10 +462,10 @@ def published_name(name: str) -> str:
     """Returns the published name of one of our parameters: `bert.layers.3.expand.bias` becomes
     `bert.encoder.layer.3.intermediate.dense.bias`. A name that is not in the table is unchanged.
     """
-    layer = "".join(re.findall(r"layers\.(\d+)\.", name))
-    pattern = re.sub(r"layers\.\d+\.", "layers.*.", name)
-    prefix, module, kind = re.findall(r"^(bert\.)?(.+?)(\.weight|\.bias)?$", pattern)[0]
-    return prefix + PUBLISHED_NAMES.get(module, module).replace("*", layer) + kind
+    parts = r"^(bert\.)?(?:layers\.(\d+)\.)?(.+?)(\.weight|\.bias)?$"
+    prefix, layer, module, kind = re.findall(parts, name)[0]
+    our_name = f"layers.*.{module}" if layer else module
+    return prefix + PUBLISHED_NAMES.get(our_name, our_name).replace("*", layer) + kind
 
 
 def missing_prefix(tensors: dict[str, Tensor]) -> str:
@@ -486,8 +479,8 @@ def missing_prefix(tensors: dict[str, Tensor]) -> str:
 def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, changes: dict) -> Any:
     """Returns a model of class `cls`. Each tensor whose published name and shape match a parameter
     is copied into that parameter. In the encoder, a tensor that is missing, left over or of another
-    shape is an error. Elsewhere it is a warning, and parameters without a tensor keep their initial
-    weights: `model.missing_parameters` lists them.
+    shape is an error. In the pooler and the heads it is a warning, and parameters without a tensor
+    keep their initial weights: `model.missing_parameters` lists them.
     """
     directory = fetch(source)
     try:
@@ -503,7 +496,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     model = cls(replace(config, **changes), padding_idx)
 
     state = model.state_dict()
-    our_names = {missing_prefix(state) + published_name(name): name for name in state}
+    our_names = {missing_prefix(state) + published_name(ours): ours for ours in state}
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
     unused = sorted(tensors.keys() - found - REDUNDANT)
     misfits = {*our_names, *unused} - found  # ours without a tensor, tensors without a place
@@ -512,14 +505,14 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
         raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
     # Only the MLM head uses the decoder, so other models accept any.
     is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKEN_EMBEDDINGS])
-    if "cls.predictions.transform.dense.weight" in found and not is_tied:
+    if "mlm_bias" in state and not is_tied:
         raise ValueError(f"{directory}: {DECODER} is not the matrix of the token embeddings")
 
     loaded = model.load_state_dict({our_names[n]: tensors[n] for n in found}, strict=False)
     model.missing_parameters = loaded.missing_keys
     if "classifier.weight" in found and published.get("id2label"):
         model.label_names = [published["id2label"][str(i)] for i in range(model.config.num_labels)]
-    for what, names in (("no fitting tensor in", loaded.missing_keys), ("unused, of", unused)):
+    for what, names in (("no fitting tensor in", loaded.missing_keys), ("not used, from", unused)):
         if names:
             warnings.warn(f"{what} {directory}: {', '.join(names)}", stacklevel=3)
     return model.eval()
@@ -539,7 +532,8 @@ def fetch(source: str | Path) -> Path:
         if not (directory / "model.safetensors").exists():  # then try the older file
             snapshot_download(str(source), allow_patterns=[*files, "pytorch_model.bin"])
     except (OSError, ValueError) as error:  # no network, no such id, or not a valid id
-        raise ValueError(f"{source} is not a directory, and cannot be had from the hub") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{source} is neither a directory nor on the hub: {reason}") from error
     return directory
 
 
@@ -592,7 +586,7 @@ def write_pretrained(model: PretrainedModel, directory: Path, tokenizer: Any) ->
     from safetensors.torch import save
 
     state = model.state_dict()
-    config = replace(model.config, num_labels=len(model.label_names))  # as `read_config` will
+    config = replace(model.config, num_labels=len(model.label_names))  # `read_config` counts names
     with torch.device("meta"):  # shapes without memory
         as_configured = type(model)(config, model.padding_idx)
     as_configured.load_state_dict(state, assign=True)  # raises if a weight does not fit
@@ -641,7 +635,7 @@ def fill_masks(
     vocabulary = tokenizer.get_vocab()
     ids = [tokenizer.encode(text).ids]  # with [CLS] and [SEP]
     input_ids = torch.tensor(ids, device=model.mlm_bias.device)  # (1, seq)
-    every_token = torch.ones_like(input_ids)  # also a [PAD] that the text contains
+    every_token = torch.ones_like(input_ids)  # even a [PAD] written in the text
     masked_indices = (input_ids[0] == vocabulary["[MASK]"]).nonzero().flatten()
     was_training = model.training
     model.eval()
@@ -657,7 +651,7 @@ def fill_masks(
 
 
 def read_tokenizer(source: str | Path) -> Any:
-    """Returns the tokenizer.json of a model's directory or hub id."""
+    """Returns the tokenizer.json of a model's directory, or of a hub id (its weights come, too)."""
     from tokenizers import Tokenizer
 
     text = (fetch(source) / "tokenizer.json").read_text(encoding="utf-8")

@@ -106,7 +106,7 @@ def test_every_name_and_flag_in_backticks_is_in_the_code(page):
 # ---- Python ----------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:no fitting tensor in", "ignore:unused, of")
+@pytest.mark.filterwarnings("ignore:no fitting tensor in", "ignore:not used, from")
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     """With a small model in place of the published one."""
     publish(tmp_path / "google-bert/bert-base-uncased")

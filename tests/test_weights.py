@@ -58,7 +58,7 @@ def quietly(load, *arguments, **changes):
 def test_names_are_mapped_by_whole_dotted_parts_and_unknown_ones_stay():
     in_base = "encoder.layer.10.attention.output.LayerNorm.bias"
     assert published_name("layers.10.attention_norm.bias") == in_base
-    for unknown in ("bert.layers.0.expander.weight", "head.layers.0.norm.bias"):
+    for unknown in ("bert.layers.0.expander.weight", "head.layers.1.layers.11.norm.bias"):
         assert published_name(unknown) == unknown
 
 
