@@ -54,7 +54,6 @@ def start(
     function: Callable,
     *arguments,
     output: Path | str = os.devnull,
-    cwd: Path = ROOT,
     **environment: str,
 ) -> multiprocessing.Process:
     """Starts a process that runs a function of a test file; its output is appended to a file.
@@ -64,7 +63,7 @@ def start(
     if "MUTANT_UNDER_TEST" in os.environ:
         pytest.skip("the process to fork from has no mutant")
     process = processes.Process(
-        target=redirected, args=(function, arguments, os.path.abspath(output), cwd, environment)
+        target=redirected, args=(function, arguments, os.path.abspath(output), environment)
     )
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # for the preloading
         forkserver.ensure_running()
@@ -72,14 +71,12 @@ def start(
     return process
 
 
-def redirected(
-    function: Callable, arguments: tuple, output: str, cwd: Path, environment: dict
-) -> None:
+def redirected(function: Callable, arguments: tuple, output: str, environment: dict) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.environ.update(environment)
-    os.chdir(cwd)
+    os.chdir(ROOT)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of its data workers
     SIZES["tiny"] = SMALLEST

@@ -210,15 +210,12 @@ def some_batches(count: int, size: int = 3, seed: int = 0) -> list[dict[str, tor
     return [dataset.batch(range(i * size, (i + 1) * size)) for i in range(count)]
 
 
-def gradients(
-    model: BertPretrainModel, micro_batches: list[dict], losses_of=None
-) -> list[torch.Tensor]:
+def gradients(model: BertPretrainModel, micro_batches: list[dict]) -> list[torch.Tensor]:
     """Returns both losses of a step, and the gradient of every parameter."""
     model.zero_grad()
     ready = [to_device(batch, CPU) for batch in micro_batches]
     masked, pairs, _ = count(micro_batches, model.padding_idx)
-    losses_of = PretrainLosses(model) if losses_of is None else losses_of
-    losses = add_gradients(losses_of, ready, masked, pairs)
+    losses = add_gradients(PretrainLosses(model), ready, masked, pairs)
     return [losses, *(parameter.grad.clone() for parameter in model.parameters())]
 
 

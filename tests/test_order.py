@@ -110,7 +110,8 @@ def test_any_number_of_workers_yields_the_batches_of_its_rank_from_its_start_on(
     for part in ({"start": 2, "rank": 1, "world_size": 3}, {}):
         loader = data.get_split_dataloader(dataset, 4, **part, workers=workers)
         sampler = data.EpochSampler(len(dataset), 4, 3, **part)
-        for batch, indices in zip(itertools.islice(loader, 5), sampler, strict=False):
+        five = [itertools.islice(it, 5) for it in (loader, sampler)]
+        for batch, indices in zip(*five, strict=True):
             assert equal(batch, dataset.batch(indices))
         # Without a limit, it would wait without end for a worker that cannot send its batch.
         assert loader.timeout == (data.WORKER_TIMEOUT if workers else 0)

@@ -295,17 +295,6 @@ def test_one_segment_tells_nothing_about_the_label(first, drawn):
     assert_tells_nothing(facts_of_segments(corpus, starts, ends), is_random)
 
 
-def test_both_lengths_tell_nothing_about_the_label(drawn):
-    """The quartiles of both lengths form 16 cells of pairs; each has its share of random pairs."""
-    _, pairs, is_random = drawn
-    lengths_a = np.array([pair.a_end - pair.a_start for pair in pairs])
-    lengths_b = np.array([pair.b_end - pair.b_start for pair in pairs])
-    cell_a = np.searchsorted(np.quantile(lengths_a, [0.25, 0.5, 0.75]), lengths_a)
-    cell_b = np.searchsorted(np.quantile(lengths_b, [0.25, 0.5, 0.75]), lengths_b)
-    cells = 4 * cell_a + cell_b
-    assert_tells_nothing({str(cell): cells == cell for cell in range(16)}, is_random)
-
-
 # ---- Which tokens are drawn ---------------------------------------------------------------------
 
 

@@ -20,7 +20,6 @@ from strategies import (
     cases,
     small_tokenizer,
     some_batches,
-    with_config,
 )
 from tokenizers import normalizers
 from tokenizers.normalizers import NFD, BertNormalizer, Lowercase, Normalizer, StripAccents
@@ -34,7 +33,6 @@ from bert import (
     published_name,
     read_tokenizer,
 )
-from experiments.attention import attention_probs
 from train_pretrain import (
     PretrainLosses,
     add_gradients,
@@ -263,17 +261,6 @@ def test_what_transformers_saves_opens_here_with_the_same_result(theirs, ours, n
         outputs = model(input_ids)
         outputs = outputs[0] if isinstance(outputs, tuple) else outputs
         compare(outputs, saved(input_ids)[0], 2e-5)
-
-
-@given(cases(Bert, published=True))
-def test_attention_probabilities_equal_those_of_transformers(case):
-    """The figure shows these probabilities, of every layer and head."""
-    model = with_config(case.model, fused_attention=False)
-    input_ids = case.input_ids[:1, case.is_token[0]]
-    theirs = oracle(model)
-    theirs.set_attn_implementation("eager")
-    expected = theirs(input_ids, output_attentions=True).attentions
-    compare(attention_probs(model, input_ids), torch.cat(expected), 1e-9)
 
 
 # ---- The tokenizer ------------------------------------------------------------------------------

@@ -430,6 +430,7 @@ def test_a_run_that_was_killed_before_it_wrote_anything_may_be_started_again(opt
     Path(options.out).mkdir(parents=True)
     Path(options.out, "metrics.jsonl").touch()
     run(replace(options, steps=0))
+    assert [line["step"] for line in metrics_of(Path(options.out))] == [0]
 
 
 @pytest.mark.parametrize("has_folder", [True, False])

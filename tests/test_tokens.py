@@ -285,13 +285,6 @@ def test_a_corpus_never_yields_a_special_token_but_unk(tokenizer, pieces):
     assert tokenizer.encode("[MASK]").ids == ids_of(tokenizer, "[CLS]", "[MASK]", "[SEP]")
 
 
-def test_thousands_of_texts_are_encoded_in_order():
-    """Each text is encoded once, although the library gets them in groups."""
-    texts = [" ".join(LETTERS[: 1 + i % 7]) for i in range(2500)]
-    expected = [list(range(5, 6 + i % 7)) for i in range(2500)]
-    assert data.encode_plain(small_tokenizer(), texts) == expected
-
-
 @pytest.mark.parametrize("change", ["enable_padding", "enable_truncation"])
 def test_a_tokenizer_that_pads_or_truncates_is_rejected(change):
     """A published one often does. Its [PAD] went into the corpus, and labels were [PAD], too."""
