@@ -10,10 +10,11 @@
 Writes into the folder --out:
     config.json    the options
     metrics.jsonl  a line for every log and every evaluation; losses in nats. "step": N means after
-                   N updates; the loss of a training line is from just before update N
+                   N updates; a training line has the loss that update N was computed from
     checkpoint.pt  the latest checkpoint: --resume continues from there
     model/         at the end, weights and tokenizer in the published format
     curves.png     losses and accuracies over the steps, if matplotlib is there
+(.lock, and what ends in .unfinished or .before, are for the run itself.)
 
 The loop is `train`, which shows a training step in order. Above it are the parts of a step (loss,
 learning rate, gradients, update). Below it are evaluation, the preparation of a run, and how a run
@@ -183,7 +184,7 @@ def check_options(options: Any) -> None:
         raise ValueError(f"--dropout must lie in [0, 1), got {options.dropout}")
     if None not in (options.weights, options.tokenizer):
         raise ValueError("--tokenizer is not allowed with --weights, whose own tokenizer is used")
-    for rate in np.atleast_1d(options.learning_rate):
+    for rate in np.atleast_1d(options.learning_rate):  # fine-tuning may have several
         if not 0 < rate < math.inf:
             raise ValueError(f"--learning-rate must be positive and finite, got {rate}")
 
@@ -194,7 +195,7 @@ def check_options(options: Any) -> None:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Returns the batch on a device, with two more tensors, both int64 (masked,):
 
-    - `masked_indices`: the masked tokens, counted through all rows;
+    - `masked_indices`: the masked tokens; token c of row r has the index r * seq + c;
     - `mlm_targets`: the tokens to predict there.
 
     They are computed on the CPU: on a GPU, `nonzero()` would force a synchronization. Pinned memory
@@ -203,7 +204,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     labels = batch["mlm_labels"].flatten()  # (batch * seq,)
     masked_indices = (labels != data.IGNORED_LABEL).nonzero().flatten()
     batch = {**batch, "masked_indices": masked_indices, "mlm_targets": labels[masked_indices]}
-    if device.type == "cuda":  # pinning does nothing to what the loader has pinned
+    if device.type == "cuda":  # the two new tensors; the loader has pinned the others
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
@@ -219,7 +220,7 @@ def forward(
         mlm_logits, nsp_logits = model(
             batch["input_ids"], batch["token_type_ids"], masked_indices=batch["masked_indices"]
         )
-    if precision == "bfloat16":  # only then: tests compare in float64
+    if precision == "bfloat16":  # otherwise they have the dtype of the weights, such as float64
         mlm_logits, nsp_logits = mlm_logits.float(), nsp_logits.float()
     return mlm_logits, nsp_logits
 
@@ -312,6 +313,7 @@ class MuonWithAuxAdam(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
+        """Moves Muon's matrices and drops their gradients; then AdamW moves only the others."""
         for group in self.param_groups:
             if not group.get("use_muon"):
                 continue
@@ -326,12 +328,12 @@ class MuonWithAuxAdam(torch.optim.AdamW):
                 for matrix, direction in zip(matrices, orthogonalize(momenta), strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"])
                     matrix.sub_(direction, alpha=group["lr"] * scale)
-                    matrix.grad = None  # AdamW skips parameters without a gradient
+                    matrix.grad = None
         super().step()
 
     def update_momentum(self, matrix: Tensor) -> Tensor:
-        """Updates a matrix's momentum, the moving average of its gradients, and returns Nesterov's:
-        the newest gradient counts about twice.
+        """Updates a matrix's momentum, the moving average of its gradients. Returns it mixed once
+        more with the newest gradient, which then counts about twice (Nesterov).
         """
         gradient: Any = matrix.grad
         state = self.state[matrix]
@@ -343,13 +345,13 @@ class MuonWithAuxAdam(torch.optim.AdamW):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Returns about U V^T for each matrix U S V^T, (..., rows, columns): singular values S near 1.
+    """Brings the singular values of each matrix, (..., rows, columns), near 1.
 
-    x x^T x is U S^3 V^T, so each of five Newton-Schulz iterations applies a s + b s^3 + c s^5 to
-    every singular value s. With Jordan's coefficients, every s of at least 0.002 of the Frobenius
-    norm ends in 0.68 .. 1.21; a much smaller s stays small.
+    If x = U S V^T, then x x^T x = U S^3 V^T. So each of five Newton-Schulz iterations applies
+    a s + b s^3 + c s^5 to every singular value s. With Jordan's coefficients, every s of at least
+    0.002 of the Frobenius norm ends in 0.68 .. 1.21; a much smaller s stays small.
 
-    On a GPU, it computes in bfloat16, as torch.optim.Muon does, but not on a CPU: many emulate it.
+    On a GPU, it computes in bfloat16, as torch.optim.Muon does. Many CPUs only emulate bfloat16.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return orthogonalize(matrices.mT).mT  # the smaller of x x^T and x^T x is cheaper
@@ -482,9 +484,9 @@ def train(
         counts = count(micro_batches, model.padding_idx)
         masked, pairs, tokens, signals_received = total(*counts, len(signals))
 
-        # Forward, loss, backward. `EpochSampler` deals a step's micro-batches to the ranks in turn,
-        # so this rank's i-th is number rank + i * ranks of the step. That number, and not the rank,
-        # decides the seed of its dropout.
+        # Forward, loss, backward. The ranks get a step's micro-batches in turn, so this rank's i-th
+        # is number rank + i * ranks of the step. That number, and not the rank, decides the seed of
+        # its dropout.
         on_device = [to_device(batch, device) for batch in micro_batches]
         seeds = [(options.seed, step, rank + i * ranks) for i in range(per_rank)]
         losses = add_gradients(losses_of, on_device, masked, pairs, seeds)
@@ -496,7 +498,6 @@ def train(
         done = step + 1
         progress.step = done
         progress.tokens += int(tokens)
-        progress.seconds = round(time.perf_counter() - started, 2)
         is_last = done == options.steps
         must_stop = signals_received > 0
         log_is_due = is_last or done % options.log_every == 0
@@ -504,13 +505,15 @@ def train(
         save_is_due = is_last or done % options.save_every == 0 or must_stop
         if log_is_due or report_is_due or save_is_due:
             on_rank_0(check_weights, model, done)
+        progress.seconds = round(time.perf_counter() - started, 2)
 
         # Log. To read a loss, the CPU waits for the GPU.
         if log_is_due:
             mlm_loss, nsp_loss = total(*losses.tolist())
             on_rank_0(log, learning_rate=rate, mlm_loss=mlm_loss, nsp_loss=nsp_loss)
             speed = progress.tokens / max(progress.seconds, 0.01)
-            bar.set_postfix_str(f"loss {mlm_loss + nsp_loss:.3f}, {speed:,.0f} tokens/s", False)
+            shown = f"loss {mlm_loss + nsp_loss:.3f}, {speed:,.0f} tokens/s"
+            bar.set_postfix_str(shown, refresh=False)
 
         # Evaluate.
         if report_is_due:
@@ -589,7 +592,7 @@ def probe(
     model.train(was_training)
 
     first_row = batch["input_ids"][0]
-    is_in_first_row = batch["masked_indices"] < len(first_row)  # they count through all rows
+    is_in_first_row = batch["masked_indices"] < len(first_row)  # row 0 has 0 .. seq - 1
     shown = {
         "Input": first_row[first_row != model.padding_idx],
         "Target": batch["mlm_targets"][is_in_first_row],
@@ -761,9 +764,10 @@ def pretrain(options: PretrainOptions) -> None:
         save_checkpoint(out, model, optimizer, progress=asdict(progress), identity=identity)
 
     def begin() -> None:
+        """Leaves the folder as a run that can be resumed, at any moment."""
         check_weights(model, progress.step)  # those of --weights may not be finite
         with (out / "metrics.jsonl").open("a") as file:
-            file.truncate(min(state["metrics_bytes"], file.tell()))
+            file.truncate(min(state["metrics_bytes"], file.tell()))  # a longer one would get zeros
         if not options.resume:
             save()
         (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
@@ -800,8 +804,9 @@ def choose_device(name: str | None) -> torch.device:
 def choose_precision(name: Precision, device: torch.device) -> Precision:
     """Chooses the precision if it is "auto", sets torch up for it, and returns it.
 
-    - float32: all matrix products in float32.
-    - medium: float32 in memory, but matrix products may round their factors to bfloat16.
+    - float32: the model's matrix products in float32.
+    - medium: float32 in memory, but these products may round their factors, to bfloat16 on a CPU
+      and to TF32 on a GPU.
     - bfloat16: autocast, see `autocast`.
     - auto: bfloat16 on a GPU, the fastest of the three on a CPU; float32 where bfloat16 is
       emulated: GPUs before Ampere, and CPUs with neither AMX nor AVX512-BF16 (40 times as slow).
@@ -836,7 +841,7 @@ def keep_freed_memory() -> None:
     Otherwise, the memory of large tensors is returned to the system and allocated anew in every
     step. The page faults, one per 4 KiB, then take a tenth to a quarter of a step's time.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+    with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
@@ -863,8 +868,8 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     if accumulate % ranks:
         raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
 
-    # Imported before the process group is made. Otherwise torch would import it in the first step,
-    # and the module would hold a reference to the group, which can crash the process at its end.
+    # Imported before the process group is made. Otherwise DistributedDataParallel would import it
+    # later, and it would hold a reference to the group, which can crash the process at its end.
     import torch.distributed.nn
 
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
@@ -934,7 +939,7 @@ def lock_folder(out: Path, resume: bool = False) -> IO:
     lock = (out / ".lock").open("w")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers do not inherit this kind
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:  # which of them depends on the system
         raise ValueError(f"--out {out} is in use by another process") from error
     check_folder(out, resume)  # again: another process may just have released it
     return lock
@@ -948,8 +953,8 @@ def write_line(out: Path, **values: Any) -> None:
 
 def what_identifies(options: PretrainOptions, examples: dict[str, Any]) -> dict[str, Any]:
     """Returns what a resumed run must share with the run before it: the text, and all options
-    except those in `may_change`, which affect at most rounding and dropout masks. --precision is
-    never auto here. With a stream, the batches also depend on the numbers of workers and ranks.
+    except those in `may_change`, which change at most rounding and dropout masks. --precision is
+    never auto here. The batches of a stream also depend on the numbers of workers and ranks.
     """
     may_change = {"out", "resume", "workers", "device", "compile", "save_every"}
     identity = {name: v for name, v in asdict(options).items() if name not in may_change}
@@ -1028,8 +1033,8 @@ def progress_bar(steps: int, **more: Any) -> tqdm:
 
 
 def show(text: str) -> None:
-    """Prints above the progress bar. A closed terminal, or one that cannot display the text, does
-    not end the run.
+    """Prints above the progress bar. If the output is closed, or cannot show the text, the run goes
+    on without.
     """
     with contextlib.suppress(OSError, UnicodeError):
         tqdm.write(text)
@@ -1101,7 +1106,9 @@ def outlive_signals(worker: int) -> None:
 
 
 def is_death_of_worker(error: Exception) -> bool:
-    """Returns whether a data worker has died, or sends nothing. torch may raise this anywhere."""
+    """Returns whether a data worker has died, or sends nothing. torch may raise this anywhere: it
+    begins with "DataLoader". An error inside a worker has "in DataLoader worker" in its first line.
+    """
     return str(error).startswith("DataLoader")
 
 
