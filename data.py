@@ -50,6 +50,7 @@ from datasets.distributed import split_dataset_by_node
 from huggingface_hub import snapshot_download
 from pyarrow.parquet import ParquetFile
 from tokenizers import BertWordPieceTokenizer, Tokenizer, trainers
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -81,8 +82,8 @@ def split_sentences(text: str) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
-    over 400 characters, it is cut at white space, or after 400 characters if there is none: tokens
-    far from both ends of a sentence are never drawn (see `draw_pair`).
+    over 400 characters, it is cut at white space, or after 400 characters if there is none:
+    segments meet where sentences do, so tokens far from both ends of one would never be drawn.
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -195,8 +196,8 @@ class TokenizedCorpus:
         if isinstance(source, CorpusArrays):
             arrays = source
         else:
-            arrays = CorpusArrays(*(map_array(Path(source), name) for name in CorpusArrays._fields))
             self.notes = json.loads((Path(source) / "notes.json").read_text())
+            arrays = CorpusArrays(*(map_array(Path(source), name) for name in CorpusArrays._fields))
         self.tokens, self.sentence_starts, self.document_starts = arrays
 
         sentences = np.diff(self.sentence_starts.searchsorted(self.document_starts))  # (documents,)
@@ -237,7 +238,7 @@ class TokenizedCorpus:
 
 
 def map_array(folder: Path, name: str) -> np.ndarray:
-    """Returns an array of a corpus on disk; the file is named after the array and its dtype."""
+    """Returns an array of a corpus on disk. Its file tells the dtype, as in `tokens.uint16`."""
     (file,) = folder.glob(f"{name}.*")
     # asarray: slices of a memmap object would be ten times as slow
     return np.asarray(np.memmap(file, dtype=file.suffix[1:], mode="r"))
@@ -268,10 +269,10 @@ def encode_documents(
     remaining = iter(documents)
     # Documents are encoded 32 at a time, so that the tokenizer's threads have enough to do.
     for block in iter(lambda: list(islice(remaining, 32)), []):
-        sentences = [split_sentences(document) for document in block]
-        ids = iter(encode_plain(tokenizer, list(chain.from_iterable(sentences))))
-        for document in sentences:
-            encoded = [sentence for sentence in islice(ids, len(document)) if sentence]
+        split = [split_sentences(document) for document in block]
+        ids = iter(encode_plain(tokenizer, list(chain.from_iterable(split))))
+        for sentences in split:
+            encoded = [sentence for sentence in islice(ids, len(sentences)) if sentence]
             if len(encoded) > 1:
                 yield encoded
             else:
@@ -300,7 +301,8 @@ def tokenize_corpus(
 
     The folder is written under another name and renamed once it is complete, so it never exists
     half-written. If it exists already, raises FileExistsError, since it may hold other documents.
-    If another process is writing it, waits for that process and returns what it has written.
+    If another process is writing it, waits for that process, and returns what it has written. A
+    file FOLDER.lock stays.
     """
     folder = Path(folder)
     if folder.exists():
@@ -398,14 +400,15 @@ def draw_pair(
 ) -> Pair:
     """Draws segment A and segment B of one example. [BERT] §3.1 task 2, A.2.
 
-    start, end: a slice of the corpus. room: how many tokens both segments may have together.
+    start, end: the slice of the corpus in which the first offset is drawn. room: how many tokens
+    both segments may have together.
 
     1. Draw the total length: `room` tokens or, with probability 0.1, any number from 2 to `room`,
        because fine-tuning meets short texts, too.
     2. Draw an offset in the slice and one in another document; find the seam of each (`find_seam`).
-    3. Split the length at random. A gets at most `room_before` tokens, as many as both
-       documents have before their seams; B gets at most `room_after`, as many as both have after
-       them. What one segment has no room for goes to the other. So each fits at either seam.
+    3. Split the length at random. A gets at most `room_before` tokens, as many as each of the two
+       documents has before its seam; B gets at most `room_after`, as many as each has after it.
+       What one segment has no room for goes to the other. So each fits at either seam.
     4. Toss two coins: the first chooses the seam at which segment A ends, the second the seam at
        which segment B starts. If they choose the same seam, the pair is a true one, otherwise a
        random one. (One example in four is a true pair from the other document.)
@@ -413,8 +416,8 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, reveal the label: only both segments together do.
 
-    The length is at most room_before + room_after - 1, but at least 2. With one more token, A could
-    start one document and B end the other, which happens only in a random pair.
+    The length is at most room_before + room_after - 1, although 2 are always allowed. With one more
+    token, A could start one document and B end the other, which happens only in a random pair.
 
     Differs: [Code] draws random and true segments B by different rules, so that the length or the
     style of segment B can reveal the label.
@@ -426,7 +429,7 @@ def draw_pair(
     document_length = seam.document_end - seam.document_start
     elsewhere = int(rng.integers(len(corpus) - document_length))
     if elsewhere >= seam.document_start:
-        elsewhere += document_length
+        elsewhere += document_length  # steps over this document
     other = find_seam(corpus, elsewhere)
 
     room_before = min(seam.offset - seam.document_start, other.offset - other.document_start)
@@ -539,6 +542,7 @@ class PretrainDataset(Dataset):
         self.is_piece[piece_ids] = True
 
     def __len__(self) -> int:
+        """Returns how many examples, if all were full, have as many tokens as the corpus."""
         return max(1, len(self.corpus) // self.room)
 
     def __iter__(self) -> Iterator[Example]:
@@ -605,23 +609,18 @@ class PretrainDataset(Dataset):
         return collate([self[index] for index in indices], self.padding_idx)
 
 
-def collate(
-    examples: list[Example], padding_idx: int, length: int | None = None
-) -> dict[str, torch.Tensor]:
+def collate(examples: list[Example], padding_idx: int) -> dict[str, torch.Tensor]:
     """Returns a batch, int64: `nsp_labels` are (batch,), all others (batch, seq).
 
-    The others are padded to `length` or, without it, to the longest example: `input_ids` with
-    `padding_idx`, `token_type_ids` with 0, `mlm_labels` with -100.
+    The others are padded to the longest example: `input_ids` with `padding_idx`, `token_type_ids`
+    with 0, `mlm_labels` with -100.
     """
     padding = {"input_ids": padding_idx, "token_type_ids": 0, "mlm_labels": IGNORED_LABEL}
-    if length is None:
-        length = max(len(example["input_ids"]) for example in examples)
-    batch = {"nsp_labels": np.array([example["nsp_labels"] for example in examples])}
+    batch = {"nsp_labels": torch.tensor([int(example["nsp_labels"]) for example in examples])}
     for name, value in padding.items():
-        batch[name] = np.full((len(examples), length), value)
-        for row, example in zip(batch[name], examples, strict=True):
-            row[: len(example[name])] = example[name]
-    return {name: torch.from_numpy(array) for name, array in batch.items()}
+        rows = [torch.from_numpy(example[name]) for example in examples]
+        batch[name] = pad_sequence(rows, batch_first=True, padding_value=value)
+    return batch
 
 
 # ---- The order of examples ---------------------------------------------------
@@ -745,14 +744,13 @@ def get_documents(
 
 def get_corpus(documents: Documents, tokenizer: Tokenizer) -> TokenizedCorpus:
     """Returns stored documents as a corpus. They are tokenized once, into a folder in the cache of
-    `datasets`. Its name depends on the rows, the tokenizer and `how`.
+    `datasets`. Its name depends on the rows (of files: paths, sizes, times) and on `how`.
     """
     how = (tokenizer.to_str(), documents.column, documents.rows_per_document, SPLIT_VERSION)
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "bert-in-four-files"
     folder = cache / make_key(documents.rows._fingerprint, *how)
-    if not folder.exists():
-        with contextlib.suppress(FileExistsError):  # another process has just finished it
-            tokenize_corpus(documents, tokenizer, folder)
+    with contextlib.suppress(FileExistsError):  # an earlier run has tokenized them
+        tokenize_corpus(documents, tokenizer, folder)
     return TokenizedCorpus(folder)
 
 
@@ -826,7 +824,8 @@ def list_files(where: Path) -> dict[str, list[StampedFile]]:
 
 def read_files(files: list[StampedFile], column: str | None) -> Iterator[dict]:
     """Yields the rows of files, one after another. If a column is named, only it is kept, and the
-    files may differ in all others.
+    files may differ in all others. `datasets` caches the rows: if you change this function or
+    `read_rows`, delete its cache.
     """
     for file, _, _ in files:
         with reading(file):
@@ -860,7 +859,7 @@ def reading(path: str | Path) -> Iterator[None]:
         yield
     except Exception as error:  # of datasets, tokenizers, pyarrow, gzip, fsspec: they share no base
         wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        cause = error.__cause__ if wrapped else error
+        cause = (error.__cause__ if wrapped else None) or error
         reason = str(cause).partition("\n")[0] or type(cause).__name__
         if getattr(cause, "errno", None) == errno.ENOSPC:
             reason = f"{reason}; the cache is {datasets.config.HF_DATASETS_CACHE}"
@@ -963,7 +962,7 @@ def get_split_dataloader(
         return DataLoader(dataset, batch_sampler=sampler, **how)
     documents = dataset.documents
     shards = documents.rows.num_shards
-    # Each rank would then read every n-th row of a file, and join rows that are not neighbors.
+    # If files cannot be shared evenly, each rank reads every n-th row: no neighbors to join.
     if shards % world_size and documents.rows_per_document > 1:
         raise ValueError(f"rows_per_document: {world_size} ranks cannot share {shards} files")
     own_rows = split_dataset_by_node(documents.rows, rank, world_size)
@@ -1032,6 +1031,6 @@ def check_tokens(tokenizer: Tokenizer) -> None:
     lowercases = tokenizer.normalizer and tokenizer.normalizer.normalize_str("A") == "a"
     if cased and lowercases:
         raise ValueError(
-            f"text is lowercased, but {cased[0]} is a token: use a folder with vocab.txt and a"
-            ' tokenizer_config.json that has {"do_lower_case": false}'
+            f"text is lowercased, but {cased[0]} is a token: use a folder with vocab.txt, without"
+            ' tokenizer.json, whose tokenizer_config.json has {"do_lower_case": false}'
         )

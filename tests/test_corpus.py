@@ -181,6 +181,11 @@ def test_an_error_while_documents_are_read_leaves_no_corpus(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["arrays.lock"]
 
 
+def test_an_error_of_datasets_that_has_no_cause_is_reported_with_its_own_reason():
+    with pytest.raises(ValueError, match="^cannot read a: columns differ$"), data.reading("a"):
+        raise datasets.exceptions.DatasetGenerationError("columns differ\nand more")
+
+
 def test_a_row_that_is_not_text_is_reported_with_the_path_of_its_data_set(tmp_path):
     path = write_rows(tmp_path / "corpus.jsonl", [{"text": 7}] * 5)
     with pytest.raises(ValueError, match=f"^cannot read {re.escape(path)}: row 0: text is 7"):
@@ -282,8 +287,8 @@ def test_a_second_run_reuses_the_corpus_and_changing_anything_it_depends_on_make
     rows = [{"text": f"a{i} bb. c d.", "body": f"{c} ee. f"} for i, c in enumerate(LETTERS)]
     path = write_rows(tmp_path / "corpus.jsonl", rows)
     made = []
-    tokenize = data.tokenize_corpus
-    monkeypatch.setattr(data, "tokenize_corpus", lambda *a: made.append(1) or tokenize(*a))
+    write = data.write_corpus
+    monkeypatch.setattr(data, "write_corpus", lambda *a: made.append(1) or write(*a))
 
     def key(tokenizer=None, part="train", **how) -> str:
         documents = data.get_documents(path, **how)[part]
@@ -300,19 +305,6 @@ def test_a_second_run_reuses_the_corpus_and_changing_anything_it_depends_on_make
     write_rows(tmp_path / "corpus.jsonl", rows[:-1])
     keys.add(key())
     assert len(keys) == len(made) == 8
-
-
-def test_a_corpus_that_another_process_has_just_finished_is_used(tmp_path, monkeypatch):
-    path = write_texts(tmp_path / "corpus.jsonl", TEXTS * 2)
-    documents = data.get_documents(path)["train"]
-    tokenize = data.tokenize_corpus
-
-    def too_late(documents, tokenizer, folder) -> None:
-        tokenize(documents, tokenizer, folder)
-        tokenize(documents, tokenizer, folder)
-
-    monkeypatch.setattr(data, "tokenize_corpus", too_late)
-    assert len(data.get_corpus(documents, small_tokenizer()).document_starts) - 1 == 4
 
 
 # ---- Which files are a corpus -------------------------------------------------------------------

@@ -39,10 +39,8 @@ def test_an_example_does_not_depend_on_its_batch_or_on_what_came_before(dataset,
     (pad,) = ids_of(dataset.tokenizer, "[PAD]")
     fills = {"input_ids": pad, "token_type_ids": 0, "mlm_labels": data.IGNORED_LABEL}
     indices = draw.draw(st.lists(st.integers(0, 2 * len(dataset) - 1), min_size=1, max_size=6))
-    length = draw.draw(st.none() | st.just(50))  # as long as the longest, or longer than all
-    batch = data.collate([dataset[index] for index in indices], pad, length)
-    assert length is None or batch["input_ids"].size(1) == length
-    assert length or equal(batch, dataset.batch(indices))
+    batch = data.collate([dataset[index] for index in indices], pad)
+    assert equal(batch, dataset.batch(indices))
     for row, index in enumerate(indices):
         alone = dataset.batch([index])
         assert torch.equal(batch["nsp_labels"][row], alone["nsp_labels"][0])
