@@ -25,6 +25,7 @@ import bert
 import data
 import train_pretrain
 import train_sst2
+from train_sst2 import SST2Options
 
 TESTS = Path(__file__).parent
 
@@ -134,6 +135,10 @@ BUGS = {
         "iter(p for d in documents for p in d.split('\\n\\n'))",
         "test_blank_lines_do_not_end_a_document", caught_as=(ValueError,),
     ),
+    "a random segment B may be from the same document": Bug(
+        data, "draw_pair", "elsewhere += document_length", "pass",
+        "test_a_true_segment_b_follows_and_a_random_one_is_from_another_document",
+    ),
     "special tokens as random replacements": Bug(
         data.PretrainDataset, "__post_init__", "vocabulary.keys() - set(SPECIAL_TOKENS)",
         "vocabulary.keys()",
@@ -165,14 +170,31 @@ BUGS = {
         "(q, k, v, mask.transpose(-1, -2), dropout)\n    else",
         "test_padding_never_changes_the_outputs_of_real_tokens",
     ),
+    "dropout in evaluation": Bug(
+        train_pretrain, "evaluate", "model.eval()", "model.train()",
+        "test_evaluating_a_model_uses_no_dropout_and_no_gradients_and_keeps_its_mode",
+        {"was_training": True},
+    ),
     "coupled decay": Bug(
         train_pretrain, "make_optimizer", "torch.optim.AdamW(groups", "torch.optim.Adam(groups",
         "test_a_step_with_gradients_of_0_shrinks_exactly_what_decays", {"optimizer": "adamw"},
+    ),
+    "a first step with the learning rate 0": Bug(
+        train_pretrain, "learning_rate", "(step + 1) / warmup", "step / warmup",
+        "test_the_learning_rate_rises_to_the_peak_and_falls_towards_zero",
     ),
     "the model is pickled": Bug(
         bert, "write_pretrained", '(directory / "model.safetensors").write_bytes(weights)',
         'torch.save(model, directory / "model.safetensors")',
         "test_what_is_saved_is_what_is_loaded", {"cls": bert.Bert}, caught_as=(ValueError,),
+    ),
+    "an encoder that the file has under other names is not loaded": Bug(
+        bert, "load_pretrained", "if wrong:", "if wrong and False:",
+        "test_an_encoder_that_is_not_complete_is_rejected_by_what_it_lacks", {"cls": bert.Bert},
+    ),
+    "another tokenizer than that of the weights": Bug(
+        train_pretrain, "check_options", 'raise ValueError("--tok', 'str("--tok',
+        "test_a_tokenizer_beside_the_weights_is_the_only_one", {"of_script": SST2Options},
     ),
     "a bad row is swallowed": Bug(
         data.Documents, "texts", 'raise ValueError(f"', 'text = str(f"',
@@ -187,6 +209,15 @@ BUGS = {
         train_pretrain, "add_gradients", "mlm_sum / masked",
         "mlm_sum / len(batch['masked_indices']) / len(micro_batches)",
         "test_accumulated_gradients_are_those_of_the_whole_batch",
+    ),
+    "a resumed run starts the data anew": Bug(
+        train_pretrain, "make_batches", "start * options.accumulate // ranks", "0",
+        "test_a_run_killed_at_any_write_resumes_to_the_same_bits",
+    ),
+    "the epoch with the lowest accuracy is the best": Bug(
+        train_sst2, "fine_tune", 'metrics["accuracy"] > best_accuracy',
+        'best_accuracy < 0 or metrics["accuracy"] < best_accuracy',
+        "test_the_model_of_the_best_epoch_is_returned", {"accuracies": (0.5, 0.9, 0.7), "best": 1},
     ),
     "the same order every epoch": Bug(
         train_sst2.SST2Batches, "__iter__", "self.epoch, 0)", "0, 0)",
@@ -221,9 +252,27 @@ BUGS = {
         "    seam = find_seam(corpus, min(offset + target // 2, last))",
         "test_the_first_and_last_twenty_tokens_are_drawn_at_least_0_35_times_the_mean",
     ),
+    "a machine with a GPU has no backend for tensors on the CPU": Bug(
+        train_pretrain, "join_ranks", '"cpu:gloo,cuda:nccl"', '"nccl"',
+        "test_cpu_tensors_have_a_backend_on_every_machine",
+        {"device": None, "gpus": 1, "backend": "cpu:gloo,cuda:nccl"},
+    ),
+    "padding is that of config.json": Bug(
+        train_pretrain, "make_model", "options.weights, padding_idx", "options.weights, None",
+        "test_padding_is_the_tokenizers_whatever_the_config_says",
+    ),
+    "cased tokens are lowercased": Bug(
+        data, "check_tokens", "if cased and lowercases", "if False",
+        "test_a_lowercasing_tokenizer_with_cased_tokens_is_rejected_whatever_file_it_is_from",
+        {"file": "vocab.txt"},
+    ),
     "layers that the config has no place for are dropped": Bug(
         bert, "load_pretrained", "{*our_names, *unused}", "{*our_names}",
         "test_a_part_of_the_encoder_that_the_config_has_no_place_for_is_named",
+    ),
+    "resuming where nothing is left starts a run": Bug(
+        train_pretrain, "check_folder", 'not (out / "checkpoint.pt").exists()', "False",
+        "test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing", {"has_folder": True},
     ),
     "another corpus of the same lengths is taken for the same": Bug(
         data.TokenizedCorpus, "key", "array.tobytes() for array", "len(array) for array",
@@ -234,17 +283,6 @@ BUGS = {
         "attention_norm = nn.LayerNorm(config.d_model, eps=config.layer_norm_eps)",
         "attention_norm = nn.LayerNorm(config.d_model)",
         "test_hidden_states_and_pooled_output_equal_those_of_transformers",
-    ),
-    "there are two segments, whatever the config says": Bug(
-        bert.Embeddings, "__init__", "nn.Embedding(config.type_vocab_size", "nn.Embedding(2",
-        "test_hidden_states_and_pooled_output_equal_those_of_transformers",
-        caught_as=(IndexError, RuntimeError),
-    ),
-    "ordinary ids are taken to start at 5": Bug(
-        data.PretrainDataset, "__post_init__",
-        "np.array(sorted(vocabulary[token] for token in ordinary))",
-        "np.arange(5, len(vocabulary))",
-        "test_special_tokens_are_never_masked_and_never_drawn",
     ),
     "batches are padded with 0": Bug(
         data.PretrainDataset, "__post_init__", "vocabulary[PAD]", "0",
