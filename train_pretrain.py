@@ -562,7 +562,8 @@ def evaluate(
     found: defaultdict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
         mlm_logits, nsp_logits = forward(model, batch, precision)
-        targets, nsp_labels = batch["mlm_targets"], batch["nsp_labels"]
+        targets = batch["mlm_targets"]
+        nsp_labels = batch["nsp_labels"]
         predicted = mlm_logits.argmax(dim=-1)  # (masked,)
         nsp_predicted = nsp_logits.argmax(dim=-1)  # (batch,)
         found["prediction"].append(predicted)
@@ -877,7 +878,8 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     backend = "gloo"
     if torch.cuda.is_available() and device != "cpu":
         backend = "cpu:gloo,cuda:nccl"
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        gpus = torch.cuda.device_count()
         if local_rank >= gpus or device not in (None, "cuda"):
             raise ValueError(
                 f"--nproc_per_node: each rank needs a GPU, and there are {gpus}; --device can be"
