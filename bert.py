@@ -163,11 +163,6 @@ def attention(
     return output, probs
 
 
-# Of PyTorch's kernels, cuDNN's is switched off: with a mask, the backward pass of torch 2.11 may
-# return NaN (pytorch/pytorch#196678).
-torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 class MultiHeadAttention(nn.Module):
     """Computes Concat(head_1, ..., head_n) W^O, head_i = attention(X W^Q_i, X W^K_i, X W^V_i).
 
@@ -187,6 +182,9 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(config.d_model, config.attention_d_v)
         self.output = nn.Linear(config.attention_d_v, config.d_model)
         self.config = config
+        # For the whole process, because with a mask, the backward pass of cuDNN's kernel may return
+        # NaN in torch 2.11 (pytorch/pytorch#196678). PyTorch has other kernels.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
     def split_heads(self, projected: Tensor) -> Tensor:
         """Cuts the last dimension into heads: (batch, seq, d) -> (batch, heads, seq, d_head)."""
@@ -250,7 +248,7 @@ class PretrainedModel(nn.Module):
     padding_idx) and keep a `Bert` as `self.bert`. Only a `self.classifier` gets label names back.
     """
 
-    # For transformers, in config.json: its class with the same heads.
+    # For config.json: the class of transformers with the same heads.
     architecture = "BertModel"
 
     def __init__(self, config: BertConfig, padding_idx: int = 0) -> None:
@@ -447,8 +445,8 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "attention_dropout": "attention_probs_dropout_prob",
 }
 # Keys that a config.json may omit. With other values, it belongs to another model. If you replace
-# GELU, change hidden_act here; if the norm or the mask, model_type (if you start from a published
-# BERT, after loading it). Otherwise, what you save could be loaded as a BERT.
+# GELU (in the MLM head, too), change hidden_act here; if you replace the norm or the mask, change
+# model_type. Otherwise, what you save could be loaded as a BERT. Load a published BERT before that.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 ENCODER_PREFIXES = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
@@ -533,7 +531,7 @@ def fetch(source: str | Path) -> Path:
             snapshot_download(str(source), allow_patterns=[*files, "pytorch_model.bin"])
     except (OSError, ValueError) as error:  # no network, no such id, or not a valid id
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{source} is neither a directory nor on the hub: {reason}") from error
+        raise ValueError(f"{source} is not a directory, and the hub failed: {reason}") from error
     return directory
 
 
@@ -544,7 +542,7 @@ def read_config(published: dict[str, Any]) -> BertConfig:
             raise ValueError(f"{key} is {published[key]!r}, not {value!r}")
 
     # Only a config.json that was written here has d_k and d_v. In others, both equal hidden_size.
-    width = published.get("hidden_size")
+    width = published["hidden_size"]
     values: dict[str, Any] = {"attention_d_k": width, "attention_d_v": width}
     for field in fields(BertConfig):
         key = PUBLISHED_FIELDS.get(field.name, field.name)
@@ -651,7 +649,7 @@ def fill_masks(
 
 
 def read_tokenizer(source: str | Path) -> Any:
-    """Returns the tokenizer.json of a model's directory, or of a hub id (its weights come, too)."""
+    """Returns the tokenizer.json of a model's directory or hub id. (All of it is downloaded.)"""
     from tokenizers import Tokenizer
 
     text = (fetch(source) / "tokenizer.json").read_text(encoding="utf-8")

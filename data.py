@@ -82,8 +82,8 @@ def split_sentences(text: str) -> list[str]:
     """Cuts a text into sentences, at `SENTENCE_END`. White space around them is dropped.
 
     A rough rule is enough: a "sentence" may be any contiguous span of text ([BERT] §3). If it has
-    over 400 characters, it is cut at white space, or after 400 characters if there is none:
-    segments meet where sentences do, so tokens far from both ends of one would never be drawn.
+    over 400 characters, it is cut at white space, or after 400 characters if there is none: tokens
+    far from both ends of a sentence would never be drawn, since segments meet at a sentence's end.
 
     Example: 'Dr. No sat. "Why?" she asked' -> ['Dr. No sat.', '"Why?"', 'she asked'].
     """
@@ -238,7 +238,7 @@ class TokenizedCorpus:
 
 
 def map_array(folder: Path, name: str) -> np.ndarray:
-    """Returns an array of a corpus on disk. Its file tells the dtype, as in `tokens.uint16`."""
+    """Returns an array of a corpus on disk. Its file is named after its dtype: `tokens.uint16`."""
     (file,) = folder.glob(f"{name}.*")
     # asarray: slices of a memmap object would be ten times as slow
     return np.asarray(np.memmap(file, dtype=file.suffix[1:], mode="r"))
@@ -301,8 +301,8 @@ def tokenize_corpus(
 
     The folder is written under another name and renamed once it is complete, so it never exists
     half-written. If it exists already, raises FileExistsError, since it may hold other documents.
-    If another process is writing it, waits for that process, and returns what it has written. A
-    file FOLDER.lock stays.
+    If another process is writing it, waits for that process, and returns what it has written. The
+    file FOLDER.lock is left beside it.
     """
     folder = Path(folder)
     if folder.exists():
@@ -406,8 +406,8 @@ def draw_pair(
     1. Draw the total length: `room` tokens or, with probability 0.1, any number from 2 to `room`,
        because fine-tuning meets short texts, too.
     2. Draw an offset in the slice and one in another document; find the seam of each (`find_seam`).
-    3. Split the length at random. A gets at most `room_before` tokens, as many as each of the two
-       documents has before its seam; B gets at most `room_after`, as many as each has after it.
+    3. Split the length at random. A gets at most `room_before` tokens, the smaller of what the two
+       documents have before their seams; B at most `room_after`, the same for what comes after.
        What one segment has no room for goes to the other. So each fits at either seam.
     4. Toss two coins: the first chooses the seam at which segment A ends, the second the seam at
        which segment B starts. If they choose the same seam, the pair is a true one, otherwise a
@@ -416,8 +416,8 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, reveal the label: only both segments together do.
 
-    The length is at most room_before + room_after - 1, although 2 are always allowed. With one more
-    token, A could start one document and B end the other, which happens only in a random pair.
+    The length is at most room_before + room_after - 1, or 2 if that is less. With one more token, A
+    could start one document and B end the other, which happens only in a random pair.
 
     Differs: [Code] draws random and true segments B by different rules, so that the length or the
     style of segment B can reveal the label.
@@ -542,7 +542,7 @@ class PretrainDataset(Dataset):
         self.is_piece[piece_ids] = True
 
     def __len__(self) -> int:
-        """Returns how many examples, if all were full, have as many tokens as the corpus."""
+        """Returns the examples of an epoch: as many as would hold the corpus if all were full."""
         return max(1, len(self.corpus) // self.room)
 
     def __iter__(self) -> Iterator[Example]:
@@ -860,7 +860,8 @@ def reading(path: str | Path) -> Iterator[None]:
     except Exception as error:  # of datasets, tokenizers, pyarrow, gzip, fsspec: they share no base
         wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
         cause = (error.__cause__ if wrapped else None) or error
-        reason = str(cause).partition("\n")[0] or type(cause).__name__
+        text = str(cause).removeprefix("An error occurred while generating the dataset").lstrip()
+        reason = text.partition("\n")[0] or type(cause).__name__
         if getattr(cause, "errno", None) == errno.ENOSPC:
             reason = f"{reason}; the cache is {datasets.config.HF_DATASETS_CACHE}"
         raise ValueError(f"cannot read {path}: {reason}") from error
@@ -962,7 +963,7 @@ def get_split_dataloader(
         return DataLoader(dataset, batch_sampler=sampler, **how)
     documents = dataset.documents
     shards = documents.rows.num_shards
-    # If files cannot be shared evenly, each rank reads every n-th row: no neighbors to join.
+    # If files cannot be shared evenly, each rank reads every n-th row. These are not neighbors.
     if shards % world_size and documents.rows_per_document > 1:
         raise ValueError(f"rows_per_document: {world_size} ranks cannot share {shards} files")
     own_rows = split_dataset_by_node(documents.rows, rank, world_size)

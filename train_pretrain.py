@@ -505,7 +505,7 @@ def train(
         save_is_due = is_last or done % options.save_every == 0 or must_stop
         if log_is_due or report_is_due or save_is_due:
             on_rank_0(check_weights, model, done)
-        progress.seconds = round(time.perf_counter() - started, 2)
+        progress.seconds = round(time.perf_counter() - started, 2)  # the check waits for the GPU
 
         # Log. To read a loss, the CPU waits for the GPU.
         if log_is_due:
@@ -765,10 +765,10 @@ def pretrain(options: PretrainOptions) -> None:
         save_checkpoint(out, model, optimizer, progress=asdict(progress), identity=identity)
 
     def begin() -> None:
-        """Leaves the folder as a run that can be resumed, at any moment."""
+        """Begins or resumes the run in its folder, which a kill leaves as it was or resumable."""
         check_weights(model, progress.step)  # those of --weights may not be finite
         with (out / "metrics.jsonl").open("a") as file:
-            file.truncate(min(state["metrics_bytes"], file.tell()))  # a longer one would get zeros
+            file.truncate(min(state["metrics_bytes"], file.tell()))  # never to add zeros
         if not options.resume:
             save()
         (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
@@ -869,8 +869,8 @@ def join_ranks(device: str | None, accumulate: int) -> None:
     if accumulate % ranks:
         raise ValueError(f"--accumulate {accumulate} is not a multiple of {ranks} ranks")
 
-    # Imported before the process group is made. Otherwise DistributedDataParallel would import it
-    # later, and it would hold a reference to the group, which can crash the process at its end.
+    # Imported before the process group is made. Otherwise DistributedDataParallel would import this
+    # module later, and it would hold a reference to the group: a process can crash at its end.
     import torch.distributed.nn
 
     # gloo sums tensors on the CPU, nccl those on a GPU. If no backend is named and there is a GPU,
@@ -943,6 +943,8 @@ def lock_folder(out: Path, resume: bool = False) -> IO:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # data workers do not inherit this kind
     except (BlockingIOError, PermissionError) as error:  # which of them depends on the system
         raise ValueError(f"--out {out} is in use by another process") from error
+    except OSError as error:  # a file system without locks
+        raise ValueError(f"--out {out} cannot be locked: {error.strerror}") from error
     check_folder(out, resume)  # again: another process may just have released it
     return lock
 
@@ -1036,7 +1038,7 @@ def progress_bar(steps: int, **more: Any) -> tqdm:
 
 def show(text: str) -> None:
     """Prints above the progress bar. If the output is closed, or cannot show the text, the run goes
-    on without.
+    on without it.
     """
     with contextlib.suppress(OSError, UnicodeError):
         tqdm.write(text)

@@ -32,6 +32,9 @@ from strategies import (
     write_texts,
 )
 
+from datasets.exceptions import DatasetGenerationCastError
+from datasets.table import CastError
+
 import data
 from data import CorpusArrays, PretrainDataset, TokenizedCorpus
 
@@ -181,9 +184,13 @@ def test_an_error_while_documents_are_read_leaves_no_corpus(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["arrays.lock"]
 
 
-def test_an_error_of_datasets_that_has_no_cause_is_reported_with_its_own_reason():
-    with pytest.raises(ValueError, match="^cannot read a: columns differ$"), data.reading("a"):
-        raise datasets.exceptions.DatasetGenerationError("columns differ\nand more")
+def test_columns_that_differ_in_a_data_set_of_the_hub_are_the_reason_given():
+    """This error of `datasets` has no cause, and its first line says nothing."""
+    cast = CastError("", table_column_names=["text", "url"], requested_column_names=["text"])
+    error = DatasetGenerationCastError.from_cast_error(cast, "json", {}, None)
+    expected = r"^cannot read a: All the data files must have the same columns.*url"
+    with pytest.raises(ValueError, match=expected), data.reading("a"):
+        raise error
 
 
 def test_a_row_that_is_not_text_is_reported_with_the_path_of_its_data_set(tmp_path):

@@ -271,8 +271,9 @@ BUGS = {
         "test_a_part_of_the_encoder_that_the_config_has_no_place_for_is_named",
     ),
     "resuming where nothing is left starts a run": Bug(
-        train_pretrain, "check_folder", 'not (out / "checkpoint.pt").exists()', "False",
-        "test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing", {"has_folder": True},
+        train_pretrain, "pretrain", "on_rank_0(check_folder, out, options.resume)",
+        'options = replace(options, resume=(out / "checkpoint.pt").exists())',
+        "test_resuming_without_a_checkpoint_is_rejected_and_touches_nothing", {"has_folder": False},
     ),
     "another corpus of the same lengths is taken for the same": Bug(
         data.TokenizedCorpus, "key", "array.tobytes() for array", "len(array) for array",

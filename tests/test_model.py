@@ -115,8 +115,10 @@ def test_rows_with_padding_have_finite_outputs_and_gradients(fused, is_bfloat16,
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_attention_never_takes_the_kernel_of_cudnn():
-    """Its backward gives NaN (see the test above). Without a GPU, only torch's switch is seen."""
+def test_making_a_model_switches_the_attention_of_cudnn_off():
+    """Its backward gives NaN (see the test above)."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    Bert(FIXED, PADDING)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

@@ -136,7 +136,7 @@ def test_the_death_of_a_data_worker_is_reported_and_that_of_another_rank_is_not(
 
 
 def test_a_step_has_one_sum_over_the_ranks(options, monkeypatch):
-    """Counts and signals are four numbers, losses two, summed only where a line is written."""
+    """Counts and signals, four numbers, are summed together; the two losses only for a line."""
     sums = []
     monkeypatch.setattr(train_pretrain, "total", lambda *of: sums.append(len(of)) or list(of))
     run(replace(options, log_every=100, eval_every=100, save_every=100))

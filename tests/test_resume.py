@@ -3,6 +3,7 @@ that was never stopped, and nothing overwrites a run.
 """
 
 import copy
+import errno
 import itertools
 import json
 import math
@@ -474,6 +475,13 @@ def test_a_second_process_in_the_same_folder_is_rejected_and_changes_nothing(opt
         kill(holder)
         run(told)
         os.killpg(holder.pid, signal.SIGKILL)  # its child
+
+
+def test_a_file_system_without_locks_is_named(options, monkeypatch):
+    fail = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
+    monkeypatch.setattr(train_pretrain.fcntl, "lockf", fail)
+    with pytest.raises(ValueError, match="--out .* cannot be locked: No locks available"):
+        run(options)
 
 
 def test_a_run_that_waited_for_the_lock_looks_at_the_folder_once_more(options):
