@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33"),
 ]
 EVERY = 50  # batches from one measurement to the next
-WARM_UP, BATCHES = 500, 1000  # caches are filled during the warm-up
+WARM_UP, BATCHES = 500, 1500  # caches are filled during the warm-up
 LIMIT = 12  # KiB in fifty batches
 SHARED_LIMIT = 4  # MiB: through it the workers hand over the batches, 5 KiB each
 LEAK = 200  # bytes of each example
