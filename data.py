@@ -610,16 +610,23 @@ class PretrainDataset(Dataset):
 
 
 def collate(examples: list[Example], padding_idx: int) -> dict[str, torch.Tensor]:
-    """Returns a batch, int64: `nsp_labels` are (batch,), all others (batch, seq).
+    """Returns a batch, int64.
 
-    The others are padded to the longest example: `input_ids` with `padding_idx`, `token_type_ids`
-    with 0, `mlm_labels` with -100.
+    - `nsp_labels`, (batch,).
+    - `input_ids`, `token_type_ids`, `mlm_labels`, (batch, seq): padded to the longest example with
+      `padding_idx`, 0 and -100.
+    - `masked_indices`, `mlm_targets`, (masked,), those of the whole batch: where the masked tokens
+      are, and what they were. Column c of row r has the index r * seq + c.
     """
     padding = {"input_ids": padding_idx, "token_type_ids": 0, "mlm_labels": IGNORED_LABEL}
     batch = {"nsp_labels": torch.tensor([int(example["nsp_labels"]) for example in examples])}
     for name, value in padding.items():
         rows = [torch.from_numpy(example[name]) for example in examples]
         batch[name] = pad_sequence(rows, batch_first=True, padding_value=value)
+    # Computed here, in a data worker: on a GPU, `nonzero()` would make the CPU wait.
+    labels = batch["mlm_labels"].flatten()  # (batch * seq,)
+    batch["masked_indices"] = (labels != IGNORED_LABEL).nonzero().flatten()
+    batch["mlm_targets"] = labels[batch["masked_indices"]]
     return batch
 
 

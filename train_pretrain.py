@@ -193,19 +193,7 @@ def check_options(options: Any) -> None:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Returns the batch on a device, with two more tensors, both int64 (masked,):
-
-    - `masked_indices`: the masked tokens; token c of row r has the index r * seq + c;
-    - `mlm_targets`: the tokens to predict there.
-
-    They are computed on the CPU: on a GPU, `nonzero()` would force a synchronization. Pinned memory
-    is copied while the GPU computes.
-    """
-    labels = batch["mlm_labels"].flatten()  # (batch * seq,)
-    masked_indices = (labels != data.IGNORED_LABEL).nonzero().flatten()
-    batch = {**batch, "masked_indices": masked_indices, "mlm_targets": labels[masked_indices]}
-    if device.type == "cuda":  # the two new tensors; the loader has pinned the others
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    """Returns the batch on a device. From pinned memory, it is copied while the GPU computes."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
@@ -368,7 +356,7 @@ def count(batches: list[Batch], padding_idx: int) -> tuple[int, int, int]:
     """Returns how many masked tokens, pairs, and tokens (without padding) these batches have."""
     masked = pairs = tokens = 0
     for batch in batches:
-        masked += int((batch["mlm_labels"] != data.IGNORED_LABEL).sum())
+        masked += len(batch["mlm_targets"])
         pairs += len(batch["nsp_labels"])
         tokens += int((batch["input_ids"] != padding_idx).sum())
     return masked, pairs, tokens

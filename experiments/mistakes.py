@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, RandomSampler
 import data
 from bert import BertConfig, BertPretrainModel
 from experiments.curves import HERE, new_figure, read_lines
-from train_pretrain import PretrainLosses, add_gradients, make_optimizer, to_device, update
+from train_pretrain import PretrainLosses, add_gradients, make_optimizer, update
 
 LENGTH = 128
 BATCH = 256
@@ -47,7 +47,6 @@ def rate(documents: list[str], tokenizer: Tokenizer, folder: str) -> Iterator[di
     corpus = data.tokenize_corpus(documents[:16], tokenizer, f"{folder}/corpus")
     examples = data.PretrainDataset(corpus, tokenizer, LENGTH)
     batch = data.collate([examples[0]], examples.padding_idx)
-    batch = to_device(batch, torch.device("cpu"))
     shares = batch["mlm_targets"].bincount() / len(batch["mlm_targets"])
     entropy = torch.special.entr(shares).sum().item()  # ln n, if the n tokens all differ
     config = BertConfig.named(

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 import data
 from bert import BertConfig, BertPretrainModel, PretrainedModel
-from train_pretrain import PretrainLosses, add_gradients, count, to_device
+from train_pretrain import PretrainLosses, add_gradients, count
 from train_sst2 import SST2Batches
 
 CPU = torch.device("cpu")
@@ -213,9 +213,8 @@ def some_batches(count: int, size: int = 3, seed: int = 0) -> list[dict[str, tor
 def gradients(model: BertPretrainModel, micro_batches: list[dict]) -> list[torch.Tensor]:
     """Returns both losses of a step, and the gradient of every parameter."""
     model.zero_grad()
-    ready = [to_device(batch, CPU) for batch in micro_batches]
     masked, pairs, _ = count(micro_batches, model.padding_idx)
-    losses = add_gradients(PretrainLosses(model), ready, masked, pairs)
+    losses = add_gradients(PretrainLosses(model), micro_batches, masked, pairs)
     return [losses, *(parameter.grad.clone() for parameter in model.parameters())]
 
 

@@ -63,5 +63,5 @@ dataset = data.PretrainDataset(corpus, tokenizer, 16)
 print(sorted(next(iter(data.get_split_dataloader(dataset, 2, workers=0)))))
 """
     ended = python("-c", code, cwd=tmp_path)
-    names = "['input_ids', 'mlm_labels', 'nsp_labels', 'token_type_ids']\n"
-    assert ended.stdout == "1\n" + names, ended.stderr
+    names = ["input_ids", "masked_indices", "mlm_labels", "mlm_targets", "nsp_labels"]
+    assert ended.stdout == f"1\n{[*names, 'token_type_ids']}\n", ended.stderr

@@ -48,6 +48,9 @@ def test_an_example_does_not_depend_on_its_batch_or_on_what_came_before(dataset,
             width = alone[name].size(1)
             assert torch.equal(batch[name][row, :width], alone[name][0])
             assert (batch[name][row, width:] == fill).all()
+    masked_indices = batch["masked_indices"]
+    assert torch.equal(batch["mlm_labels"].flatten()[masked_indices], batch["mlm_targets"])
+    assert len(masked_indices) == (batch["mlm_labels"] != data.IGNORED_LABEL).sum()
 
 
 def test_examples_that_differ_in_seed_epoch_or_index_draw_other_numbers():

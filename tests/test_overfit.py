@@ -11,7 +11,6 @@ import pytest
 import torch
 from strategies import PADDING
 
-import data
 from bert import BertConfig, BertPretrainModel
 from train_pretrain import (
     PretrainLosses,
@@ -40,14 +39,13 @@ def one_sample(device: torch.device, nsp_label: int) -> dict[str, torch.Tensor]:
     """Returns a pair of 64 tokens, of which 10 are masked; their targets all differ."""
     input_ids = torch.arange(100, 164)[None]
     input_ids[0, 0], input_ids[0, 30], input_ids[0, 63] = 2, 3, 3
-    labels = torch.full((1, 64), data.IGNORED_LABEL)
-    masked = torch.arange(3, 63, 6)
-    labels[0, masked] = torch.arange(1000, 1000 + MASKED)
-    input_ids[0, masked] = 4
+    masked_indices = torch.arange(3, 63, 6)
+    input_ids[0, masked_indices] = 4
     batch = {
         "input_ids": input_ids,
         "token_type_ids": (torch.arange(64) > 30).long()[None],
-        "mlm_labels": labels,
+        "masked_indices": masked_indices,
+        "mlm_targets": torch.arange(1000, 1000 + MASKED),
         "nsp_labels": torch.tensor([nsp_label]),
     }
     return to_device(batch, device)

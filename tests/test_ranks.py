@@ -54,7 +54,6 @@ from train_pretrain import (
     join_ranks,
     on_rank_0,
     rank_and_ranks,
-    to_device,
     total,
 )
 
@@ -155,8 +154,8 @@ def save_gradients(file: Path) -> None:
     assert total(rank, 2.0**24 + 1) == [1, 2**25 + 2]  # float32 has no such number
     assert on_rank_0(int, "5") == (5 if rank == 0 else None)
     model, batches = model_and_batches()
-    masked, pairs, _ = total(*count(batches[rank::ranks], PADDING))
-    mine = [to_device(batch, torch.device("cpu")) for batch in batches[rank::ranks]]
+    mine = batches[rank::ranks]
+    masked, pairs, _ = total(*count(mine, PADDING))
     losses = add_gradients(DistributedDataParallel(PretrainLosses(model)), mine, masked, pairs)
     torch.distributed.all_reduce(losses)
     if rank == 0:
