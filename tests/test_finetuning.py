@@ -388,7 +388,8 @@ def test_a_prediction_has_the_softmax_of_the_logits_and_no_dropout(tmp_path, cap
     """It prints a line for each text: label, probability, text. The probability is computed here by
     hand. A longer text is cut to --max-seq-length, and no gradient is computed."""
     weights = str(publish(tmp_path, replace(TINY, initializer_range=0.5), SST2BertModel))
-    told = SST2Options(weights=weights, predict=("a b c d", "w x X  "), device="cpu", dropout=0.5)
+    told = SST2Options(weights=weights, dropout=0.5, device="cpu", precision="float32")
+    told = replace(told, predict=("a b c d", "w x X  "))
     seen, forward = [], train_sst2.forward
 
     def noted(model, input_ids, precision):
