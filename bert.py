@@ -20,7 +20,7 @@ Names in comments on shapes:
     seq      tokens in a sequence, padding included
     d_model  width of a hidden state
     heads    attention heads; d_head is the width of one (d_k / heads, and d_v / heads for values)
-    d_k      width of queries and keys, of all heads ([Transformer]: of one); d_v is that of values
+    d_k      width of queries and keys over all heads (in [Transformer]: of one); d_v: of values
     vocab    tokens in the vocabulary
     masked   masked tokens of the whole batch, those to be predicted
 """

@@ -753,10 +753,10 @@ def pretrain(options: PretrainOptions) -> None:
         save_checkpoint(out, model, optimizer, progress=asdict(progress), identity=identity)
 
     def begin() -> None:
-        """Begins or resumes the run in its folder, which a kill leaves as it was or resumable."""
+        """Writes what a new or resumed run starts with. A kill in between loses nothing."""
         check_weights(model, progress.step)  # those of --weights may not be finite
         with (out / "metrics.jsonl").open("a") as file:
-            file.truncate(min(state["metrics_bytes"], file.tell()))  # never to add zeros
+            file.truncate(min(state["metrics_bytes"], file.tell()))  # beyond its end, it adds zeros
         if not options.resume:
             save()
         (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
@@ -1098,9 +1098,7 @@ def outlive_signals(worker: int) -> None:
 
 
 def is_death_of_worker(error: Exception) -> bool:
-    """Returns whether a data worker has died, or sends nothing. torch may raise this anywhere: it
-    begins with "DataLoader". An error inside a worker has "in DataLoader worker" in its first line.
-    """
+    """Returns whether a data worker has died, or sends nothing. torch may raise this anywhere."""
     return str(error).startswith("DataLoader")
 
 
@@ -1129,7 +1127,8 @@ def run_script(main: Callable, cls: type) -> None:
         if isinstance(error, ValueError) and not is_ours:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        message = lines[-1] if "DataLoader worker" in lines[0] else " ".join(lines)
+        is_from_worker = "DataLoader worker" in lines[0]  # "Caught ... in DataLoader worker ..."
+        message = lines[-1] if is_from_worker else " ".join(lines)
     finally:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
         for worker in multiprocessing.active_children():

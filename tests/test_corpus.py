@@ -16,6 +16,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from datasets.exceptions import DatasetGenerationCastError
+from datasets.table import CastError
 from helpers import ROOT, kill, start, wait, wait_until
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,9 +33,6 @@ from strategies import (
     write_rows,
     write_texts,
 )
-
-from datasets.exceptions import DatasetGenerationCastError
-from datasets.table import CastError
 
 import data
 from data import CorpusArrays, PretrainDataset, TokenizedCorpus
