@@ -71,7 +71,7 @@ class BertConfig:
 
     # True: PyTorch's scaled_dot_product_attention, which is faster and needs less memory.
     # False: `attention` below, which shows every step. Their outputs differ by rounding and dropout
-    # only, unless a sequence is all padding: `attention` averages all values, PyTorch may give 0.
+    # only; for a query without any key, `attention` averages all values, and PyTorch may give 0.
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
@@ -219,8 +219,9 @@ class EncoderLayer(nn.Module):
 
     LayerNorm comes after the sum ("post-LN"). At the start of training, the gradients of the last
     layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
-    models compute x + f(LayerNorm(x)) ("pre-LN"). In these, the gradient flows back unchanged along
-    the residual path, and training works without warmup.
+    models compute x + f(LayerNorm(x)) ("pre-LN"), with one more LayerNorm after the last layer. In
+    these, the gradient flows back unchanged along the residual path, and training works without
+    warmup.
 
     Differs: [Code] approximates GELU with tanh (error at most 5e-4); this is the exact GELU.
     """
@@ -238,7 +239,7 @@ class EncoderLayer(nn.Module):
         """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
-        # For another activation, norm or attention mask, see FIXED_FIELDS.
+        # If you change the activation or the order here, see FIXED_FIELDS.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 
@@ -277,7 +278,7 @@ class PretrainedModel(nn.Module):
     def from_pretrained(
         cls, source: str | Path, padding_idx: int | None = None, **changes: Any
     ) -> Self:
-        """Returns a published BERT, in evaluation mode. See `load_pretrained`.
+        """Returns a published BERT, in float32 and in evaluation mode. See `load_pretrained`.
 
         source: a directory or a hub id. padding_idx: the tokenizer's [PAD]; by default the one in
         config.json. changes: fields of the config to replace, such as dropout or num_labels.
@@ -320,7 +321,7 @@ class Bert(PretrainedModel):
             attention_mask = input_ids != self.padding_idx
 
         # The mask says which keys may be attended to. It is the same for every head and every
-        # query, hence the two dimensions of size 1.
+        # query, hence the two dimensions of size 1. If you change it, see FIXED_FIELDS.
         mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, seq)
 
         hidden_states = self.embeddings(input_ids, token_type_ids)  # (batch, seq, d_model)
@@ -444,12 +445,12 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# Keys that a config.json may omit. With other values, it belongs to another model. If you replace
-# GELU (in the MLM head, too), change hidden_act here; if you replace the norm or the mask, change
-# model_type. Otherwise, what you save could be loaded as a BERT. Load a published BERT before that.
+# Keys that a config.json may omit. With other values, it belongs to another model. If in your copy
+# the same tensors compute something else, change a value, so that nobody loads them as a BERT's:
+# is_decoder for a causal mask (transformers knows it), hidden_act for another activation (in the
+# MLM head, too), otherwise model_type. To start from published weights, change it after loading.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
-ENCODER_PREFIXES = ("bert.embeddings.", "bert.encoder.")  # how the names of its tensors start
 DECODER = "cls.predictions.decoder.weight"  # in many files; a copy of the token embeddings
 REDUNDANT = {DECODER, "cls.predictions.decoder.bias", "bert.embeddings.position_ids"}
 ROLES = ("unk", "sep", "pad", "cls", "mask")  # of special tokens
@@ -498,9 +499,10 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
     unused = sorted(tensors.keys() - found - REDUNDANT)
     misfits = {*our_names, *unused} - found  # ours without a tensor, tensors without a place
-    wrong = sorted(name for name in misfits if name.startswith(ENCODER_PREFIXES))
+    of_encoder = (name for name in misfits if name.startswith("bert."))
+    wrong = sorted(name for name in of_encoder if not name.startswith("bert.pooler."))
     if wrong:
-        raise ValueError(f"{directory}: the encoder does not fit its config: {', '.join(wrong)}")
+        raise ValueError(f"{directory}: the encoder does not fit this model: {', '.join(wrong)}")
     # Only the MLM head uses the decoder, so other models accept any.
     is_tied = DECODER not in tensors or torch.equal(tensors[DECODER], tensors[TOKEN_EMBEDDINGS])
     if "mlm_bias" in state and not is_tied:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -22,7 +23,8 @@ from strategies import change_tensors, publish, small_tokenizer
 import bert
 import data
 import train_pretrain
-from bert import Bert, BertPretrainModel, SST2BertModel, fill_masks, published_name
+from bert import Bert, BertPretrainModel, PretrainedModel, SST2BertModel, fill_masks
+from bert import published_name
 from train_pretrain import PretrainOptions
 from train_sst2 import SST2Options
 
@@ -65,7 +67,16 @@ def test_names_are_mapped_by_whole_dotted_parts_and_unknown_ones_stay():
 # ---- What is saved ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel])
+class OwnModel(PretrainedModel):
+    """A model with a head of its own, and a name that TensorFlow gave to a part of LayerNorm."""
+
+    def __init__(self, config, padding_idx=0):
+        super().__init__(config, padding_idx)
+        self.bert = Bert(config, padding_idx)
+        self.head = torch.nn.ParameterDict({"gamma": torch.ones(3)})
+
+
+@pytest.mark.parametrize("cls", [Bert, BertPretrainModel, SST2BertModel, OwnModel])
 def test_what_is_saved_is_what_is_loaded(cls, tmp_path):
     """So are d_k, d_v and d_model that differ, for which the published format has no word."""
     config = dataclasses.replace(FIXED, num_labels=5)
@@ -125,6 +136,10 @@ def test_a_model_that_its_config_does_not_describe_is_not_saved(tmp_path):
     model.embeddings.position = torch.nn.Embedding(20, 12)
     with pytest.raises(RuntimeError, match=r"embeddings\.position"):
         model.save_pretrained(tmp_path / "model")
+    classifier = SST2BertModel(PUBLISHABLE)
+    classifier.label_names = ["bad", "fair", "good"]
+    with pytest.raises(RuntimeError, match=r"classifier\.weight"):
+        classifier.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
@@ -199,6 +214,13 @@ def test_a_part_of_the_encoder_that_the_config_has_no_place_for_is_named(publish
         BertPretrainModel.from_pretrained(published)
 
 
+def test_a_part_of_the_encoder_that_the_code_has_no_place_for_is_named(published):
+    """Somebody's copy may have a gate in every layer."""
+    change_tensors(published, **{"bert.layers.0.gate.weight": torch.ones(2)})
+    with pytest.raises(ValueError, match=r"bert\.layers\.0\.gate\.weight"):
+        BertPretrainModel.from_pretrained(published)
+
+
 def test_a_decoder_that_is_no_copy_of_the_embeddings_is_rejected(published):
     """transformers would use it. A model without that head does not ask."""
     tensors = load_file(published / "model.safetensors")
@@ -214,10 +236,13 @@ def test_a_decoder_that_is_no_copy_of_the_embeddings_is_rejected(published):
 
 
 def test_heads_that_are_missing_or_not_used_are_warned_of_and_listed(published):
-    """The list is for those who switch warnings off. The encoder is that of pretraining."""
+    """The list is for those who switch warnings off. The encoder is that of pretraining. The names
+    of another classifier's labels are not for a new one."""
+    change_config(published, id2label={"0": "good", "1": "bad"})
     with pytest.warns(UserWarning, match="no fitting tensor|not used") as found:
         model = SST2BertModel.from_pretrained(published)
     assert model.missing_parameters == ["classifier.weight", "classifier.bias"]
+    assert model.label_names == ["LABEL_0", "LABEL_1"]
     assert_same_weights(model.bert, quietly(Bert.from_pretrained, published))
     missing, unused = (str(warning.message) for warning in found)
     assert all(name in missing for name in model.missing_parameters)
@@ -365,12 +390,14 @@ def test_of_weights_in_two_formats_only_the_safe_one_is_fetched_from_the_hub(rep
 def test_an_old_repository_with_a_pickle_and_a_word_list_is_read(repository):
     """Google's own small models are published in this form."""
     expected = BertPretrainModel.from_pretrained(repository)
-    torch.save(load_file(repository / "model.safetensors"), repository / "pytorch_model.bin")
+    with mock.patch("torch.serialization.location_tag", return_value="cuda:0"):  # as on a GPU
+        torch.save(load_file(repository / "model.safetensors"), repository / "pytorch_model.bin")
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (repository / name).unlink()
     (repository / "vocab.txt").write_text("\n".join(VOCABULARY))
     assert data.load_tokenizer("someone/bert").get_vocab() == small_tokenizer().get_vocab()
     assert fetched(repository) == ["vocab.txt"]  # a tokenizer comes without the weights
+    shutil.rmtree(repository.parent / "fetched")
     assert_same_weights(BertPretrainModel.from_pretrained("someone/bert"), expected)
     assert fetched(repository) == ["config.json", "pytorch_model.bin", "vocab.txt"]
 
@@ -409,6 +436,7 @@ def test_guesses_are_tokens_of_the_tokenizer():
     torch.nn.init.constant_(model.mlm_bias[len(VOCABULARY) :], 9.0)
     (best,) = fill_masks(model, small_tokenizer(), "a [MASK]", k=100)
     assert set(best) == set(VOCABULARY)
+    assert sum(best.values()) < 0.5  # the extra rows have the rest
     assert list(best.values()) == sorted(best.values(), reverse=True)
     fewer = build(BertPretrainModel, dataclasses.replace(PUBLISHABLE, vocab_size=40))
     with pytest.raises(ValueError, match="40"):
