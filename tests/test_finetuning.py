@@ -19,7 +19,6 @@ from strategies import (
     CLS,
     CPU,
     MASK,
-    PAD,
     PADDING,
     SEP,
     SMALL,
@@ -81,6 +80,13 @@ def test_a_data_set_of_the_hub_may_have_configurations(monkeypatch):
     asked.assert_called_once_with("glue", "sst2", "validation")
 
 
+def test_a_split_without_sentences_is_rejected(monkeypatch):
+    empty = datasets.Dataset.from_dict({"sentence": [], "label": []})
+    monkeypatch.setattr(data, "get_dataset", lambda *_: empty)
+    with pytest.raises(ValueError, match="glue, validation: there are no sentences"):
+        get_reviews("glue", "validation")
+
+
 def test_sentences_are_text_in_a_column_sentence_or_text(tmp_path):
     path = write_rows(tmp_path / "train.jsonl", [{"text": "a b", "label": 1}])
     assert get_reviews(path, "train") == (["a b"], [1])
@@ -100,6 +106,7 @@ def test_an_epoch_of_buckets_has_every_sentence_once(sizes, batch_size, seed):
     """Each sentence has its own label. All batches but one are full, and each is as wide as its
     longest sentence."""
     batches = review_batches(sizes, batch_size, seed)
+    batches.padding_idx = 999  # not every vocabulary starts with [PAD]
     for batches.epoch in (0, 1):
         found = list(batches)
         assert len(found) == len(batches) == math.ceil(len(sizes) / batch_size)
@@ -109,7 +116,7 @@ def test_an_epoch_of_buckets_has_every_sentence_once(sizes, batch_size, seed):
             own = (batch["input_ids"][:, 0] - 1).tolist()
             assert batch["labels"].tolist() == [i % 2 for i in own]
             assert batch["input_ids"].size(1) == max(sizes[i] for i in own)
-            assert (batch["input_ids"] != PAD).sum(dim=1).tolist() == [sizes[i] for i in own]
+            assert (batch["input_ids"] != 999).sum(dim=1).tolist() == [sizes[i] for i in own]
             indices += own
         assert sorted(indices) == list(range(len(sizes)))
 
@@ -352,6 +359,21 @@ def test_every_seed_starts_from_weights_of_its_own_and_the_same_at_every_rate(
     assert "0.5000 ± 0.0000" in printed
 
 
+def test_of_all_rates_and_seeds_the_best_model_is_kept(options, monkeypatch):
+    """Of two that are equally good, it is the first. Here, the bias tells which model it is."""
+    tuned = iter(enumerate([0.5, 0.7, 0.6, 0.7]))
+
+    def fine_tune(model, *_):
+        number, accuracy = next(tuned)
+        torch.nn.init.constant_(model.classifier.bias, number)
+        return model, accuracy
+
+    monkeypatch.setattr(train_sst2, "fine_tune", fine_tune)
+    main(replace(options, seeds=2, learning_rate=(1e-3, 1e-4)))
+    left = SST2BertModel.from_pretrained(f"{options.out}/model")
+    assert left.classifier.bias.tolist() == [1, 1]
+
+
 # ---- From pretrained weights --------------------------------------------------------------------
 
 
@@ -430,9 +452,20 @@ def test_predictions_use_the_names_of_the_classes_in_a_published_config(
     assert capsys.readouterr().out.startswith(f"{of_class_0}  ")
 
 
+def test_a_text_longer_than_the_position_table_is_cut(tmp_path, capsys):
+    publish(tmp_path, TINY, SST2BertModel)
+    predict(SST2Options(weights=str(tmp_path), predict=("a " * 99,), device="cpu"))
+    assert capsys.readouterr().out.count("\n") == 1
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_predictions_need_a_classifier_even_if_no_warning_is_shown(tmp_path):
-    """With `python -W ignore` a random classifier answered."""
+    """With `python -W ignore` a random classifier answered. The pooler is a part of it."""
     options = SST2Options(weights=str(publish(tmp_path, TINY)), predict=("a",))
     with pytest.raises(ValueError, match=r"classifier\.weight, classifier\.bias"):
+        predict(options)
+    change_tensors(
+        publish(tmp_path, TINY, SST2BertModel), **{"bert.pooler.dense.bias": torch.ones(1)}
+    )
+    with pytest.raises(ValueError, match=r"pooler\.bias"):
         predict(options)

@@ -82,6 +82,7 @@ def test_attention_equals_a_naive_triple_loop(seed, heads, length, d_k, d_v):
     mask = torch.rand(length) < 0.7
     mask[0] = True
     output, probs = attention(q, k, v, mask)
+    assert torch.equal(attention(q, k, v, mask, dropout=0.5)[1], probs)  # those before dropout
     for a in range(heads):
         for i in range(length):
             weights = [

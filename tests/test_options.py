@@ -46,9 +46,8 @@ def run_line(folder, monkeypatch) -> Callable[[str, str], None]:
 # Mistakes that would otherwise be silent, surface late, or end in a traceback. The message contains
 # the third field or, where that is empty, the last word of the line.
 WRONG = [
-    (PRETRAIN, "--workers -1", ""),
     (PRETRAIN, "--batch-size 0", ""),
-    (PRETRAIN, "--eval-every 0", "--eval-every"),
+    (PRETRAIN, "--device gpu", ""),
     (PRETRAIN, "--bathc-size 8", "bathc"),
     (PRETRAIN, "--dropout nan", ""),
     (PRETRAIN, "--dropout 1", "[0, 1)"),
@@ -63,7 +62,7 @@ WRONG = [
     (PRETRAIN, "--dataset no/such/file", ""),
     (PRETRAIN, "--dataset broken.jsonl", ""),
     (SST2, "--epochs 0", ""),
-    (SST2, "--seed -1", "--seed"),
+    (SST2, "--device gpu", ""),
     (SST2, "--learning-rate 1e-3 inf", ""),
     (SST2, "--learning-rate --seed 1", "--learning-rate"),
     (SST2, "--max-seq-length 2", "--max-seq-length"),
@@ -90,11 +89,17 @@ def test_a_mistake_gives_one_message_that_names_it_and_status_2_and_changes_no_f
     assert (set(folder.glob("**/*")), contents(folder)) == (paths, files)
 
 
-def test_the_smallest_values_are_no_mistakes():
+def test_the_smallest_values_are_no_mistakes_and_smaller_ones_are():
     none = {"steps": 0, "workers": 0, "seed": 0, "dropout": 0.0, "warmup_steps": 0}
     one = dict.fromkeys(("batch_size", "accumulate", "log_every", "eval_every", "save_every"), 1)
-    PretrainOptions(**none, **one, max_seq_length=5, positions=5)
-    SST2Options(seed=0, seeds=1, batch_size=1, epochs=1, log_every=1, max_seq_length=3)
+    of_pretraining = {**none, **one, "rows_per_document": 1, "max_seq_length": 5}
+    of_tuning = dict.fromkeys(("seeds", "batch_size", "epochs", "log_every"), 1)
+    of_tuning |= {"seed": 0, "max_seq_length": 3}
+    for cls, smallest in ((PretrainOptions, of_pretraining), (SST2Options, of_tuning)):
+        cls(**smallest)
+        for name, value in smallest.items():
+            with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
+                cls(**{name: value - 1})
 
 
 # ---- How a script ends --------------------------------------------------------------------------

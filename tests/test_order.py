@@ -10,15 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import corpus_of, examples, ids_of, seeds, small_tokenizer
+from strategies import VOCABULARY, corpus_of, examples, ids_of, seeds, small_tokenizer
 
 import data
 from data import PretrainDataset
 
 
 def long_dataset(seed: int = 0) -> PretrainDataset:
-    """Returns a dataset of 37 examples an epoch."""
-    return PretrainDataset(corpus_of([[[7] * 9] * 30] * 4), small_tokenizer(), 32, seed)
+    """Returns a dataset of 37 examples an epoch. [PAD] is the last token of its vocabulary."""
+    tokenizer = data.wordpiece({token: i for i, token in enumerate(reversed(VOCABULARY))})
+    return PretrainDataset(corpus_of([[[7] * 9] * 30] * 4), tokenizer, 32, seed)
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -130,12 +130,15 @@ def test_every_forward_pass_of_fine_tuning_has_the_resolved_precision(tmp_path, 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     autocast = mock.Mock(wraps=train_pretrain.autocast)
     monkeypatch.setattr(train_sst2, "autocast", autocast)
+    logits, forward = [], train_sst2.forward
+    monkeypatch.setattr(train_sst2, "forward", lambda *x: logits.append(forward(*x)) or logits[-1])
     options = make_review_options(tmp_path, train=8, validation=9, test=9)
     train_sst2.main(replace(options, test_dataset=options.dataset))
     weights = f"{options.out}/model"
     train_sst2.main(replace(options, tokenizer=None, weights=weights, predict=("a",)))
     # Training, 2 x validation, 2 x test, prediction.
     assert autocast.call_args_list == [mock.call("bfloat16", "cpu")] * 6
+    assert [found.dtype for found in logits] == [torch.float32] * 6
 
 
 # ---- To the device ------------------------------------------------------------------------------

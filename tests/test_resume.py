@@ -307,6 +307,13 @@ def test_resuming_a_finished_run_changes_nothing_but_what_a_kill_has_left(finish
     assert not (out / "model" / "old").exists()
 
 
+def test_metrics_that_somebody_has_removed_are_not_filled_with_zeros(finished):
+    metrics = Path(finished.out) / "metrics.jsonl"
+    metrics.unlink()
+    run(finished)
+    assert metrics.read_bytes() == b""
+
+
 def test_a_full_disk_is_reported_and_the_previous_checkpoint_is_kept(options):
     """No file can be larger than half a checkpoint, so torch fails in the middle of one."""
     with before_update(3, crash), pytest.raises(CrashError):
@@ -475,6 +482,20 @@ def test_a_second_process_in_the_same_folder_is_rejected_and_changes_nothing(opt
         kill(holder)
         run(told)
         os.killpg(holder.pid, signal.SIGKILL)  # its child
+
+
+@pytest.mark.parametrize("script", [train_pretrain, train_sst2])
+def test_a_run_holds_the_lock_of_its_folder(script, options, tmp_path):
+    log = tmp_path / "log"
+    if script is train_sst2:
+        options = make_review_options(tmp_path, train=8, validation=8)
+
+    def try_to_lock(*_):
+        assert wait(start(lock_folder, Path(options.out), output=log)) == [1]
+
+    with before_call(script, "update", 0, try_to_lock):
+        run(options) if script is train_pretrain else train_sst2.main(options)
+    assert "is in use" in log.read_text()
 
 
 def test_a_file_system_without_locks_is_named(options, monkeypatch):

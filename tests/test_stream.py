@@ -30,6 +30,7 @@ from strategies import LETTERS, TEXTS, small_tokenizer, write_rows, write_texts
 from torch.utils.data import DataLoader
 
 import data
+import train_pretrain
 
 SHARDS = 5
 pytestmark = pytest.mark.usefixtures("_smallest")
@@ -61,7 +62,9 @@ def texts_in(folder: Path) -> Counter:
 
 
 def open_stream(folder: Path, **how) -> data.Stream:
-    make_dataset = partial(data.PretrainDataset, tokenizer=small_tokenizer(), max_seq_length=16)
+    make_dataset = partial(
+        data.PretrainDataset, tokenizer=small_tokenizer(), max_seq_length=16, seed=3
+    )
     documents = data.get_documents(str(folder), streaming=True, **how)["train"]
     return data.Stream(documents, small_tokenizer(), make_dataset)
 
@@ -169,6 +172,8 @@ def test_a_block_has_two_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "STREAM_BLOCK", 1)
     for documents in (2, 3):
         assert sizes_of_blocks(["a aa. b bb."] * documents, tmp_path, 4) == [2, 2, 2, 2]
+    write_texts(tmp_path / "train.jsonl", [f"{c} aa. b bb." for c in "abc"])
+    assert len({block.key for block in islice(open_stream(tmp_path).blocks(), 3)}) == 3
     for texts in (["a aa. b bb.", "a title"], ["a title"] * 3):
         with pytest.raises(ValueError, match=r"fewer than two documents.*fewer --workers"):
             sizes_of_blocks(texts, tmp_path, 1)
@@ -179,7 +184,7 @@ def test_every_example_of_a_block_comes_once_in_a_random_order(folder):
     stream = open_stream(folder)
     for block, corpus in enumerate(islice(stream.blocks(), 2)):
         dataset = stream.make_dataset(corpus)
-        order = data.order_of_epoch(0, block, len(dataset)).tolist()
+        order = data.order_of_epoch(3, block, len(dataset)).tolist()
         assert order != sorted(order)
         expected = [dataset[block * len(dataset) + index] for index in order]
         found = list(islice(stream, block * len(dataset), (block + 1) * len(dataset)))
@@ -189,16 +194,13 @@ def test_every_example_of_a_block_comes_once_in_a_random_order(folder):
 
 def test_workers_that_read_equal_documents_make_other_examples_of_them(tmp_path):
     text = "\n\n".join(f"{a} {b} {a}{b}" for a in LETTERS for b in LETTERS)
-    for shard in range(2):
+    for shard in range(4):
         write_rows(tmp_path / f"equal/train-{shard}.jsonl", [{"text": text}] * 4)
     write_rows(tmp_path / "equal/validation.jsonl", [{"text": text}] * 2)
-    of_workers = list(islice(loader(tmp_path / "equal", workers=2), 2))
-    of_ranks = [
-        next(iter(loader(tmp_path / "equal", rank=r, world_size=2, workers=0))) for r in (0, 1)
-    ]
-    for one, other in (of_workers, of_ranks):
-        one, other = ({tuple(row) for row in b["input_ids"].tolist()} for b in (one, other))
-        assert not one & other
+    ranks = [loader(tmp_path / "equal", rank=r, world_size=2, workers=2) for r in (0, 1)]
+    batches = [batch for rank in ranks for batch in islice(rank, 2)]
+    found = [tuple(row) for batch in batches for row in batch["input_ids"].tolist()]
+    assert len(set(found)) == len(found) == 4 * 4
 
 
 # ---- Loaders ------------------------------------------------------------------------------------
@@ -212,6 +214,7 @@ def test_a_stream_reaches_a_spawned_worker(folder):
     )
     for one, other in zip(islice(alone, 2), islice(received, 2), strict=True):
         assert_same(one, other)
+        assert len(one["input_ids"]) == 4
 
 
 # ---- Whole runs ---------------------------------------------------------------------------------
@@ -244,14 +247,17 @@ def test_a_resumed_run_reads_a_stream_again_and_skips_what_it_has_trained_on(
     assert_same(state(tmp_path / "run"), state(tmp_path / "whole"))
 
 
-def test_a_stream_is_resumed_only_by_as_many_workers_and_with_the_same_validation_part(
-    options, tmp_path
+def test_a_stream_is_resumed_only_by_as_many_readers_and_with_the_same_validation_part(
+    options, tmp_path, monkeypatch
 ):
     shards = write_shards(tmp_path / "shards")
     told = replace(options, dataset=str(shards), out=str(tmp_path / "run"), steps=1)
     run(told)
     with pytest.raises(ValueError, match="2 workers .* 1 workers"):
         run(replace(told, workers=1, resume=True))
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="1 ranks.* 2 ranks"):
+        patched.setattr(train_pretrain, "rank_and_ranks", lambda: (0, 2))
+        run(replace(told, resume=True))
     write_texts(shards / "validation.jsonl", TEXTS)
     with pytest.raises(ValueError, match="validation"):
         run(replace(told, resume=True))

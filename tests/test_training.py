@@ -217,6 +217,11 @@ def test_metrics_are_means_over_all_masked_tokens_and_all_pairs():
     wrong = math.log1p(math.exp(2))  # of the logits 0 and 2, in nats
     assert metrics["nsp_loss"] == pytest.approx(wrong - 2 * hits / 7)
 
+    fickle = Parrot(token)  # it changes its mind after the first batch
+    fickle.register_forward_hook(lambda *_: setattr(fickle, "token", token + 1))
+    share = len(batches[0]["mlm_targets"]) / len(targets)
+    assert evaluate(fickle, batches)["most_frequent_prediction"] == max(share, 1 - share)
+
 
 @pytest.mark.parametrize("was_training", [True, False])
 def test_evaluating_a_model_uses_no_dropout_and_no_gradients_and_keeps_its_mode(
@@ -264,10 +269,11 @@ def test_the_probe_shows_input_targets_and_predictions_of_the_first_pair():
 def test_lines_count_updates_and_come_as_often_as_asked_and_at_the_end(
     log_every, eval_every, training, validation, options
 ):
-    pretrain(replace(options, steps=5, log_every=log_every, eval_every=eval_every))
+    told = replace(options, steps=5, log_every=log_every, eval_every=eval_every)
+    pretrain(replace(told, warmup_steps=2))
     lines = {split: read_lines(Path(options.out), split) for split in ("train", "validation")}
     assert lines["train"]["step"] == training
-    rates = [learning_rate(step - 1, options.learning_rate, 0, 5) for step in training]
+    rates = [learning_rate(step - 1, options.learning_rate, 2, 5) for step in training]
     assert lines["train"]["learning_rate"] == pytest.approx(rates)
     assert lines["validation"]["step"] == validation
     tokens = [0, *lines["train"]["tokens"]]
@@ -328,11 +334,12 @@ def test_examples_are_read_and_made_as_the_options_say(options, monkeypatch):
     monkeypatch.setattr(data, "get_corpus", lambda texts, tokenizer: corpora[texts])
     told = replace(
         options, dataset="a", dataset_name="b", split="c+d", text_column="e", tokenizer=None,
-        rows_per_document=4, seed=3, whole_word_masking=True, steps=0,
+        rows_per_document=4, seed=3, whole_word_masking=True, steps=0, positions=20,
     )  # fmt: skip
     expected = corpora[LETTERS].unigram_entropy()
     assert expected != corpora[LETTERS[::-1]].unigram_entropy()
-    tokenizer, _, made = train_pretrain.prepare(told)
+    tokenizer, model, made = train_pretrain.prepare(told)
+    assert model.config.max_seq_length == 20
     get_documents.assert_called_with("a", "b", "c+d", "e", 4, False)
     learned = data.train_tokenizer(LETTERS, told.vocab_size).get_vocab()
     assert tokenizer.get_vocab() == made["train"].tokenizer.get_vocab() == learned
