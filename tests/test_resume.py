@@ -375,13 +375,10 @@ def test_every_other_option_and_text_changed_on_resume_is_rejected_by_name(tmp_p
 # ---- Numbers that are not finite ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_is_written(
-    bad, corpus, tmp_path
-):
+def test_a_gradient_that_is_not_finite_ends_the_run_before_anything_is_written(corpus, tmp_path):
     """The checkpoint that is left is good, also if the bad step lies between two lines."""
     options = replace(OPTIONS, dataset=corpus, out=str(tmp_path), save_every=2, log_every=2)
-    poison = before_update(4, lambda model, *_: next(model.parameters()).grad.fill_(bad))
+    poison = before_update(4, lambda model, *_: next(model.parameters()).grad.fill_(math.inf))
     with poison, pytest.raises(ValueError, match="step 6.*--learning-rate"):
         run(options)
     found = checkpoint_of(tmp_path)
@@ -406,12 +403,11 @@ def test_a_weight_that_is_not_finite_is_not_saved(corpus, tmp_path, monkeypatch)
     assert checkpoint_of(tmp_path)["progress"]["step"] == 0
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_to_start_from_that_are_not_finite_are_rejected_before_anything_is_written(
-    bad, options, tmp_path
+    options, tmp_path
 ):
     model = model_of(options, small_tokenizer())
-    model.nsp.bias.data[0] = bad
+    model.nsp.bias.data[0] = math.nan
     model.save_pretrained(tmp_path / "model", small_tokenizer())
     told = replace(options, tokenizer=None, weights=str(tmp_path / "model"))
     with pytest.raises(ValueError, match="step 0.*--weights"):
@@ -432,13 +428,6 @@ def test_a_new_run_is_rejected_where_another_one_has_left_anything(left, options
         with pytest.raises(ValueError, match=f"--out .*{left}"):
             command(options)
     assert list(contents(out).values()) == [b"of another run"]
-
-
-def test_a_run_that_was_killed_before_it_wrote_anything_may_be_started_again(options):
-    Path(options.out).mkdir(parents=True)
-    Path(options.out, "metrics.jsonl").touch()
-    run(replace(options, steps=0))
-    assert [line["step"] for line in metrics_of(Path(options.out))] == [0]
 
 
 @pytest.mark.parametrize("has_folder", [True, False])

@@ -3,17 +3,16 @@
 import contextlib
 import io
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 pytest.importorskip("sybil")
 from sybil import Example, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
 
-ROOT = Path(__file__).parents[1]
 WALKTHROUGH = ROOT / "WALKTHROUGH.md"
 TEXT = WALKTHROUGH.read_text(encoding="utf-8")
 run_python = PythonEvaluator()
@@ -48,17 +47,13 @@ def compare_output(example: Example) -> None:
     printed.clear()
 
 
-def check(page: Path) -> int:
-    """Runs the blocks of a page in order, compares their outputs, and returns how many it has."""
+@pytest.mark.slow
+def test_every_number_of_the_walkthrough_is_what_the_code_computes():
+    """Runs the blocks of the page in order, and compares their outputs."""
     parsers = [CodeBlockParser("python", run_block), CodeBlockParser("text", compare_output)]
-    document = Sybil(parsers).parse(page)
+    document = Sybil(parsers).parse(WALKTHROUGH)
     examples = list(document.examples())
     for example in examples:
         example.evaluate()
     assert document.namespace["printed"] == [], "the last output is not shown"
-    return len(examples)
-
-
-@pytest.mark.slow
-def test_every_number_of_the_walkthrough_is_what_the_code_computes():
-    assert check(WALKTHROUGH) == TEXT.count("```python\n") + TEXT.count("```text\n")
+    assert len(examples) == TEXT.count("```python\n") + TEXT.count("```text\n")
