@@ -71,7 +71,7 @@ class BertConfig:
 
     # True: PyTorch's scaled_dot_product_attention, which is faster and needs less memory.
     # False: `attention` below, which shows every step. Their outputs differ by rounding and dropout
-    # only; for a query without any key, `attention` averages all values, and PyTorch may give 0.
+    # only. If a token may attend to no other, `attention` averages all values; PyTorch may give 0.
     fused_attention: bool = True
 
     def __post_init__(self) -> None:
@@ -182,7 +182,7 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(config.d_model, config.attention_d_v)
         self.output = nn.Linear(config.attention_d_v, config.d_model)
         self.config = config
-        # For the whole process, because with a mask, the backward pass of cuDNN's kernel may return
+        # Turns cuDNN's kernel off in the whole process: with a mask, its backward pass may return
         # NaN in torch 2.11 (pytorch/pytorch#196678). PyTorch has other kernels.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -219,9 +219,8 @@ class EncoderLayer(nn.Module):
 
     LayerNorm comes after the sum ("post-LN"). At the start of training, the gradients of the last
     layers are then large, and training needs warmup (Xiong et al. 2020, arXiv 2002.04745). Later
-    models compute x + f(LayerNorm(x)) ("pre-LN"), with one more LayerNorm after the last layer. In
-    these, the gradient flows back unchanged along the residual path, and training works without
-    warmup.
+    models compute x + f(LayerNorm(x)) ("pre-LN"), with one more LayerNorm after the last layer. The
+    gradient then flows back unchanged along the residual path, and training works without warmup.
 
     Differs: [Code] approximates GELU with tanh (error at most 5e-4); this is the exact GELU.
     """
@@ -239,14 +238,14 @@ class EncoderLayer(nn.Module):
         """Returns (batch, seq, d_model), as x is; mask as in `attention`."""
         attended = self.attention(x, mask)
         x = self.attention_norm(x + self.dropout(attended))
-        # If you change the activation or the order here, see FIXED_FIELDS.
+        # Another activation or order makes another model: change FIXED_FIELDS, too.
         computed = self.contract(F.gelu(self.expand(x)))
         return self.feed_forward_norm(x + self.dropout(computed))
 
 
 class PretrainedModel(nn.Module):
     """What all models share: initialization, loading and saving. Your own model must take (config,
-    padding_idx) and keep a `Bert` as `self.bert`. Only a `self.classifier` gets label names back.
+    padding_idx) and keep a `Bert` as `self.bert`. Loading restores labels of a `self.classifier`.
     """
 
     # For config.json: the class of transformers with the same heads.
@@ -256,7 +255,7 @@ class PretrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.padding_idx = padding_idx
-        self.label_names = [f"LABEL_{i}" for i in range(config.num_labels)]  # id2label of a config
+        self.label_names = [f"LABEL_{i}" for i in range(config.num_labels)]  # config.json: id2label
         self.missing_parameters: list[str] = []  # those that `from_pretrained` did not find
 
     def init_weights(self, module: nn.Module) -> None:
@@ -321,7 +320,7 @@ class Bert(PretrainedModel):
             attention_mask = input_ids != self.padding_idx
 
         # The mask says which keys may be attended to. It is the same for every head and every
-        # query, hence the two dimensions of size 1. If you change it, see FIXED_FIELDS.
+        # query, hence the two dimensions of size 1. (For another mask, change FIXED_FIELDS, too.)
         mask = attention_mask.bool()[:, None, None, :]  # (batch, 1, 1, seq)
 
         hidden_states = self.embeddings(input_ids, token_type_ids)  # (batch, seq, d_model)
@@ -445,10 +444,10 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
 }
-# Keys that a config.json may omit. With other values, it belongs to another model. If in your copy
-# the same tensors compute something else, change a value, so that nobody loads them as a BERT's:
+# Keys that a config.json may omit; any other value is refused when loading. If your copy computes
+# something else with the same tensors, change a value, so that nobody loads its models as a BERT:
 # is_decoder for a causal mask (transformers knows it), hidden_act for another activation (in the
-# MLM head, too), otherwise model_type. To start from published weights, change it after loading.
+# MLM head, too), else model_type. To start from published weights, assign it after loading them.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 DECODER = "cls.predictions.decoder.weight"  # in many files; a copy of the token embeddings
@@ -495,10 +494,11 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     model = cls(replace(config, **changes), padding_idx)
 
     state = model.state_dict()
+    # Each parameter's published name, and ours. All other names here are published ones.
     our_names = {missing_prefix(state) + published_name(ours): ours for ours in state}
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
     unused = sorted(tensors.keys() - found - REDUNDANT)
-    misfits = {*our_names, *unused} - found  # ours without a tensor, tensors without a place
+    misfits = {*our_names, *unused} - found  # parameters without a tensor, tensors without a place
     of_encoder = (name for name in misfits if name.startswith("bert."))
     wrong = sorted(name for name in of_encoder if not name.startswith("bert.pooler."))
     if wrong:

@@ -23,7 +23,7 @@ Words used throughout:
     example        `[CLS] segment A [SEP] segment B [SEP]` with masks and labels
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
-Dimensions in comments: batch, seq (columns of an example), masked (masked columns of one example).
+Dimensions in comments: batch, seq (columns), masked (of one example or, in `collate`, of a batch).
 """
 
 import contextlib
@@ -54,7 +54,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# The label of a token that is not to be predicted. cross_entropy skips it.
+# The label of a token that is not to be predicted. `collate` leaves it out of `mlm_targets`.
 IGNORED_LABEL = -100
 
 # ---- Text -> sentences -------------------------------------------------------
@@ -63,7 +63,8 @@ IGNORED_LABEL = -100
 # in the cache and used as they are.
 SPLIT_VERSION = 4
 
-# First line: all marks, because `re` searches fast if a pattern starts with one set of characters.
+# First line: one of all marks (`re` is fast if a pattern starts with one set of characters). The
+# other lines look back at it.
 # Second line: a sentence ends after . ! ? or an ellipsis before white space, but not after an
 # initial or a title. A lookbehind, (?<!...), must have a fixed width, so "mrs" needs its own.
 # Third line: it also ends after marks that need no white space (Chinese and Japanese 。！？,
@@ -122,8 +123,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     `vocab_size` tokens. `texts` is read twice, so an iterator is first turned into a list.
 
     The same texts, in any order, give the same ids. Left alone, the trainer would order equally
-    frequent characters differently each time, so every character is a fixed token, as is its ##
-    piece.
+    frequent characters differently each time. So each of the 1,000 is a fixed token, as is its ##
+    piece, and the trainer adds none (`limit_alphabet=0`).
     """
     if isinstance(texts, Iterator):
         texts = list(texts)
@@ -267,7 +268,7 @@ def encode_documents(
     out, since no sentence follows another in it; `notes` counts these.
     """
     remaining = iter(documents)
-    # Documents are encoded 32 at a time, so that the tokenizer's threads have enough to do.
+    # 32 at a time, so that the tokenizer's threads have enough to do, until a block is empty.
     for block in iter(lambda: list(islice(remaining, 32)), []):
         split = [split_sentences(document) for document in block]
         ids = iter(encode_plain(tokenizer, list(chain.from_iterable(split))))
@@ -398,7 +399,8 @@ def find_seam(corpus: TokenizedCorpus, offset: int) -> Seam:
 def draw_pair(
     corpus: TokenizedCorpus, rng: np.random.Generator, start: int, end: int, room: int
 ) -> Pair:
-    """Draws segment A and segment B of one example. [BERT] §3.1 task 2, A.2.
+    """Draws segment A and segment B of one example. [BERT] §3.1 task 2, A.2. WALKTHROUGH.md, 4,
+    has a drawing.
 
     start, end: the slice of the corpus in which the first offset is drawn. room: how many tokens
     both segments may have together.
@@ -406,9 +408,9 @@ def draw_pair(
     1. Draw the total length: `room` tokens or, with probability 0.1, any number from 2 to `room`,
        because fine-tuning meets short texts, too.
     2. Draw an offset in the slice and one in another document; find the seam of each (`find_seam`).
-    3. Split the length at random. A gets at most `room_before` tokens, the smaller of what the two
-       documents have before their seams; B at most `room_after`, the same for what comes after.
-       What one segment has no room for goes to the other. So each fits at either seam.
+    3. Split the length at random. A gets at most `longest_a` tokens, the smaller of what the two
+       documents have before their seams; B at most `longest_b`, the same for what comes after.
+       What one segment lacks the text for goes to the other. So each fits at either seam.
     4. Toss two coins: the first chooses the seam at which segment A ends, the second the seam at
        which segment B starts. If they choose the same seam, the pair is a true one, otherwise a
        random one. (One example in four is a true pair from the other document.)
@@ -416,8 +418,8 @@ def draw_pair(
     Seams and lengths are fixed before the coins are tossed. So neither segment alone, nor the
     lengths, reveal the label: only both segments together do.
 
-    The length is at most room_before + room_after - 1, or 2 if that is less. With one more token, A
-    could start one document and B end the other, which happens only in a random pair.
+    The length is at most longest_a + longest_b - 1, or 2 if that is less. With one more token, A
+    could start a document while B ends one, and how often both happen could depend on the label.
 
     Differs: [Code] draws random and true segments B by different rules, so that the length or the
     style of segment B can reveal the label.
@@ -432,12 +434,12 @@ def draw_pair(
         elsewhere += document_length  # steps over this document
     other = find_seam(corpus, elsewhere)
 
-    room_before = min(seam.offset - seam.document_start, other.offset - other.document_start)
-    room_after = min(seam.document_end - seam.offset, other.document_end - other.offset)
-    length = min(target, max(2, room_before + room_after - 1))
-    length_a_drawn = min(1 + int(rng.random() * (length - 1)), room_before)  # of A, at first
-    length_b = min(length - length_a_drawn, room_after)
-    length_a = length - length_b  # also takes what B has no room for
+    longest_a = min(seam.offset - seam.document_start, other.offset - other.document_start)
+    longest_b = min(seam.document_end - seam.offset, other.document_end - other.offset)
+    length = min(target, max(2, longest_a + longest_b - 1))
+    length_a_drawn = min(1 + int(rng.random() * (length - 1)), longest_a)  # of A, at first
+    length_b = min(length - length_a_drawn, longest_b)
+    length_a = length - length_b  # also what B lacks the text for
 
     coin_a = int(rng.integers(2))
     coin_b = int(rng.integers(2))
@@ -480,7 +482,8 @@ def mask_tokens(
     [BERT] §3.1 task 1 and A.1. Each token at a masked column, independently of the others,
     - becomes [MASK] with probability 0.8. (Fine-tuning has no [MASK]; hence the other two.)
     - becomes one of `ordinary_ids` with probability 0.1: the model cannot trust any token it reads.
-    - stays with probability 0.1, which biases the representation towards the actual token.
+    - stays with probability 0.1. Otherwise, an ordinary token at a masked column would always be
+      wrong, and the model would learn to ignore what it reads there.
     Labels are the original ids at masked columns, and -100 elsewhere.
 
     Differs: [Code]'s random tokens include the special ones.
@@ -504,7 +507,7 @@ def mask_tokens(
 Example = dict[str, np.ndarray]  # see `PretrainDataset.__getitem__`
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # arrays have no single truth value when compared
 class PretrainDataset(Dataset):
     """Examples `[CLS] A [SEP] B [SEP]` with masks. [BERT] §3.1, A.1, A.2.
 
@@ -553,8 +556,8 @@ class PretrainDataset(Dataset):
         """Returns one example, int64.
 
         `input_ids`, `token_type_ids` (0 = [CLS] A [SEP], 1 = B [SEP]) and `mlm_labels` (-100 where
-        nothing is to be predicted) are (seq,), without padding; `nsp_labels` is (), 0 = segment B
-        is next, 1 = it is random.
+        nothing is to be predicted) are (seq,), without padding; `nsp_labels` is one number, 0 =
+        segment B is next, 1 = it is random.
         """
         size = len(self)
         epoch, index_in_epoch = divmod(index, size)
@@ -568,7 +571,7 @@ class PretrainDataset(Dataset):
         segment_a = self.corpus.tokens[pair.a_start : pair.a_end]
         segment_b = self.corpus.tokens[pair.b_start : pair.b_end]
         first_sep = 1 + len(segment_a)  # its column
-        input_ids = np.concatenate(
+        input_ids = np.concatenate(  # int64, since the lists are
             [[self.cls_id], segment_a, [self.sep_id], segment_b, [self.sep_id]]
         )
         token_type_ids = np.zeros(len(input_ids), dtype=np.int64)
@@ -861,7 +864,7 @@ def read_rows(file: Path) -> Iterator[dict]:
 
 @contextlib.contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turns any error in its block, most of them of libraries, into a ValueError of one line."""
+    """Turns any error in its block, mostly from a library, into a ValueError of one line."""
     try:
         yield
     except Exception as error:  # of datasets, tokenizers, pyarrow, gzip, fsspec: they share no base

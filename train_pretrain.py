@@ -448,7 +448,7 @@ def train(
     """Trains from `progress.step` on. Ends the process if a signal has asked for that.
 
     batches: this rank's micro-batches. signals: those received so far; see `note_signals`.
-    log, report (evaluates), save: called on rank 0; each writes `progress` and what goes with it.
+    log, report (evaluates), save: called on rank 0; each also writes `progress`, updated here.
     """
     rank, ranks = rank_and_ranks()
     per_rank = options.accumulate // ranks  # micro-batches
@@ -756,7 +756,7 @@ def pretrain(options: PretrainOptions) -> None:
         """Writes what a new or resumed run starts with. A kill in between loses nothing."""
         check_weights(model, progress.step)  # those of --weights may not be finite
         with (out / "metrics.jsonl").open("a") as file:
-            file.truncate(min(state["metrics_bytes"], file.tell()))  # beyond its end, it adds zeros
+            file.truncate(min(state["metrics_bytes"], file.tell()))  # beyond the end, zeros follow
         if not options.resume:
             save()
         (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
@@ -797,9 +797,9 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     - medium: float32 in memory, but these products may round their factors, to bfloat16 on a CPU
       and to TF32 on a GPU.
     - bfloat16: autocast, see `autocast`.
-    - auto: bfloat16 on a GPU, the fastest of the three on a CPU; float32 where bfloat16 is
-      emulated: GPUs before Ampere, and CPUs with neither AMX nor AVX512-BF16 (40 times as slow).
-      Before torch 2.11, a CPU cannot be asked, and gets float32.
+    - auto: bfloat16 on a GPU; on a CPU, medium with AMX, bfloat16 with AVX512-BF16. Where bfloat16
+      is emulated (GPUs before Ampere; other CPUs, 40 times as slow), float32. Before torch 2.11, a
+      CPU cannot be asked, and gets float32.
     """
     if name == "auto":
         get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # new in torch 2.11
@@ -1092,8 +1092,8 @@ def outlive_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # SIGTERM is not ignored, but ends the worker half a minute later, by SIGALRM: a main process
-    # that does not end in `run_script` sends it to its workers, and waits for them.
+    # SIGTERM ends the worker, but half a minute later, by SIGALRM. If it were ignored, a main
+    # process without `run_script` would never end: at exit, it sends SIGTERM and waits.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 

@@ -62,7 +62,7 @@ from train_pretrain import (
 )
 
 LABELS = ("negative", "positive")
-# Part of the seed of the shuffles. data.py's draws have 0 or 1 there: these are independent.
+# Sets the seeds of the shuffles apart from those of data.py, which have 0 or 1 in this place.
 PURPOSE_SENTENCES = 2
 
 # ---- Options -----------------------------------------------------------------
@@ -350,7 +350,7 @@ def train(options: SST2Options) -> None:
     out = Path(options.out)
     check_folder(out)
 
-    tokenizer, _, longest = prepare(options)  # no model: each seed makes one
+    tokenizer, _, longest = prepare(options)  # that model is only a check: each seed makes one
 
     def load(path: str, split: str, name: str | None = None) -> SST2Batches:
         texts, labels = get_reviews(path, split, name)

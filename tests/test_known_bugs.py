@@ -237,7 +237,7 @@ BUGS = {
         {"first": 2, "drawn": lambda: test_pairs.draw_kind("two documents")},
     ),
     "segment A starts a document, segment B ends another, and so the pair is random": Bug(
-        data, "draw_pair", "max(2, room_before + room_after - 1)", "room_before + room_after",
+        data, "draw_pair", "max(2, longest_a + longest_b - 1)", "longest_a + longest_b",
         "test_a_pair_never_starts_one_document_and_ends_another",
     ),
     "the corpus is divided by a floored quotient": Bug(
