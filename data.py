@@ -12,6 +12,8 @@
     for batch in get_split_dataloader(dataset, batch_size=32):  # endless
         ...
 
+At first, read up to the order of examples: below it, files, streams and tokenizers are opened.
+
 Differs: [Code] writes ten differently masked copies of the corpus to disk before training.
 
 Words used throughout:

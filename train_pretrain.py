@@ -17,8 +17,8 @@ Writes into the folder --out:
 (.lock, and what ends in .unfinished or .before, are for the run itself.)
 
 The loop is `train`, which shows a training step in order. Above it are the parts of a step (loss,
-learning rate, gradients, update). Below it are evaluation, the preparation of a run, and how a run
-is saved, resumed and stopped.
+learning rate, gradients, update). Below it are evaluation, the preparation of a run, and (to be
+skipped at first) how a run is saved, resumed and stopped.
 
 [BERT] Devlin et al. 2018, arXiv 1810.04805. [Code] google-research/bert, commit eedf5716.
 Dimensions: batch, seq, vocab, and masked (all masked tokens of a batch).
