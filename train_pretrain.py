@@ -193,7 +193,7 @@ def check_options(options: Any) -> None:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Returns the batch on a device. From pinned memory, it is copied while the GPU computes."""
+    """Returns the batch on a device. The CPU does not wait for a copy from pinned memory."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
@@ -735,8 +735,8 @@ def pretrain(options: PretrainOptions) -> None:
     if options.resume:
         state = on_rank_0(load_checkpoint, out, identity)
         state = state or load_checkpoint(out, identity)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state.pop("model"))  # frees it
+        optimizer.load_state_dict(state.pop("optimizer"))
     progress = Progress(**state["progress"])
 
     def log(split: str = "train", **values: float) -> None:

@@ -56,6 +56,7 @@ from train_pretrain import (
     run_script,
     set_seed,
     show,
+    to_device,
     update,
     write_line,
     write_model,
@@ -245,8 +246,9 @@ def evaluate(
     model.eval()
     loss = correct = sentences = 0.0
     for batch in batches:
-        labels = batch["labels"].to(device)
-        logits = forward(model, batch["input_ids"].to(device), precision)
+        on_device = to_device(batch, device)
+        labels = on_device["labels"]
+        logits = forward(model, on_device["input_ids"], precision)
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         correct += (logits.argmax(dim=-1) == labels).sum().item()
         sentences += len(labels)
@@ -290,10 +292,9 @@ def fine_tune(
         for batch in training:
             # Forward, loss, backward. Dropout depends only on the seed and the step.
             set_seed(seed, step)
-            input_ids = batch["input_ids"].to(device)
-            labels = batch["labels"].to(device)
-            logits = forward(model, input_ids, precision)
-            loss = F.cross_entropy(logits, labels)
+            on_device = to_device(batch, device)
+            logits = forward(model, on_device["input_ids"], precision)
+            loss = F.cross_entropy(logits, on_device["labels"])
             loss.backward()
 
             # Clip, and take the step.

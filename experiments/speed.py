@@ -68,6 +68,8 @@ class Training:
         if self.keeps_memory:
             keep_freed_memory()
         device = choose_device(None)
+        if device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         precision = choose_precision(self.precision, device)
         length = batch["input_ids"].shape[1]
         config = BertConfig.named(self.size, vocab_size=VOCAB_SIZE, max_seq_length=length)
