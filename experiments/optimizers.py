@@ -31,10 +31,7 @@ def table() -> list[str]:
             smooth = np.convolve(training["mlm_loss"], np.full(9, 1 / 9), "valid")  # of 90 steps
             end_of_plateau = training["step"][4:-4][smooth > 6.0][-1]
             fine_tunings = [folder / f"{share}.jsonl" for share in ("all", "hundredth")]
-            accuracies = [
-                mean_and_deviation(best_accuracies(file)) if file.exists() else ""
-                for file in fine_tunings
-            ]
+            accuracies = [mean_and_deviation(best_accuracies(file)) for file in fine_tunings]
             cells = [str(end_of_plateau), f"{lines['mlm_loss'][-1]:.2f}", *accuracies]
             rows.append(f"| {label} | {folder.name[-1]} | {' | '.join(cells)} |")
     return rows
