@@ -270,7 +270,7 @@ def encode_documents(
     out, since no sentence follows another in it; `notes` counts these.
     """
     remaining = iter(documents)
-    # 32 at a time, so that the tokenizer's threads have enough to do, until a block is empty.
+    # Blocks of 32 give the tokenizer's threads enough to do. An empty block is the end.
     for block in iter(lambda: list(islice(remaining, 32)), []):
         split = [split_sentences(document) for document in block]
         ids = iter(encode_plain(tokenizer, list(chain.from_iterable(split))))

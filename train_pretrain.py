@@ -756,7 +756,7 @@ def pretrain(options: PretrainOptions) -> None:
         """Writes what a new or resumed run starts with. A kill in between loses nothing."""
         check_weights(model, progress.step)  # those of --weights may not be finite
         with (out / "metrics.jsonl").open("a") as file:
-            file.truncate(min(state["metrics_bytes"], file.tell()))  # beyond the end, zeros follow
+            file.truncate(min(state["metrics_bytes"], file.tell()))  # truncate pads with zeros
         if not options.resume:
             save()
         (out / "config.json").write_text(json.dumps(asdict(options), indent=2) + "\n")
