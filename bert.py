@@ -415,7 +415,7 @@ class SST2BertModel(PretrainedModel):
 #
 # A directory: config.json; model.safetensors or pytorch_model.bin; tokenizer.json or vocab.txt.
 
-# Our name: the published one, both without `bert.`, `.weight` and `.bias`; * is a layer's number.
+# Our name: published name. Both are without `bert.`, `.weight`, `.bias`; * is a layer's number.
 PUBLISHED_NAMES = {
     "embeddings.token": "embeddings.word_embeddings",  # the decoder is the same matrix
     "embeddings.position": "embeddings.position_embeddings",
@@ -447,7 +447,7 @@ PUBLISHED_FIELDS = {  # a field of BertConfig: its name in config.json, where th
 # Keys that a config.json may omit; any other value is refused when loading. If your copy computes
 # something else with the same tensors, change a value, so that nobody loads its models as a BERT:
 # is_decoder for a causal mask (transformers knows it), hidden_act for another activation (in the
-# MLM head, too), else model_type. To start from published weights, assign it after loading them.
+# MLM head, too), else model_type. To start from published weights, set that value after loading.
 FIXED_FIELDS = {"model_type": "bert", "hidden_act": "gelu", "is_decoder": False}
 TOKEN_EMBEDDINGS = "bert.embeddings.word_embeddings.weight"
 DECODER = "cls.predictions.decoder.weight"  # in many files; a copy of the token embeddings
@@ -494,7 +494,7 @@ def load_pretrained(cls: type, source: str | Path, padding_idx: int | None, chan
     model = cls(replace(config, **changes), padding_idx)
 
     state = model.state_dict()
-    # Each parameter's published name, and ours. All other names here are published ones.
+    # Each parameter's published name: ours. Only `state` and missing_keys use ours, too.
     our_names = {missing_prefix(state) + published_name(ours): ours for ours in state}
     found = {name for name, ours in our_names.items() if shapes.get(name) == state[ours].shape}
     unused = sorted(tensors.keys() - found - REDUNDANT)

@@ -63,7 +63,7 @@ from train_pretrain import (
 )
 
 LABELS = ("negative", "positive")
-# Sets the seeds of the shuffles apart from those of data.py, which have 0 or 1 in this place.
+# Second number in the shuffles' seeds, so that they differ from data.py's (0 or 1 there).
 PURPOSE_SENTENCES = 2
 
 # ---- Options -----------------------------------------------------------------
@@ -83,7 +83,7 @@ class SST2Options:
     predict: tuple[str, ...] | None = None
     """Texts to classify with --weights, instead of training."""
     seeds: int = 1
-    """Number of seeds per learning rate; results are reported as mean ± standard deviation."""
+    """Seeds per learning rate; validation accuracy is shown as mean ± standard deviation."""
     seed: int = 0
     """The first seed."""
 
@@ -226,7 +226,7 @@ class SST2Batches:
 
 
 def forward(model: SST2BertModel, input_ids: Tensor, precision: str = "float32") -> Tensor:
-    """Returns logits, (batch, 2), in float32. input_ids: (batch, seq)."""
+    """Returns logits, (batch, 2), in float32. input_ids: (batch, seq); `Bert` masks padding."""
     with autocast(precision, input_ids.device.type):
         return model(input_ids).float()
 
@@ -351,7 +351,7 @@ def train(options: SST2Options) -> None:
     out = Path(options.out)
     check_folder(out)
 
-    tokenizer, _, longest = prepare(options)  # that model is only a check: each seed makes one
+    tokenizer, _, longest = prepare(options)  # _ is a model, only a check: each seed makes one
 
     def load(path: str, split: str, name: str | None = None) -> SST2Batches:
         texts, labels = get_reviews(path, split, name)
